@@ -1,0 +1,63 @@
+"""The input contract: what a model wants of images that flow through the house as floats in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """Mean and deviation per channel (of images in [0, 1]), side in pixels (null: any) and how images are resized to it."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int | None = None
+    interpolation: str = "bicubic"
+
+    def __str__(self) -> str:
+        def numbers(values: Sequence[float]) -> str:
+            return ", ".join(f"{value:.4g}" for value in values)
+
+        size = f"{self.size} px by {self.interpolation}" if self.size else "any size"
+        return f"mean ({numbers(self.mean)}), std ({numbers(self.std)}), {size}"
+
+
+class InputAdapter(nn.Module):
+    """Images in [0, 1] as they are -> what one model takes: resized, with its number of channels, normalised.
+
+    Shapes: [B, C, H, W] -> [B, len(mean), size, size]. A greyscale image is repeated for a model of three channels.
+    The statistics move with the model and are in no checkpoint: the contract belongs to the configuration.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, contract: InputContract) -> None:
+        super().__init__()
+        self.contract = contract
+        self.register_buffer("mean", torch.tensor(contract.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(contract.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        size, channels = self.contract.size, self.mean.shape[1]
+        if size is not None and images.shape[-2:] != (size, size):
+            images = resize(images, size, self.contract.interpolation)
+        if images.shape[1] == 1 and channels > 1:
+            images = images.expand(-1, channels, -1, -1)
+        return (images - self.mean) / self.std
+
+
+def resize(images: Tensor, size: int, interpolation: str) -> Tensor:
+    """[B, C, H, W] in [0, 1] -> [B, C, size, size] in [0, 1], antialiased when shrinking (as PIL and torchvision do)."""
+    if interpolation == "nearest":
+        return F.interpolate(images, (size, size), mode="nearest-exact")
+    images = F.interpolate(images, (size, size), mode=interpolation, antialias=min(images.shape[-2:]) > size)
+    return images.clamp(0.0, 1.0)  # bicubic overshoots at edges

@@ -1,0 +1,23 @@
+"""The recipe: everything a run is told, typed and checked, without importing torch.
+
+A recipe is YAML plus `key=value` overrides. `load` returns one validated, frozen object or raises `InputError` with every
+problem at once, each under its dotted path.
+"""
+
+from distill.recipe.loading import from_mapping, load, read_yaml
+from distill.recipe.schema import OPERATIONAL_KEYS, AreaAttention, Augment, Data, Recipe, Student, Teacher
+from distill.recipe.sizes import VIT_SIZES
+
+__all__ = [
+    "OPERATIONAL_KEYS",
+    "VIT_SIZES",
+    "AreaAttention",
+    "Augment",
+    "Data",
+    "Recipe",
+    "Student",
+    "Teacher",
+    "from_mapping",
+    "load",
+    "read_yaml",
+]

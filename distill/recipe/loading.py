@@ -1,0 +1,213 @@
+"""From a YAML file and `key=value` overrides to one validated recipe, or to all its problems at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from distill.errors import InputError
+from distill.recipe.combinations import impossible_combinations
+from distill.recipe.schema import Recipe
+
+
+class Problem(NamedTuple):
+    path: tuple[str | int, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.path)) or 'recipe'}: {self.message}"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate and resolve the recipe at `path`.
+
+    Raises:
+        InputError: the file is missing or no YAML mapping, or the recipe has problems: all of them are listed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise InputError(f"{path}: cannot read the recipe: {reason}. Give the path of a YAML file.") from None
+    raw = read_yaml(text, source=str(path))
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}.")
+    return from_mapping(raw, overrides, source=str(path), default_name=_name_from(path))
+
+
+def from_mapping(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
+) -> Recipe:
+    """Validate a recipe given as plain data; see `load`."""
+    data = json.loads(json.dumps(raw, default=str))  # a deep copy in which every key is a string
+    problems = [problem for text in overrides if (problem := _override(data, text))]
+    recipe, invalid = _validate(data)
+    problems += invalid
+    if recipe is None:
+        # Combinations are checked even where single values are wrong, on the recipe without the wrong values.
+        recipe, _ = _validate(_without(data, [problem.path for problem in invalid]))
+    if recipe is not None:
+        broken = {problem.path for problem in invalid}
+        problems += [
+            Problem(check.keys[0], check.message)
+            for check in impossible_combinations(recipe)
+            if not any(key[: len(path)] == path for key in check.keys for path in broken)
+        ]
+    if problems or recipe is None:
+        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+        raise InputError(f"{source}: {len(set(problems))} problem(s) in the recipe:\n{lines}")
+    label_weight = recipe.label_weight
+    if label_weight is None:
+        label_weight = 0.5 if recipe.distill else 1.0
+    return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
+
+
+def read_yaml(text: str, *, source: str) -> Any:
+    """YAML as plain data: no tags that build objects, no key twice, `1e-3` a number as in YAML 1.2."""
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise InputError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _name_from(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem) or "run"
+
+
+def _override(data: dict[str, Any], text: str) -> Problem | None:
+    """Set one `dotted.key=value` in `data`; sections that are absent or null come into being."""
+    key, equals, value_text = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        return Problem((text,), "an override has the form key=value, such as train.epochs=10")
+    try:
+        value = read_yaml(value_text, source=key)
+    except InputError as error:
+        return Problem(tuple(path), str(error))
+    node: Any = data
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                return Problem(tuple(path), f"'{'.'.join(path[:depth])}' is a list of {len(node)}; give an index below that")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last and node.get(part) is None:
+                node[part] = {}
+        else:
+            return Problem(tuple(path), f"'{'.'.join(path[:depth])}' is a single value and has no keys")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+    return None
+
+
+def _validate(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    try:
+        return Recipe.model_validate(data), []
+    except ValidationError as error:
+        messages: dict[tuple[str | int, ...], list[str]] = {}
+        for item in error.errors(include_url=False):
+            path = _path_in(data, item["loc"])
+            messages.setdefault(path, []).append(_message(item, path))
+        # A value that fits no branch of a union is reported once, with what each branch wants.
+        return None, [Problem(path, " or ".join(dict.fromkeys(texts))) for path, texts in messages.items()]
+
+
+def _path_in(data: Any, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Pydantic's location less the union tags in it, which are no keys of the recipe."""
+    path: list[str | int] = []
+    node = data
+    for part in location:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            path.append(part)
+            node = node[part]  # type: ignore[index]
+    return tuple(path)
+
+
+def _message(item: Any, path: tuple[str | int, ...]) -> str:
+    if item["type"] == "extra_forbidden":
+        return f"unknown key{_suggest(path)}"
+    value = item["input"]
+    shown = "" if isinstance(value, dict | list) else f", got {value!r}"
+    text = re.sub(r"^Input should be", "should be", item["msg"])
+    return f"{text[0].lower()}{text[1:]}{shown}"
+
+
+def _suggest(path: tuple[str | int, ...]) -> str:
+    wrong = str(path[-1])
+    siblings = [known[-1] for known in _known_keys() if known[:-1] == _plain(path[:-1])]
+    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
+        return f"; did you mean '{near[0]}'?"
+    elsewhere = [".".join(known) for known in _known_keys() if known[-1] == wrong]
+    if elsewhere:
+        return f"; it belongs at '{elsewhere[0]}'"
+    return f"; known here: {', '.join(dict.fromkeys(siblings))}" if siblings else ""
+
+
+def _plain(path: tuple[str | int, ...]) -> tuple[str, ...]:
+    return tuple(part for part in path if isinstance(part, str))
+
+
+def _known_keys() -> list[tuple[str, ...]]:
+    schema = Recipe.model_json_schema()
+    found: list[tuple[str, ...]] = []
+
+    def walk(node: dict[str, Any], path: tuple[str, ...]) -> None:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+        for branch in (*node.get("anyOf", ()), *node.get("oneOf", ()), *([node["items"]] if "items" in node else ())):
+            walk(branch, path)
+        for key, child in node.get("properties", {}).items():
+            found.append((*path, key))
+            walk(child, (*path, key))
+
+    walk(schema, ())
+    return found
+
+
+def _without(data: Any, paths: list[tuple[str | int, ...]]) -> Any:
+    """A deep copy of `data` in which nothing stands at any of `paths`."""
+    if isinstance(data, dict):
+        return {
+            key: _without(value, [path[1:] for path in paths if path[:1] == (key,)])
+            for key, value in data.items()
+            if (key,) not in paths
+        }
+    if isinstance(data, list):
+        return [
+            _without(value, [path[1:] for path in paths if path[:1] == (index,)])
+            for index, value in enumerate(data)
+            if (index,) not in paths
+        ]
+    return data
