@@ -1,0 +1,117 @@
+"""Teacher, student per head and control side by side, from the files of one or more runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distill.errors import InputError
+from distill.report.curves import Curves, curves_of
+from distill.report.metrics import Metrics, measure
+from distill.report.runs import RunFiles, read_run
+
+HEADS = {"fused": "student.fused", "cls": "student.cls", "dist": "student.dist"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model, or one head of it."""
+
+    run: str
+    model: str
+    """'teacher', 'student' or 'control'."""
+    head: str | None
+    """'fused', 'cls' or 'dist'; None for a model with a single head."""
+    metrics: Metrics
+    parameters: int | None
+
+    @property
+    def label(self) -> str:
+        return self.model if self.head is None else f"{self.model}, {HEAD_NAMES[self.head]}"
+
+
+HEAD_NAMES = {"fused": "both heads", "cls": "class head", "dist": "dist. head"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a report shows, computed."""
+
+    runs: dict[str, RunFiles]
+    """By the name that the report gives them."""
+    rows: tuple[Row, ...]
+    curves: Curves
+    warnings: tuple[str, ...]
+    """What a reader must know before the figures."""
+
+    @property
+    def samples(self) -> int:
+        return self.rows[0].metrics.samples
+
+    @property
+    def k(self) -> int:
+        """Of top-k."""
+        return self.rows[0].metrics.k
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """Compare one or more finished runs on the same test set.
+
+    Raises:
+        InputError: no run is given, or one twice; one is missing or unfinished; two have different test sets.
+    """
+    if not runs:
+        raise InputError("compare: give at least one run directory.")
+    named = _named(runs)
+    every = [part for run in named.values() for part in (run, run.control) if part is not None]
+    for other in every[1:]:
+        _same_test_set(every[0], other)
+    return Comparison(
+        runs=named,
+        rows=tuple(row for name, run in named.items() for row in _rows(name, run)),
+        curves=curves_of(named),
+        warnings=tuple(
+            f"{name}: the checkpoint was chosen on the test set (data.select_on: test). The figures on that same "
+            "test set are therefore optimistic."
+            for name, run in named.items()
+            if run.selected_on_test
+        ),
+    )
+
+
+def _named(paths: Sequence[Path]) -> dict[str, RunFiles]:
+    resolved = [path.resolve() for path in paths]
+    for path, where in zip(paths, resolved, strict=True):
+        if resolved.count(where) > 1:
+            raise InputError(f"{path}: the run is given twice.")
+    names = [where.name for where in resolved]
+    return {
+        where.name if names.count(where.name) == 1 else str(path): read_run(path)
+        for path, where in zip(paths, resolved, strict=True)
+    }
+
+
+def _same_test_set(one: RunFiles, other: RunFiles) -> None:
+    digests = one.data_digest, other.data_digest
+    if (None not in digests and digests[0] != digests[1]) or not np.array_equal(
+        one.predictions.labels, other.predictions.labels
+    ):
+        raise InputError(f"{one.path} and {other.path} were evaluated on different test sets and cannot be compared.")
+
+
+def _rows(name: str, run: RunFiles) -> Iterator[Row]:
+    labels, teacher = run.predictions.labels, run.predictions.logits.get("teacher")
+    if teacher is not None:
+        yield Row(name, "teacher", None, measure(teacher, labels), run.parameters("teacher"))
+    for model, part in (("student", run), ("control", run.control)):
+        if part is None:
+            continue
+        logits = part.predictions.logits
+        heads = HEADS if "student.dist" in logits else {"fused": HEADS["fused"]}
+        for head, key in heads.items():
+            if key in logits:
+                metrics = measure(logits[key], labels, teacher)
+                yield Row(name, model, head if len(heads) > 1 else None, metrics, part.parameters("student"))

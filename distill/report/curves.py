@@ -1,0 +1,92 @@
+"""Learning curves out of metrics.jsonl: one point an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from distill.report.runs import Record, RunFiles
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`values` over `epochs`, of equal length, in rising order of epochs and finite throughout."""
+
+    run: str
+    model: str
+    """'student', 'control' or 'teacher'."""
+    variant: str
+    """Which of the model's curves: the split and, for a moving average, the weights; empty for the loss."""
+    epochs: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    loss: tuple[Curve, ...]
+    """Training loss: the mean of an epoch's logged losses."""
+    top1: tuple[Curve, ...]
+    """Accuracy (percent) of the fused heads on the split that checkpoints are chosen on."""
+    teacher: tuple[Curve, ...]
+    """The teacher's accuracy on that split, a single value a run."""
+
+
+def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
+    loss: list[Curve] = []
+    top1: list[Curve] = []
+    teacher: list[Curve] = []
+    for name, run in runs.items():
+        for model, part in (("student", run), ("control", run.control)):
+            if part is None:
+                continue
+            losses = [event for event in part.events if event.get("event") == "train"]
+            if curve := _curve(name, model, "", _means(_points(losses, "loss"))):
+                loss.append(curve)
+            for variant, lines in _evaluations(part):
+                if curve := _curve(name, model, variant, dict(_points(lines, "student/top1"))):
+                    top1.append(curve)
+        split = _split(run)
+        known = dict(_points((event for event in run.events if _is_evaluation(event, split)), "teacher/top1"))
+        if known and (curve := _curve(name, "teacher", split, dict([list(known.items())[-1]]))):
+            teacher.append(curve)
+    return Curves(tuple(loss), tuple(top1), tuple(teacher))
+
+
+def _split(run: RunFiles) -> str:
+    """The split that is measured every epoch; the test set is one only where the recipe says so."""
+    return "test" if run.selected_on_test else "validation"
+
+
+def _is_evaluation(event: Record, split: str) -> bool:
+    return event.get("event") == "eval" and event.get("split") == split
+
+
+def _evaluations(run: RunFiles) -> Iterator[tuple[str, list[Record]]]:
+    """Evaluation lines by variant: the weights themselves, then their moving average."""
+    split = _split(run)
+    lines = [event for event in run.events if _is_evaluation(event, split)]
+    yield split, [event for event in lines if event.get("weights") != "ema"]
+    yield f"{split}, EMA", [event for event in lines if event.get("weights") == "ema"]
+
+
+def _points(events: Iterable[Record], key: str) -> Iterator[tuple[float, float]]:
+    """(epoch, value) of the lines that have both; a loss that is no number cannot be drawn."""
+    for event in events:
+        epoch, value = event.get("epoch"), event.get(key)
+        if isinstance(epoch, int | float) and isinstance(value, int | float) and math.isfinite(value):
+            yield epoch, value
+
+
+def _means(points: Iterable[tuple[float, float]]) -> dict[float, float]:
+    by_epoch: dict[float, list[float]] = {}
+    for epoch, value in points:
+        by_epoch.setdefault(epoch, []).append(value)
+    return {epoch: sum(values) / len(values) for epoch, values in by_epoch.items()}
+
+
+def _curve(run: str, model: str, variant: str, points: Mapping[float, float]) -> Curve | None:
+    if not points:
+        return None
+    epochs, values = zip(*sorted(points.items()), strict=True)
+    return Curve(run, model, variant, epochs, values)

@@ -1,0 +1,127 @@
+"""The report as files: HTML in one piece, Markdown and JSON with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from distill.errors import InputError
+from distill.report import tables
+from distill.report.comparison import Comparison, Row
+from distill.report.curves import Curve
+from distill.report.plots import loss_figure, to_svg, top1_figure
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(comparison: Comparison, html: Path) -> list[Path]:
+    """Write `html` and, beside it, the same as .md and .json; each appears whole or not at all.
+
+    Raises:
+        InputError: `html` does not end in .html or is a folder.
+    """
+    if html.suffix != ".html" or html.is_dir():
+        raise InputError(f"{html}: give the report a file name that ends in .html.")
+    texts = {
+        html: render_html(comparison),
+        html.with_suffix(".md"): tables.render_markdown(comparison),
+        html.with_suffix(".json"): json.dumps(to_json(comparison), indent=2, allow_nan=False) + "\n",
+    }
+    html.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return list(texts)
+
+
+def render_html(comparison: Comparison) -> str:
+    """One file without a script that asks the network for nothing."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        comparison=comparison,
+        header=tables.header(comparison),
+        body=tables.body(comparison),
+        numeric=tables.numeric_columns(comparison),
+        caption=tables.caption(comparison),
+        figures=list(_figures(comparison)),
+        recipes={
+            name: yaml.safe_dump(dict(run.recipe), sort_keys=False)
+            for name, run in comparison.runs.items()
+            if run.recipe
+        },
+        environments={
+            name: json.dumps(run.environment, indent=2) for name, run in comparison.runs.items() if run.environment
+        },
+    )
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """The report's numbers as plain data; accuracies in percent, beside the counts they come from."""
+    curves = comparison.curves
+    return {
+        "runs": {name: str(run.path) for name, run in comparison.runs.items()},
+        "test_images": comparison.samples,
+        "k": comparison.k,
+        "warnings": list(comparison.warnings),
+        "rows": [_row(row) for row in comparison.rows],
+        "curves": {"loss": [_curve(curve) for curve in curves.loss], "top1": [_curve(curve) for curve in curves.top1]},
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    metrics = row.metrics
+    return {
+        "run": row.run,
+        "model": row.model,
+        "head": row.head,
+        "top1": metrics.top1,
+        "top1_correct": metrics.top1_correct,
+        "topk": metrics.topk,
+        "topk_correct": metrics.topk_correct,
+        # JSON has no infinity, which is what a probability of 0 for the label comes to.
+        "nll": metrics.nll if math.isfinite(metrics.nll) else None,
+        "agreement": metrics.agreement,
+        "agreements": metrics.agreements,
+        "parameters": row.parameters,
+    }
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    return {
+        "run": curve.run,
+        "model": curve.model,
+        "variant": curve.variant,
+        "epochs": list(curve.epochs),
+        "values": list(curve.values),
+    }
+
+
+def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    curves = comparison.curves
+    if curves.loss:
+        caption = (
+            "Mean training loss of each epoch. Student and control minimise different losses, each on its own scale."
+        )
+        yield {"title": "Training loss", "caption": caption, "svg": to_svg(loss_figure(curves), "loss")}
+    if curves.top1:
+        caption = "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on."
+        if curves.teacher:
+            caption += " Dashed: the teacher."
+        yield {"title": "Accuracy", "caption": caption, "svg": to_svg(top1_figure(curves), "top1")}

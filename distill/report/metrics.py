@@ -1,0 +1,122 @@
+"""Figures from a run's `predictions.safetensors`: exact counts and a float64 mean, on numpy alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from distill.errors import InputError
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+
+OUTPUTS = ("student.fused", "student.cls", "student.dist", "teacher")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits over one test set: `labels` int64 [N], and [N, classes] for each of `OUTPUTS` that the file holds."""
+
+    labels: Ints
+    logits: dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One model's figures over `samples` test images; accuracies are percentages of exact counts."""
+
+    samples: int
+    k: int
+    """Of top-k: 5, or the number of classes where there are fewer."""
+    top1_correct: int
+    topk_correct: int
+    nll: float
+    """Mean negative log-likelihood of the labels in nats."""
+    agreements: int | None = None
+    """Images on which the decision is the teacher's, right or wrong; None without a teacher."""
+
+    @property
+    def top1(self) -> float:
+        return 100.0 * self.top1_correct / self.samples
+
+    @property
+    def topk(self) -> float:
+        return 100.0 * self.topk_correct / self.samples
+
+    @property
+    def agreement(self) -> float | None:
+        return None if self.agreements is None else 100.0 * self.agreements / self.samples
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read and check the file that evaluation wrote.
+
+    Raises:
+        InputError: it is missing or damaged, its shapes do not fit, a label is no class, or a logit is no number.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}. Write it again with `distill evaluate`.") from None
+    absent = [name for name in ("labels", "student.fused") if name not in tensors]
+    if absent:
+        raise InputError(f"{path}: holds no {' and no '.join(absent)}; it is no file of predictions.")
+    labels = tensors["labels"]
+    logits = {name: tensors[name] for name in OUTPUTS if name in tensors}
+    shape = logits["student.fused"].shape
+    if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"{path}: labels must be a non-empty row of integers, got {labels.dtype} {list(labels.shape)}."
+        )
+    for name, values in logits.items():
+        if values.shape != shape or len(shape) != 2 or len(values) != len(labels):
+            raise InputError(
+                f"{path}: {name} has shape {list(values.shape)}; expected [{len(labels)}, classes], as all outputs."
+            )
+        # The largest logit of a row is finite unless the row holds a NaN, +inf or nothing but -inf.
+        if not np.isfinite(values.max(axis=1)).all():
+            raise InputError(f"{path}: {name} holds logits that are not numbers; the model had diverged.")
+    if labels.min() < 0 or labels.max() >= shape[1]:
+        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, but there are {shape[1]} classes.")
+    return Predictions(labels.astype(np.int64), logits)
+
+
+def measure(logits: Floats, labels: Ints, teacher: Floats | None = None) -> Metrics:
+    """Figures of one model; `logits` and `teacher` are [N, classes], `labels` int64 [N].
+
+    Of equal logits the lower class index comes first, for every count: a constant output decides for class 0.
+    """
+    samples, classes = logits.shape
+    k = min(5, classes)
+    ranks = _ranks(logits, labels)
+    agreements = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())
+    return Metrics(
+        samples=samples,
+        k=k,
+        top1_correct=int((ranks == 0).sum()),
+        topk_correct=int((ranks < k).sum()),
+        nll=float(_negative_log_likelihood(logits, labels).mean()),
+        agreements=agreements,
+    )
+
+
+def _ranks(logits: Floats, labels: Ints) -> Ints:
+    """[N]: how many classes come before the label, by larger logit, then by lower index."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
+
+
+def _negative_log_likelihood(logits: Floats, labels: Ints) -> Floats:
+    """[N] in float64."""
+    exact = logits.astype(np.float64)
+    shifted = exact - exact.max(axis=1, keepdims=True)
+    own = np.take_along_axis(shifted, labels[:, None], axis=1)[:, 0]
+    return np.log(np.exp(shifted).sum(axis=1)) - own
