@@ -79,9 +79,10 @@ def _points(events: Iterable[Record], key: str) -> Iterator[tuple[float, float]]
 
 
 def _means(points: Iterable[tuple[float, float]]) -> dict[float, float]:
+    """By whole epochs: what was logged at 2.3 and at 3.0 belongs to the third."""
     by_epoch: dict[float, list[float]] = {}
     for epoch, value in points:
-        by_epoch.setdefault(epoch, []).append(value)
+        by_epoch.setdefault(math.ceil(epoch), []).append(value)
     return {epoch: sum(values) / len(values) for epoch, values in by_epoch.items()}
 
 

@@ -22,12 +22,12 @@ def metrics_lines(epochs: int, *, select_on: str, ema: bool, teacher: bool) -> l
     lines: list[dict[str, Any]] = [{"event": "preflight", "step": 0, "epoch": 0, "teacher/top1": 90.0}]
     for epoch in range(1, epochs + 1):
         for part in (0, 1):
-            step = 2 * epoch + part
+            step = 2 * epoch - 1 + part
             lines.append(
-                {"event": "train", "step": step, "epoch": epoch, "loss": 2.0 / epoch + part, "loss/label": 1.0}
+                {"event": "train", "step": step, "epoch": step / 2, "loss": 2.0 / epoch + part, "loss/label": 1.0}
             )
         for weights in ("raw", "ema") if ema else ("raw",):
-            line = {"event": "eval", "step": 2 * epoch + 1, "epoch": epoch, "split": select_on, "weights": weights}
+            line = {"event": "eval", "step": 2 * epoch, "epoch": epoch, "split": select_on, "weights": weights}
             lines.append(
                 line | {"student/top1": 50.0 + epoch + (weights == "ema")} | ({"teacher/top1": 91.5} if teacher else {})
             )
