@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
+import torch
+import yaml
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -27,3 +37,82 @@ def cifar10_root() -> Path:
 def teacher_weights() -> Path:
     """The folder with the public CIFAR ResNet weights."""
     return _shared("weights")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A dataset and a teacher so small that a whole run takes seconds: 3x8x8 images of 4 classes told apart by brightness."""
+
+    root: Path
+    teacher: Path
+    recipe: Path
+
+    def mapping(self, **changes: Any) -> dict[str, Any]:
+        """The toy recipe as plain data, with some top-level sections merged into it."""
+        raw = yaml.safe_load(self.recipe.read_text())
+        for key, value in changes.items():
+            raw[key] = raw.get(key, {}) | value if isinstance(value, dict) and isinstance(raw.get(key), dict) else value
+        return raw
+
+
+TOY_RECIPE = """
+data:
+  name: toy.safetensors
+  root: {root}
+  validation: 0.25
+  resolution: 8
+  augment: {{crop_padding: 1, hflip: true, random_erasing: 0.25, mixup: 0.8, cutmix: 1.0}}
+teacher: {{model: cifar_resnet20, weights: {teacher}, min_accuracy: 0.0}}
+student:
+  model: vit_nano
+  patch_size: 4
+  attention: {{kind: area, max_area: 2, blocks: [0, 1]}}
+  drop_path: 0.1
+distill:
+  - {{method: hard, weight: 0.25}}
+  - {{method: soft, weight: 0.25, temperature: 2.0}}
+optim: {{warmup_epochs: 1}}
+train: {{epochs: 3, batch_size: 16, gradient_accumulation: 2, ema: 0.9, log_every: 1, keep_checkpoints: 100}}
+"""
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    from distill.data.packed import write_packed
+
+    folder = tmp_path_factory.mktemp("toy")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for split, size in (("train", 128), ("test", 50)):
+        labels = torch.arange(size) % 4
+        noise = torch.randint(0, 64, (size, 3, 8, 8), generator=generator)
+        tensors[f"{split}.labels"] = labels
+        tensors[f"{split}.images"] = (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    write_packed(folder / "toy.safetensors", name="toy", class_names=("a", "b", "c", "d"), tensors=tensors)
+    torch.manual_seed(0)
+    import teachers.cifar_resnet  # noqa: F401 - registers them with timm
+
+    network = timm.create_model("cifar_resnet20", num_classes=4)
+    torch.save(network.state_dict(), folder / "teacher.pth")
+    recipe = folder / "toy.yaml"
+    recipe.write_text(TOY_RECIPE.format(root=folder, teacher=folder / "teacher.pth"))
+    return Toy(folder, folder / "teacher.pth", recipe)
+
+
+def environment(**values: str) -> dict[str, str]:
+    """The environment of a real command in a test: on the CPU, out of any launcher."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "OMP_"))}
+    return inherited | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} | values
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Runs the real `distill` command in an empty folder."""
+
+    def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "distill.cli", *map(str, arguments)],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    return run

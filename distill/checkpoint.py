@@ -1,0 +1,165 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is a folder `step_00001000` of safetensors, one `weights_only` archive, JSON, and a manifest with the SHA-256 of each
+file. It is written under a temporary name, flushed to disk and renamed, so that a crash leaves the older ones as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.errors import InputError
+
+MANIFEST = "manifest.json"
+_log = logging.getLogger("distill")
+
+
+def write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write one checkpoint atomically.
+
+    Args:
+        folder: where it will stand.
+        tensors: file stem -> state dict; each becomes one safetensors file.
+        optimizer: the optimizer's state dict.
+        state: plain data.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for stem, values in tensors.items():
+        save_file({key: value.detach().contiguous() for key, value in values.items()}, temporary / f"{stem}.safetensors")
+    torch.save(dict(optimizer), temporary / "optimizer.pt")
+    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(_manifest_text(digests), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def verify(path: str | Path) -> None:
+    """Return if every byte of the checkpoint at `path` is what was written.
+
+    Raises:
+        InputError: a file is missing, added or changed; the message names it.
+    """
+    path = Path(path)
+    manifest = path / MANIFEST
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        digests = json.loads(text)
+    except (OSError, ValueError):
+        raise InputError(f"{manifest}: missing or unreadable; the checkpoint {path} cannot be trusted. Use another one.") from None
+    # The manifest has one canonical spelling, so that a change in it is noticed even where it means the same.
+    if not isinstance(digests, dict) or text != _manifest_text(digests):
+        raise InputError(f"{manifest}: damaged; the checkpoint {path} cannot be trusted. Use another one.")
+    present = {child.name for child in path.iterdir()} - {MANIFEST}
+    for name in sorted(present | digests.keys()):
+        file = path / name
+        if name not in digests:
+            raise InputError(f"{file}: not part of the checkpoint as it was written. Remove it or use another checkpoint.")
+        if name not in present:
+            raise InputError(f"{file}: missing from the checkpoint. Use another one.")
+        if _sha256(file) != digests[name]:
+            raise InputError(f"{file}: damaged (its SHA-256 is not the one in {MANIFEST}). Use another checkpoint.")
+
+
+def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
+    """One state dict of the verified checkpoint at `path`, on the CPU."""
+    return load_file(path / f"{stem}.safetensors")
+
+
+def read_optimizer(path: Path) -> dict[str, Any]:
+    """The optimizer's state dict of the verified checkpoint at `path`, on the CPU."""
+    return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The plain data of the verified checkpoint at `path`."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def folder_of_step(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def existing(checkpoints: Path) -> list[Path]:
+    """All checkpoints in the folder, oldest first."""
+    return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+
+
+def newest_intact(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that verifies; a warning names each that does not. None where there is no checkpoint at all.
+
+    Raises:
+        InputError: there are checkpoints and all of them are damaged.
+    """
+    candidates = existing(checkpoints)
+    damages = []
+    for path in reversed(candidates):
+        try:
+            verify(path)
+        except InputError as damage:
+            damages.append(str(damage))
+            continue
+        for damage_text in damages:
+            _log.warning("%s Falling back to %s.", damage_text, path)
+        return path
+    if damages:
+        raise InputError(f"{checkpoints}: no intact checkpoint is left: {' '.join(damages)}")
+    return None
+
+
+def point(checkpoints: Path, name: str, target: Path) -> None:
+    """Make the link `checkpoints/name` (`last`, `best`) lead to `target`, in one step."""
+    temporary = checkpoints / f".{name}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, checkpoints / name)
+
+
+def discard_after(checkpoints: Path, kept: Path | None) -> None:
+    """Remove the checkpoints newer than `kept` (None: all): those that a resumption goes back behind."""
+    for path in existing(checkpoints):
+        if kept is None or path.name > kept.name:
+            shutil.rmtree(path)
+
+
+def prune(checkpoints: Path, keep: int, best: Path | None) -> None:
+    """Remove all but the newest `keep` checkpoints and `best`."""
+    for path in existing(checkpoints)[:-keep]:
+        if path != best:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                _log.warning("%s: could not remove this old checkpoint: %s", path, error)
+
+
+def _manifest_text(digests: Mapping[str, str]) -> str:
+    return json.dumps(digests, indent=1, sort_keys=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

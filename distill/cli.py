@@ -1,0 +1,180 @@
+"""The `distill` command. Each subcommand imports what it needs when it runs, so that the light ones answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distill import __version__
+from distill.errors import InputError
+
+# 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. What a user did wrong ends in one message, printed by one process."""
+    parser = build_parser()
+    command, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
+    if command not in COMMANDS:
+        parser.parse_args([*([command] if command else []), *rest] or ["--help"])
+        return 0
+    _, add_arguments, function = COMMANDS[command]
+    own = argparse.ArgumentParser(prog=f"distill {command}", description=function.__doc__)
+    add_arguments(own)
+    options = own.parse_intermixed_args(rest)
+    try:
+        return function(options) or 0
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line as a whole; each command has its own behind it."""
+    listing = "\n".join(f"  {name:10} {summary}" for name, (summary, _, _) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="distill",
+        description="Distil a pretrained CNN into a small vision transformer.",
+        epilog=f"commands:\n{listing}\n\n`distill COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND")
+    return parser
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    return (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value, such as train.epochs=10")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory itself (default: runs/<name>-<time>)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest intact checkpoint, or from that run or checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, run preflight and one step, write nothing")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train the student of a recipe: what `accelerate launch distill/train.py` runs."""
+    from distill.recipe import load
+
+    load(options.recipe, options.overrides)  # bad recipes are answered before torch is imported
+    import logging
+    import traceback
+
+    from distill.pipeline import launch
+    from distill.signals import Interrupted
+
+    try:
+        launch(Path(options.recipe), options.overrides, out=options.out, resume=options.resume, dry_run=options.dry_run)
+    except Interrupted as interruption:
+        logging.getLogger("distill").info("interrupted (%s); continue with --resume auto", interruption)
+        return EXIT_INTERRUPTED
+    except InputError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+    return 0
+
+
+def validate(options: argparse.Namespace) -> None:
+    """Check a recipe and print it as a run would resolve it."""
+    from distill.recipe import load
+
+    print(load(options.recipe, options.overrides).to_yaml(), end="")
+
+
+def schema(options: argparse.Namespace) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from distill.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="a run directory, a recipe (for its teacher), or a teacher's name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=DIR teacher.weights=FILE")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure a run's exported student, or a teacher alone, on the test set."""
+    from distill.commands import evaluate_run, evaluate_teacher
+
+    target = Path(options.target)
+    if target.is_dir():
+        evaluate_run(target, options.overrides)
+    else:
+        evaluate_teacher(options.target, options.overrides)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run directories")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="HTML", help="default: report.html")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Put teacher, student and control of one or more runs side by side."""
+    from distill.console import console
+    from distill.report.comparison import compare as compare_runs
+    from distill.report.document import write_report
+    from distill.report.tables import render_console
+
+    comparison = compare_runs(options.runs)
+    written = write_report(comparison, options.out)
+    console.print(render_console(comparison))
+    for path in written:
+        console.print(str(path), soft_wrap=True)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run directory")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the timm folder goes")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a run's student as a timm folder."""
+    from distill.commands import export_run
+
+    export_run(options.run, options.to)
+
+
+def _teachers_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, in full")
+
+
+def teachers(options: argparse.Namespace) -> None:
+    """List the known teachers: accuracy, size, source and licence."""
+    from distill.console import console
+    from teachers.listing import render
+
+    console.print(render(options.name))
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
+    "train": ("train the student of a recipe", _train_arguments, train),
+    "validate": ("check a recipe and print it resolved", _recipe_arguments, validate),
+    "schema": ("print the JSON schema of recipes", _no_arguments, schema),
+    "evaluate": ("measure a run's student, or a teacher alone", _evaluate_arguments, evaluate),
+    "compare": ("put runs side by side in a report", _compare_arguments, compare),
+    "export": ("write a run's student as a timm folder", _export_arguments, export),
+    "teachers": ("list the known teachers", _teachers_arguments, teachers),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

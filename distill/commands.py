@@ -1,0 +1,91 @@
+"""Behind `distill evaluate` and `distill export`: models on the test set, outside any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.table import Table
+from torch import Tensor
+
+from distill import run
+from distill.console import console
+from distill.data import Dataset, open_dataset
+from distill.errors import InputError
+from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
+from distill.export import load_export, write_export
+from distill.processes import set_threads
+from distill.recipe import Recipe, from_mapping, load
+from distill.report.metrics import measure
+from distill.teaching import build_teacher, is_trained
+from teachers import Teacher
+
+
+def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
+    """Measure a run's export, and its teacher, on the test set; write its predictions anew and print the table.
+
+    Raises:
+        InputError: no run there, or one in use or without an export; or its data or teacher are not where its recipe says.
+    """
+    run.check_free(path)
+    recipe = from_mapping(run.read_recipe(path).model_dump(), overrides, source=str(path / "resolved.yaml"))
+    student, _ = load_export(path / "export")
+    accelerator, dataset, teacher = _set_up(recipe)
+    forward = student_outputs(student.to(accelerator.device).logits)
+    predictions = named_heads(predict(forward, dataset, "test", accelerator, batch_size=SMALLEST_BATCH))
+    if teacher is not None:
+        predictions["teacher"] = _predict_teacher(teacher, dataset, accelerator)
+    labels = dataset.labels("test")
+    save_predictions(path / "predictions.safetensors", predictions, labels, {"data": dataset.info.digest})
+    _print_table(predictions, labels)
+
+
+def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
+    """Measure the teacher of a recipe, or a teacher by its name, on the test set of the recipe's data."""
+    is_recipe = Path(target).suffix in {".yaml", ".yml"}
+    recipe = load(target, overrides) if is_recipe else from_mapping({"teacher": {"model": target}}, overrides, source=target)
+    accelerator, dataset, teacher = _set_up(recipe)
+    if teacher is None:
+        raise InputError(f"{target}: the recipe has no teacher to evaluate.")
+    _print_table({"teacher": _predict_teacher(teacher, dataset, accelerator)}, dataset.labels("test"))
+
+
+def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
+    for spec in recipe.teachers:
+        if not is_trained(recipe, spec):
+            raise InputError(f"teacher.recipe: {spec.recipe} is not trained yet. Launch it, or the student's recipe, first.")
+    set_threads()
+    accelerator = Accelerator(mixed_precision="no")
+    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device)
+    return accelerator, dataset, build_teacher(recipe, dataset, accelerator)
+
+
+def _predict_teacher(teacher: Teacher, dataset: Dataset, accelerator: Accelerator) -> Tensor:
+    console.print(teacher.describe(), soft_wrap=True)
+    return predict(lambda images: [teacher(images)], dataset, "test", accelerator, batch_size=SMALLEST_BATCH)[0]
+
+
+def _print_table(predictions: dict[str, Tensor], labels: Tensor) -> None:
+    table = Table("model", "correct", "top-1 %", "top-5 %", "NLL")
+    for name, logits in predictions.items():
+        metrics = measure(logits.numpy(), labels.numpy())
+        table.add_row(
+            name, f"{metrics.top1_correct:,} of {metrics.samples:,}", f"{metrics.top1:.2f}", f"{metrics.topk:.2f}", f"{metrics.nll:.4f}"
+        )
+    console.print(table)
+
+
+def export_run(path: Path, to: Path) -> None:
+    """Write the student of a finished run as a timm folder at `to`.
+
+    Raises:
+        InputError: the run has no export, or something stands at `to`.
+    """
+    if to.exists():
+        raise InputError(f"--to {to}: exists already. Choose another folder.")
+    student, class_names = load_export(path / "export")
+    recipe = run.read_recipe(path)
+    card = (path / "export" / "README.md").read_text(encoding="utf-8")
+    write_export(student, to, class_names=class_names, metadata={"run": recipe.name}, card=card)
+    console.print(str(to), soft_wrap=True)

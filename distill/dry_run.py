@@ -1,0 +1,58 @@
+"""`--dry-run`: everything a run would do, up to its first step, and nothing written."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.console import console
+from distill.pipeline import control_recipe, count_parameters, open_data
+from distill.recipe import Recipe
+from distill.teaching import build_teacher, is_trained, run_preflight, teacher_recipe
+from distill.trainer import Trainer
+
+
+def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Build everything, run preflight and one step, print what a run would be, and write nothing."""
+    dataset = open_data(recipe, accelerator)
+    untrained = [spec for spec in recipe.teachers if not is_trained(recipe, spec)]
+    for spec in untrained:
+        console.print(f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, and this one stands without it.")
+        dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
+    if untrained:
+        recipe = control_recipe(recipe)
+    teacher = build_teacher(recipe, dataset, accelerator)
+    if teacher is not None:
+        run_preflight(recipe, teacher, dataset, accelerator)
+    trainer = Trainer(recipe, accelerator, dataset, teacher)
+    trainer.model.train()
+    trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
+    values = trainer.window.read(recipe.train.batch_size)
+    if not accelerator.is_main_process:
+        return
+    counts = count_parameters(trainer.student, teacher)
+    console.print(recipe.to_yaml(), soft_wrap=True)
+    console.print(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
+    console.print(f"FLOPs       {_forward_flops(trainer) / 1e9:.3f} G for the student's forward pass of one image")
+    console.print(f"memory      {_peak_memory(accelerator.device) / 2**20:,.0f} MiB at its peak in this process")
+    console.print(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")
+    console.print(f"first step  loss {values['loss']:.4f}")
+
+
+def _forward_flops(trainer: Trainer) -> int:
+    info = trainer.dataset.info
+    image = torch.rand(1, info.channels, trainer.recipe.data.resolution, trainer.recipe.data.resolution)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        trainer.student.logits(image.to(trainer.accelerator.device))
+    return counter.get_total_flops()
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

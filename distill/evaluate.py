@@ -1,0 +1,105 @@
+"""Logits of a whole split, from any number of processes, in file order; everything else is computed from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.data import Dataset
+from distill.report.metrics import measure
+from distill.students import Heads
+
+SMALLEST_BATCH = 128
+
+
+@torch.inference_mode()
+def predict(
+    forward: Callable[[Tensor], Sequence[Tensor]],
+    dataset: Dataset,
+    split: str,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+) -> list[Tensor]:
+    """Run `forward` over the first `limit` (null: all) samples of a split, each sample exactly once.
+
+    Args:
+        forward: images [B, C, H, W] in [0, 1] -> logits, one [B, classes] per output.
+        batch_size: per process.
+
+    Returns:
+        One float32 [N, classes] on the CPU per output, in file order, the same on every process.
+    """
+    size = dataset.info.sizes[split] if limit is None else min(limit, dataset.info.sizes[split])
+    share = -(-size // accelerator.num_processes)
+    start = min(size, share * accelerator.process_index)
+    stop = min(size, start + share)
+    rows: list[list[Tensor]] = [
+        [output.float() for output in forward(images)]
+        for images, _ in dataset.evaluation_batches(split, start, stop, batch_size)
+    ]
+    outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
+    if accelerator.num_processes > 1:
+        outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, dataset, accelerator)]
+    outputs = [output[:size].cpu() for output in outputs]
+    assert all(len(output) == size for output in outputs), f"{split}: saw {[len(o) for o in outputs]} of {size} samples"
+    return outputs
+
+
+def _same_outputs(outputs: list[Tensor], dataset: Dataset, accelerator: Accelerator) -> list[Tensor]:
+    """A process whose share is empty takes part in the gathering with as many outputs as the others."""
+    number = torch.tensor([len(outputs)], device=accelerator.device)
+    number = accelerator.gather(number).max()  # type: ignore[union-attr]
+    empty = torch.zeros(0, dataset.info.num_classes, device=accelerator.device)
+    return outputs or [empty] * int(number)
+
+
+def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:
+    padded = torch.zeros(share, output.shape[1], device=output.device)
+    padded[: len(output)] = output
+    return accelerator.gather(padded)  # type: ignore[return-value]
+
+
+def student_outputs(logits: Callable[[Tensor], Heads]) -> Callable[[Tensor], list[Tensor]]:
+    """Adapt a student's `logits` to `predict`: the class head, then the distillation head where there is one."""
+
+    def forward(images: Tensor) -> list[Tensor]:
+        return [head for head in logits(images) if head is not None]
+
+    return forward
+
+
+def named_heads(outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`student.cls`, `student.dist` where there is one, and `student.fused`, their mean."""
+    heads = Heads(outputs[0], outputs[1] if len(outputs) > 1 else None)
+    named = {"student.cls": heads.cls, "student.fused": heads.fused}
+    if heads.dist is not None:
+        named["student.dist"] = heads.dist
+    return named
+
+
+def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
+    """Percent correct under the names of `metrics.jsonl`: `student/top1` is the fused answer."""
+    teacher = predictions.get("teacher")
+    values: dict[str, float] = {}
+    for name, logits in predictions.items():
+        key = "student" if name == "student.fused" else name
+        metrics = measure(logits.numpy(), labels.numpy(), None if teacher is None else teacher.numpy())
+        values |= {f"{key}/top1": metrics.top1, f"{key}/top5": metrics.topk, f"{key}/nll": metrics.nll}
+        if key == "student" and metrics.agreement is not None:
+            values["agreement"] = metrics.agreement
+    return values
+
+
+def save_predictions(path: Path, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]) -> None:
+    """Write `predictions.safetensors` in one step: labels [N] and one float32 [N, classes] per name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({"labels": labels, **predictions}, temporary, metadata=dict(metadata))
+    os.replace(temporary, path)

@@ -1,0 +1,56 @@
+"""Parameter groups and the learning rate."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from torch import nn
+
+from distill.errors import InputError
+from distill.recipe.schema import Optim
+
+
+def build_optimizer(spec: Optim, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over the timm `model`.
+
+    Weight decay falls on matrices and kernels only: not on biases, norms, and what the model lists in `no_weight_decay()`
+    (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
+
+    Raises:
+        InputError: no such optimizer.
+    """
+    known = list_optimizers()
+    if spec.name.lower() not in known:
+        raise InputError(f"optim.name: timm has no optimizer '{spec.name}'; it has {', '.join(known)}")
+    arguments: dict[str, Any] = {"momentum": spec.momentum}
+    # Fused AdamW is one kernel a step, on CPU as on CUDA.
+    if "fused" in inspect.signature(get_optimizer_class(spec.name, bind_defaults=False).__init__).parameters:
+        arguments["fused"] = True
+    return create_optimizer_v2(
+        model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments
+    )
+
+
+def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: int) -> float:
+    """Of optimizer step `step` (from 0): linear warm-up from 0, then cosine to `min_lr` (Loshchilov and Hutter 2017, eq. 5) or constant.
+
+    A pure function of the step, so that neither the number of processes nor a resumption can shift it. `total_steps` counts the
+    epochs of the recipe also where `max_steps` ends the run early; the warm-up may be longer than the run.
+    """
+    warmup = spec.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return spec.lr * (step + 1) / (warmup + 1)
+    if spec.schedule == "constant":
+        return spec.lr
+    progress = (step - warmup) / max(1.0, total_steps - warmup)
+    return spec.min_lr + (spec.lr - spec.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set it on every group, times the group's `lr_scale` where layer decay gave it one."""
+    for group in optimizer.param_groups:
+        group["lr"] = value * group.get("lr_scale", 1.0)

@@ -1,0 +1,240 @@
+"""A whole run: the teacher first where a recipe trains it, its preflight, the student, the control, the comparison."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from distill import checkpoint, run
+from distill.console import console, set_up_logging
+from distill.data import Dataset, open_dataset
+from distill.errors import InputError
+from distill.processes import build_accelerator, on_main, set_threads
+from distill.recipe import OPERATIONAL_KEYS, Recipe, load
+from distill.report.comparison import compare
+from distill.report.document import write_report
+from distill.report.tables import render_console
+from distill.run import Run
+from distill.signals import Interrupted, StopRequest
+from distill.teaching import build_teacher, is_trained, run_preflight, teacher_place, teacher_recipe
+from distill.trainer import Trainer
+from teachers import Teacher
+
+_log = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens and from which checkpoint it continues, if from any."""
+
+    directory: Path
+    checkpoint: Path | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What all runs of one launch share."""
+
+    stop: StopRequest
+    threads: int
+
+
+def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: str | None, dry_run: bool) -> None:
+    """Run the recipe at `path` on all processes of this launch.
+
+    Raises:
+        InputError: something the user gave cannot be used; nothing half-written is left.
+        Interrupted: stopped early, resumable.
+    """
+    recipe = load(path, overrides)
+    threads = set_threads()
+    set_up_logging(is_main=PartialState().is_main_process)
+    try:
+        if dry_run:
+            from distill.dry_run import dry_run_recipe
+
+            dry_run_recipe(recipe, build_accelerator(recipe.train, Path()))
+            return
+        place = on_main(lambda: locate(recipe, out, resume))
+        shared = Launch(StopRequest(recipe.train.max_minutes), threads)
+        execute(recipe, place, shared, source=path)
+        if PartialState().is_main_process:
+            show_result(place.directory)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
+    """The run directory, and the checkpoint to continue from.
+
+    Raises:
+        InputError: the directory is taken, finished, in use or of another recipe, or there is nothing to resume at that path.
+    """
+    if resume is None:
+        directory = out or run.new_path(recipe)
+        run.check_new(directory)
+        return Place(directory)
+    if resume == "auto":
+        directory = out or run.newest_unfinished(recipe) or run.new_path(recipe)
+        if not run.read_status(directory):
+            run.check_new(directory)
+            return Place(directory)
+    else:
+        target = Path(resume).resolve()
+        is_checkpoint = target.parent.name == "checkpoints"
+        directory = target.parent.parent if is_checkpoint else target
+        if not target.is_dir() or not run.read_status(directory):
+            raise InputError(f"--resume {resume}: neither a run directory nor a checkpoint in one.")
+        if out is not None and out.resolve() != directory:
+            raise InputError(f"--out {out}: a resumed run stays in its directory, {directory}. Leave --out away.")
+        if is_checkpoint:
+            run.check_resumable(directory, recipe)
+            checkpoint.verify(target)
+            return Place(directory, target, resumed=True)
+    run.check_resumable(directory, recipe)
+    return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
+
+
+def execute(recipe: Recipe, place: Place, shared: Launch, *, source: Path | None = None) -> None:
+    """One run, from wherever it stands to `finished`; its teacher's and its control's run within."""
+    accelerator = build_accelerator(recipe.train, place.directory)
+    dataset = open_data(recipe, accelerator)
+    if not all(is_trained(recipe, spec) for spec in recipe.teachers):
+        Trainer(recipe, accelerator, dataset, None)  # what is wrong with the student shows before its teacher is trained
+        train_teachers(recipe, shared)
+        accelerator = build_accelerator(recipe.train, place.directory)
+    teacher = build_teacher(recipe, dataset, accelerator)
+    preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
+    trainer = Trainer(recipe, accelerator, dataset, teacher)
+    trainer.teacher_logits = teacher_logits
+
+    directory = Run(place.directory, is_main=accelerator.is_main_process)
+    environment = run.describe_environment(
+        num_processes=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
+        device=accelerator.device,
+        threads=shared.threads,
+    )
+    on_main(lambda: directory.open(recipe, source=source, environment=environment))
+    try:
+        status = on_main(lambda: run.read_status(place.directory))
+        directory.status("running", data_digest=dataset.info.digest, parameters=count_parameters(trainer.student, teacher))
+        if status.get("phase") != "control":
+            _log.info("run directory: %s", place.directory)
+            _train(trainer, directory, place, shared, preflight)
+        if recipe.control:
+            directory.status(phase="control")
+            del trainer
+            control = control_recipe(recipe)
+            execute(control, on_main(lambda: place_within(place.directory / "control", control)), shared)
+            on_main(lambda: check_control(place.directory, directory))
+        directory.status("finished")
+    except Interrupted as interruption:
+        directory.status("interrupted", reason=str(interruption))
+        raise
+    except BaseException as error:
+        directory.status("failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        accelerator.end_training()
+        directory.close()
+
+
+def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, preflight: dict[str, Any] | None) -> None:
+    recipe, accelerator = trainer.recipe, trainer.accelerator
+    if directory.is_main:
+        checkpoint.discard_after(directory.checkpoints, place.checkpoint)
+    if place.checkpoint is not None:
+        trainer.restore(place.checkpoint, directory)
+        directory.log("resume", step=trainer.progress.step, epoch=trainer.epoch)
+    else:
+        directory.cut_metrics(0)
+        directory.log("start", step=0, epoch=0, initial_weights=trainer.initial_weights, steps=trainer.total_steps)
+        if preflight is not None:
+            directory.log("preflight", step=0, epoch=0, **preflight)
+    _log.info(
+        "%s: %d steps (%d an epoch), %d process(es) of %d thread(s) on %s, precision %s",
+        recipe.name, trainer.total_steps, trainer.steps_per_epoch, accelerator.num_processes, shared.threads,
+        accelerator.device, accelerator.mixed_precision,
+    )  # fmt: skip
+    accelerator.init_trackers(recipe.name, config={key: str(value) for key, value in recipe.flat().items()})
+    trainer.fit(directory, shared.stop)
+    teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
+    trainer.finish(directory, {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher})
+
+
+def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
+    """The recipe's data on this process's device; downloads and packing happen once, on the main process."""
+
+    def open_it() -> Dataset:
+        return open_dataset(
+            recipe.data,
+            seed=recipe.seed,
+            device=accelerator.device,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+
+    if accelerator.num_processes > 1:
+        on_main(lambda: open_it() and None)
+    return open_it()
+
+
+def train_teachers(recipe: Recipe, shared: Launch) -> None:
+    """Train each teacher that comes as a recipe and is not trained yet, or was interrupted."""
+    for spec in recipe.teachers:
+        if spec.recipe is not None and not is_trained(recipe, spec):
+            teacher = teacher_recipe(recipe, spec)
+            directory = teacher_place(recipe, spec)
+            _log.info("training the teacher %s first, in %s", teacher.name, directory)
+            execute(teacher, on_main(lambda d=directory, t=teacher: place_within(d, t)), shared, source=Path(spec.recipe))
+
+
+def place_within(directory: Path, recipe: Recipe) -> Place:
+    """The place of a run that belongs to another one: always continued where it stopped."""
+    if not run.read_status(directory):
+        return Place(directory)
+    run.check_resumable(directory, recipe)
+    return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
+
+
+def control_recipe(recipe: Recipe) -> Recipe:
+    """The same student on the same batches without the teacher: its heads share the labels at the weight of the whole loss."""
+    assert recipe.label_weight is not None
+    weight = recipe.label_weight + sum(objective.weight for objective in recipe.distill)
+    return recipe.replace(
+        name=f"{recipe.name}-control", teacher=None, distill=[], label_weight=weight, control=False
+    )
+
+
+def check_control(student: Path, directory: Run) -> None:
+    """Compare what student and control began with and saw: a control that differs in more than the teacher is none."""
+    starts = [line["initial_weights"] for path in (student, student / "control") for line in run.read_metrics(path, "start")]
+    seen = [
+        {line["step"]: line["batch"] for line in run.read_metrics(path, "epoch")} for path in (student, student / "control")
+    ]
+    assert len(set(starts)) == 1, f"student and control began from different weights: {starts}"
+    assert seen[0] == seen[1], f"student and control saw different batches: {seen}"
+    directory.log("control", step=max(seen[0], default=0), epoch=len(seen[0]), initial_weights=starts[0], equal_batches=len(seen[0]))
+
+
+def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[str, int]:
+    counts = {"student": sum(parameter.numel() for parameter in student.parameters())}
+    return counts if teacher is None else counts | {"teacher": teacher.num_parameters}
+
+
+def show_result(directory: Path) -> None:
+    """Write the comparison, print its table and say where everything is."""
+    comparison = compare([directory])
+    written = write_report(comparison, directory / "report.html")
+    console.print(render_console(comparison))
+    for label, path in (("student", directory / "export"), ("report", written[0]), ("run", directory)):
+        console.print(f"{label:8} {path}", soft_wrap=True)

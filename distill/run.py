@@ -1,0 +1,235 @@
+"""A run directory: its names, its lock, `status.json`, `environment.json`, `metrics.jsonl` and `train.log`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from distill.errors import InputError
+from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
+
+RUNS = Path("runs")
+_log = logging.getLogger("distill")
+
+
+class Run:
+    """One run directory. All processes hold one; only the main process writes."""
+
+    def __init__(self, path: Path, *, is_main: bool) -> None:
+        self.path = path
+        self.is_main = is_main
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self.metrics = path / "metrics.jsonl"
+        self.predictions = path / "predictions.safetensors"
+        self.report = path / "report.html"
+        self._status: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
+        self._log_file: logging.Handler | None = None
+
+    def open(self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any]) -> None:
+        """Create the directory (or take up an earlier run there), lock it, and say what runs in it.
+
+        Raises:
+            InputError: the directory is in use, or cannot be written.
+        """
+        if not self.is_main:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if source is not None:
+                _write(self.path / "recipe.yaml", source.read_text(encoding="utf-8"))
+            _write(self.path / "resolved.yaml", recipe.to_yaml())
+            _write(self.path / "environment.json", json.dumps(environment, indent=1))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot write the run directory: {error.strerror or error}. Choose another --out.") from None
+        self._status = read_status(self.path)
+        self._log_file = logging.FileHandler(self.path / "train.log")
+        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _log.addHandler(self._log_file)
+
+    def close(self) -> None:
+        """Release the lock and the log."""
+        if self._log_file is not None:
+            _log.removeHandler(self._log_file)
+            self._log_file.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self) -> None:
+        # The kernel drops the lock when its holder dies, however it dies: there are no stale locks.
+        self._lock = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            check_free(self.path)
+            raise
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def status(self, state: str | None = None, **values: Any) -> None:
+        """Merge `values` into `status.json`, atomically; `state` is running, finished, interrupted or failed."""
+        if not self.is_main:
+            return
+        self._status.update(values)
+        if state is not None:
+            self._status["state"] = state
+            self._status["reason"] = values.get("reason")
+        self._status["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        _write(self.path / "status.json", json.dumps(self._status, indent=1))
+
+    def log(self, event: str, *, step: int, epoch: float, **values: Any) -> None:
+        """Append one line to `metrics.jsonl`."""
+        if self.is_main:
+            line = {"event": event, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values}
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes of `metrics.jsonl` so far; a checkpoint remembers it."""
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Cut `metrics.jsonl` back to what a checkpoint remembers."""
+        if self.is_main and self.metrics_size() > size:
+            os.truncate(self.metrics, size)
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """`status.json` of the run directory at `path`; empty where there is none.
+
+    Raises:
+        InputError: it is there and unreadable.
+    """
+    file = path / "status.json"
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: unreadable ({error}). Repair or remove it.") from None
+
+
+def read_metrics(path: Path, event: str) -> Iterator[dict[str, Any]]:
+    """The lines of one kind in the `metrics.jsonl` of the run directory at `path`, in order."""
+    file = path / "metrics.jsonl"
+    if file.exists():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if line["event"] == event:
+                yield line
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The resolved recipe of the run directory at `path`.
+
+    Raises:
+        InputError: there is none: `path` is no run directory.
+    """
+    file = path / "resolved.yaml"
+    if not file.is_file():
+        raise InputError(f"{path}: not a run directory (it has no resolved.yaml).")
+    return from_mapping(read_yaml(file.read_text(encoding="utf-8"), source=str(file)), source=str(file))
+
+
+def check_free(path: Path) -> None:
+    """Raise InputError if a living process holds the run directory."""
+    lock = path / ".lock"
+    if not lock.exists():
+        return
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: in use by {file.read()}. Wait for it or choose another --out.") from None
+
+
+def check_new(path: Path) -> None:
+    """Raise InputError if a run, or anything else, already stands at `path`."""
+    check_free(path)
+    status = read_status(path)
+    if status:
+        state = status.get("state")
+        advice = "" if state == "finished" else " Continue it with --resume auto, or"
+        raise InputError(f"{path}: there is a run already, and it is {state}.{advice} choose another --out.")
+    if path.exists() and (not path.is_dir() or any(child.name != ".lock" for child in path.iterdir())):
+        raise InputError(f"{path}: exists and is no run directory. Choose another --out.")
+
+
+def check_resumable(path: Path, recipe: Recipe) -> None:
+    """Raise InputError if the run at `path` is in use, finished, or of another recipe; the message says what changed."""
+    check_free(path)
+    if read_status(path).get("state") == "finished":
+        raise InputError(f"{path}: this run is finished; there is nothing to resume. Choose another --out.")
+    before, after = read_recipe(path).flat(), recipe.flat()
+    changes = [
+        f"  {key}: {before.get(key, '(absent)')!r} -> {after.get(key, '(absent)')!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key) and key not in OPERATIONAL_KEYS
+    ]
+    if changes:
+        listing = "\n".join(changes)
+        raise InputError(
+            f"{path}: the recipe has changed since this run began:\n{listing}\n"
+            f"Resume with the recipe as it was ({path}/resolved.yaml), or start a new run with another --out."
+        )
+
+
+def newest_unfinished(recipe: Recipe) -> Path | None:
+    """The newest run directory under `runs/` that has this recipe's name and is not finished."""
+    candidates = [path for path in RUNS.glob(f"{recipe.name}-*") if read_status(path).get("state", "finished") != "finished"]
+    return max(candidates, key=lambda path: path.name, default=None)
+
+
+def new_path(recipe: Recipe) -> Path:
+    """`runs/<name>-<time>`."""
+    return RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def describe_environment(*, num_processes: int, precision: str, device: torch.device, threads: int) -> dict[str, Any]:
+    """What else a result depends on: versions, machine, processes, precision, commit."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    packages = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "versions": {"distill": metadata.version("distill"), **{name: metadata.version(name) for name in packages}},
+        "commit": commit.stdout.strip() or None,
+        "processes": num_processes,
+        "precision": precision,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": threads,
+        "cores": os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

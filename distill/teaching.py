@@ -1,0 +1,88 @@
+"""The teachers of a run: where their own training stands, how they are built, and whether they are fed rightly."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from distill import run
+from distill.data import Dataset
+from distill.errors import InputError
+from distill.evaluate import SMALLEST_BATCH, accuracies, predict
+from distill.recipe import OPERATIONAL_KEYS, Recipe, load
+from distill.recipe import Teacher as TeacherSpec
+from teachers import Ensemble, Teacher, judge, load_teacher
+
+PREFLIGHT_IMAGES = 5000
+_log = logging.getLogger("distill")
+
+
+def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
+    """The recipe that trains this teacher, on the same data, wherever the student's recipe found them.
+
+    Raises:
+        InputError: it cannot be read, is of other data, or is a distillation itself with a control.
+    """
+    assert spec.recipe is not None
+    teacher = load(spec.recipe)
+    if teacher.data.name != recipe.data.name:
+        raise InputError(
+            f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. Make data.name the same."
+        )
+    return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
+
+
+def teacher_place(recipe: Recipe, spec: TeacherSpec) -> Path:
+    """Where the run of a teacher's recipe stands: under a name that changes with anything that changes what it learns."""
+    teacher = teacher_recipe(recipe, spec)
+    return run.RUNS / "teachers" / f"{teacher.name}-{teacher.digest(OPERATIONAL_KEYS)[:12]}"
+
+
+def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
+    """Whether this teacher needs no training first: it comes as a model, or its recipe's run is finished."""
+    return spec.recipe is None or run.read_status(teacher_place(recipe, spec)).get("state") == "finished"
+
+
+def build_teacher(recipe: Recipe, dataset: Dataset, accelerator: Accelerator) -> Teacher | None:
+    """The recipe's teacher or ensemble, frozen, on the device; those that recipes train come from their exports."""
+    if not recipe.teachers:
+        return None
+    specs = [
+        spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_place(recipe, spec) / 'export'}"})
+        if spec.recipe
+        else spec
+        for spec in recipe.teachers
+    ]
+    teacher = load_teacher(specs if isinstance(recipe.teacher, list) else specs[0], dataset.info.num_classes)
+    _log.info("teacher: %s", teacher.describe())
+    return teacher.to(accelerator.device)
+
+
+def run_preflight(recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerator: Accelerator) -> tuple[dict[str, Any], Tensor]:
+    """Measure the teacher, and each member of an ensemble, through the very path it will be used on.
+
+    On the validation split; without one on the first 5,000 training images, unaugmented.
+
+    Returns:
+        What `metrics.jsonl` says of it, and the teacher's logits [N, classes] on that split.
+
+    Raises:
+        InputError: a teacher is worse than its `min_accuracy`; the message names the likely causes.
+    """
+    split = "validation" if dataset.info.sizes.get("validation") else "train"
+    members = list(teacher.members) if isinstance(teacher, Ensemble) else []
+    *members_logits, logits = predict(
+        lambda images: [model(images) for model in (*members, teacher)],
+        dataset, split, accelerator, batch_size=SMALLEST_BATCH, limit=None if split == "validation" else PREFLIGHT_IMAGES,
+    )  # fmt: skip
+    labels = dataset.labels(split)[: len(logits)]
+    for model, answers, spec in zip(members or [teacher], members_logits or [logits], recipe.teachers, strict=True):
+        judge(model, answers, labels, min_accuracy=spec.min_accuracy)
+    values = accuracies({"teacher": logits}, labels)
+    _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
+    described = {"split": split, "samples": len(labels), "teacher": teacher.describe(), "teacher_sha256": teacher.digest}
+    return described | values, logits

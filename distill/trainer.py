@@ -1,0 +1,353 @@
+"""The loop: one student, from its first step, or from a checkpoint, to its export and its predictions."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from distill import checkpoint
+from distill.console import TrainingDisplay
+from distill.data import Batch, BatchPlan, Dataset
+from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, save_predictions, student_outputs
+from distill.export import load_export, write_export
+from distill.objectives import training_loss
+from distill.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.processes import on_main
+from distill.recipe import Recipe
+from distill.run import Run
+from distill.signals import Interrupted, StopRequest
+from distill.students import Student, build_student
+from teachers import Teacher
+
+_log = logging.getLogger("distill")
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers besides tensors. There is no random state: randomness is a function of seed and step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    evaluated_at: int = 0
+    best_top1: float = -1.0
+    best_step: int | None = None
+    best_weights: str = "raw"
+    """'raw' or 'ema', whichever was better on the split that selects."""
+
+
+class Trainer:
+    """Everything of one training run that lives in memory."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, dataset: Dataset, teacher: Teacher | None) -> None:
+        """Build student, optimizer and schedule.
+
+        Raises:
+            InputError: the student cannot be built, or the batch does not divide.
+        """
+        self.recipe, self.accelerator, self.dataset, self.teacher = recipe, accelerator, dataset, teacher
+        info, train = dataset.info, recipe.train
+        self.plan = BatchPlan(
+            seed=recipe.seed,
+            batch_size=train.batch_size,
+            accumulation=train.gradient_accumulation,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+        self.steps_per_epoch = self.plan.steps_per_epoch(info.sizes["train"])
+        self.schedule_steps = train.epochs * self.steps_per_epoch
+        self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
+        self.student: Student = build_student(
+            recipe.student,
+            resolution=recipe.data.resolution,
+            num_classes=info.num_classes,
+            channels=info.channels,
+            mean=info.mean,
+            std=info.std,
+            seed=recipe.seed,
+        ).to(accelerator.device, memory_format=torch.channels_last)
+        self.initial_weights = state_digest(self.student)
+        if train.gradient_checkpointing:
+            self.student.model.set_grad_checkpointing(True)
+        self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
+        if train.compile is True or (train.compile == "auto" and accelerator.device.type == "cuda"):
+            self.student.compile()
+        self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model))
+        self.model: nn.Module = accelerator.prepare(self.student)
+        self.progress = Progress()
+        self.window = Window(accelerator)
+        self.teacher_logits: Tensor | None = None
+
+    @property
+    def epoch(self) -> float:
+        return self.progress.step / self.steps_per_epoch
+
+    @property
+    def at_boundary(self) -> bool:
+        """At the end of an epoch, or of the run."""
+        return self.progress.step == self.total_steps or self.progress.step % self.steps_per_epoch == 0
+
+    @property
+    def selection_split(self) -> str | None:
+        """The split on which checkpoints are chosen; None where nothing is held out: then the last one is taken."""
+        if self.recipe.data.select_on == "test":
+            return "test"
+        return "validation" if self.dataset.info.sizes.get("validation") else None
+
+    def fit(self, run: Run, stop: StopRequest) -> None:
+        """Train to the end, with checkpoints and evaluations along the way.
+
+        Raises:
+            Interrupted: asked to stop; there is a checkpoint to resume from.
+        """
+        train, progress = self.recipe.train, self.progress
+        display = TrainingDisplay(
+            self.recipe.name,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            is_main=self.accelerator.is_main_process,
+        )
+        with display:
+            if self.at_boundary and progress.evaluated_at < progress.step:
+                self.evaluate(run, display)  # the run was stopped between an epoch's last step and its evaluation
+            while progress.step < self.total_steps:
+                epoch, first_step = divmod(progress.step, self.steps_per_epoch)
+                self.model.train()
+                for micro_batches in self.dataset.training_batches(self.plan, epoch, first_step):
+                    if progress.step % self.steps_per_epoch == 0:
+                        run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(micro_batches[0]))
+                    self.train_step(micro_batches)
+                    progress.step += 1
+                    display.advance(progress.step)
+                    if progress.step % train.log_every == 0:
+                        self.log(run, display)
+                    if (reason := stop.reason()) is not None:
+                        self.save(run)
+                        raise Interrupted(reason)
+                    if self.at_boundary:
+                        break
+                    if train.checkpoint_every and progress.step % train.checkpoint_every == 0:
+                        with self.window.paused():
+                            self.save(run)
+                with self.window.paused():
+                    self.evaluate(run, display)
+                    if self.due() or progress.step == self.total_steps:
+                        self.save(run)
+
+    def due(self) -> bool:
+        """Whether the end of this epoch gets a checkpoint: by the interval, or because it is the best so far."""
+        every = self.recipe.train.checkpoint_every
+        return every is None or self.progress.step % every == 0 or self.progress.best_step == self.progress.step
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> None:
+        """One optimizer step on this process's share of the global batch."""
+        recipe, step = self.recipe, self.progress.step
+        rate = learning_rate(
+            recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps
+        )
+        set_learning_rate(self.optimizer, rate)
+        for index, batch in enumerate(micro_batches):
+            # What the model draws (drop path) is a function of where we are, so that a resumed run draws the same.
+            torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                teacher_logits = None
+                if self.teacher is not None and recipe.distill:
+                    with self.accelerator.autocast():
+                        teacher_logits = self.teacher(batch.images)
+                heads = self.model(batch.images)
+                loss, parts = training_loss(
+                    heads,
+                    batch.targets,
+                    teacher_logits,
+                    label_weight=recipe.label_weight,
+                    objectives=recipe.distill,
+                    label_smoothing=recipe.train.label_smoothing,
+                )
+                self.accelerator.backward(loss / len(micro_batches))
+            self.window.add(loss.detach(), parts)
+        if recipe.optim.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.student, step=step)
+        self.window.steps += 1
+
+    def log(self, run: Run, display: TrainingDisplay) -> None:
+        """Global means since the last line, to metrics.jsonl, the console and the trackers."""
+        values = self.window.read(self.plan.batch_size)
+        rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
+        run.log("train", step=self.progress.step, epoch=self.epoch, **values, lr=rate)
+        run.status(step=self.progress.step, epoch=self.epoch, metrics=values)
+        self.accelerator.log(values | {"lr": rate}, step=self.progress.step)
+        display.show(self.progress.step, values)
+
+    def evaluate(self, run: Run, display: TrainingDisplay) -> None:
+        """Measure raw and averaged weights on the split that selects, and remember the best so far."""
+        split, progress = self.selection_split, self.progress
+        progress.evaluated_at = progress.step
+        if split is None:
+            return
+        candidates = {"raw": self.student} if self.ema is None else {"raw": self.student, "ema": self.ema.module}
+        for weights, student in candidates.items():
+            values = accuracies(self.predict_heads(student, split), self.dataset.labels(split))
+            run.log("eval", step=progress.step, epoch=self.epoch, split=split, weights=weights, **values)
+            run.status(metrics=values)
+            self.accelerator.log({f"{weights}/{key}": value for key, value in values.items()}, step=progress.step)
+            top1 = values["student/top1"]
+            display.accuracy(f"epoch {self.epoch:.2f}  {split} top-1 {top1:.2f} % ({weights} weights)")
+            if top1 > progress.best_top1:
+                progress.best_top1, progress.best_step, progress.best_weights = top1, progress.step, weights
+
+    def predict_heads(self, student: Student, split: str) -> dict[str, Tensor]:
+        """The student's logits per head on a split, and the teacher's where they are known already."""
+        student.eval()
+        outputs = predict(
+            student_outputs(student.logits), self.dataset, split, self.accelerator, batch_size=self.evaluation_batch
+        )
+        named = named_heads(outputs)
+        if split == "validation" and self.teacher_logits is not None:
+            named["teacher"] = self.teacher_logits
+        return named
+
+    @property
+    def evaluation_batch(self) -> int:
+        return max(SMALLEST_BATCH, self.plan.micro_batch_size)
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint; returns on all processes when it stands."""
+
+        def write() -> None:
+            folder = checkpoint.folder_of_step(run.checkpoints, self.progress.step)
+            tensors = {"model": self.student.state_dict()}
+            if self.ema is not None:
+                tensors["ema"] = self.ema.module.state_dict()
+            scaler = self.accelerator.scaler
+            state = {
+                "progress": asdict(self.progress),
+                "metrics_size": run.metrics_size(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            checkpoint.write(folder, tensors, self.optimizer.state_dict(), state)
+            checkpoint.point(run.checkpoints, "last", folder)
+            best = None
+            if self.progress.best_step is not None:
+                best = checkpoint.folder_of_step(run.checkpoints, self.progress.best_step)
+                checkpoint.point(run.checkpoints, "best", best)
+            checkpoint.prune(run.checkpoints, self.recipe.train.keep_checkpoints, best)
+            run.log("checkpoint", step=self.progress.step, epoch=self.epoch, path=str(folder.relative_to(run.path)))
+            run.status(step=self.progress.step, epoch=self.epoch)
+
+        on_main(write)
+
+    def restore(self, folder: Path, run: Run) -> None:
+        """Continue from a checkpoint, verified before anything changes."""
+        checkpoint.verify(folder)
+        state = checkpoint.read_state(folder)
+        self.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
+        self.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        run.cut_metrics(state["metrics_size"])
+        _log.info("resumed from %s", folder)
+
+    def finish(self, run: Run, metadata: Mapping[str, str]) -> None:
+        """Export the chosen weights, and from the export write the predictions on the test set: its one reading."""
+        progress, info = self.progress, self.dataset.info
+        step = progress.step if progress.best_step is None else progress.best_step
+        weights = progress.best_weights if progress.best_step is not None else ("raw" if self.ema is None else "ema")
+        chosen = checkpoint.folder_of_step(run.checkpoints, step)
+        described = dict(metadata) | {"step": str(step), "weights": weights}
+        if self.selection_split is not None:
+            described[f"{self.selection_split}_top1"] = f"{progress.best_top1:.2f}"
+
+        def export() -> None:
+            checkpoint.verify(chosen)
+            self.student.load_state_dict(checkpoint.read_tensors(chosen, "model" if weights == "raw" else "ema"))
+            write_export(self.student, run.export, class_names=info.class_names, metadata=described, card=_card(described))
+
+        on_main(export)
+        student, _ = load_export(run.export)
+        predictions = self.predict_heads(student.to(self.accelerator.device), "test")
+        if self.teacher is not None:
+            predictions["teacher"], = predict(
+                lambda images: (self.teacher(images),), self.dataset, "test", self.accelerator, batch_size=self.evaluation_batch
+            )  # fmt: skip
+        labels = self.dataset.labels("test")
+        on_main(lambda: save_predictions(run.predictions, predictions, labels, {"data": info.digest, **described}))
+        values = accuracies(predictions, labels)
+        run.log("eval", step=step, epoch=step / self.steps_per_epoch, split="test", weights=weights, **values)
+        run.status(metrics=values, exported={"step": step, "weights": weights})
+
+
+class Window:
+    """Sums since the last line of metrics, kept on the device so that logging costs one synchronisation an interval."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.micro_batches = 0
+        self.steps = 0
+        self.began = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent within does not count against the images per second."""
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+
+    def add(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+        for key, value in {"loss": loss, **{f"loss/{name}": part for name, part in parts.items()}}.items():
+            self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value.detach()
+        self.micro_batches += 1
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        """Means over all processes, and images per second; then starts anew."""
+        means = self.accelerator.reduce(torch.stack(list(self.sums.values())) / self.micro_batches, "mean")
+        values = dict(zip(self.sums, means.tolist(), strict=True))  # type: ignore[union-attr]
+        values["images_per_second"] = self.steps * batch_size / (time.perf_counter() - self.began)
+        self.restart()
+        return values
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 (hex) over names and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def batch_digest(batch: Batch) -> str:
+    """SHA-256 (hex) of what the student is about to see: indices, pixels and targets."""
+    digest = hashlib.sha256()
+    for part in (batch.indices, batch.images, batch.targets):
+        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _seed_of(seed: int, step: int, process_index: int, micro_batch: int) -> int:
+    text = f"{seed}/{step}/{process_index}/{micro_batch}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
+def _card(described: Mapping[str, str]) -> str:
+    return "\n".join(f"- {key}: {value}" for key, value in described.items())
