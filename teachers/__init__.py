@@ -1,1 +1,28 @@
+"""Teachers: frozen networks with their own input contract.
 
+Listing the zoo needs no torch, so what does need it is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teachers.judging import count, judge, preflight
+    from teachers.teacher import Ensemble, Teacher, load_teacher
+    from teachers.zoo import ZOO, ZooEntry
+
+_HOMES = {
+    "ZOO": "zoo", "ZooEntry": "zoo",
+    "Ensemble": "teacher", "Teacher": "teacher", "load_teacher": "teacher",
+    "count": "judging", "judge": "judging", "preflight": "judging",
+}  # fmt: skip
+
+__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "count", "judge", "load_teacher", "preflight"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'teachers' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"teachers.{_HOMES[name]}"), name)

@@ -1,0 +1,75 @@
+"""Preflight: is the teacher, fed the very way it will be used, as good as it should be?
+
+Split in two so that several processes can add up their counts between counting and judging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from distill.errors import InputError
+from teachers.teacher import Teacher
+
+
+def preflight(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], *, min_accuracy: float | None) -> float:
+    """The teacher's accuracy (0 to 1) over `batches`, in one process; see `count` and `judge`."""
+    return judge(teacher, count(teacher, batches), min_accuracy=min_accuracy)
+
+
+def count(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """How often each label got each answer: int64 [classes, classes], row: label, column: answer.
+
+    `batches` yields images in [0, 1], [B, C, H, W], with labels int64 [B], as a data set's `evaluation_batches` does.
+    The counts are on the device of the images; those of several processes add up to those of one.
+    """
+    classes = teacher.num_classes
+    counts: Tensor | None = None
+    for images, labels in batches:
+        cells = labels * classes + teacher(images).argmax(1)
+        found = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+        counts = found if counts is None else counts + found
+    assert counts is not None, "no batches to count"
+    return counts
+
+
+def judge(teacher: Teacher, counts: Tensor, *, min_accuracy: float | None) -> float:
+    """The accuracy (0 to 1) in `counts` (see `count`), if it is at least `min_accuracy`; None: well above chance.
+
+    Chance is the share of the largest class, or 1 / classes if that is more. Well above is twice 1 / classes, or five
+    standard deviations above chance where that is more, but never beyond half of the way from chance to perfect.
+
+    Raises:
+        InputError: the teacher is worse; the message names the likely causes.
+    """
+    total = int(counts.sum())
+    accuracy = int(counts.diagonal().sum()) / total
+    required = _well_above_chance(counts) if min_accuracy is None else min_accuracy
+    if accuracy >= required:
+        return accuracy
+    causes = [
+        f"another normalisation or size than in its training (it gets {teacher.contract}; set teacher.mean, std, size)",
+        "weights of another model or data set (teacher.weights), or barely trained ones",
+    ]
+    by_best_names = int(counts.amax(0).sum()) / total
+    order = f"its classes in another order than the data's (renaming its answers would give {by_best_names:.2%})"
+    causes.insert(0 if by_best_names >= max(required, (1 + accuracy) / 2) else 2, order)
+    answer, share = int(counts.sum(0).argmax()), float(counts.sum(0).max()) / total
+    if share > 0.9:
+        causes.insert(0, f"it says class {answer} to {share:.0%} of the images, which means unusable inputs or weights")
+    raise InputError(
+        f"teacher {teacher.name}: {accuracy:.2%} accuracy on {total} images, below the required {required:.2%} "
+        f"(teacher.min_accuracy{' by default: well above chance' if min_accuracy is None else ''}). "
+        f"Likely causes: {'; '.join(f'({n}) {cause}' for n, cause in enumerate(causes, 1))}. "
+        "If it really is no better, set teacher.min_accuracy lower."
+    )
+
+
+def _well_above_chance(counts: Tensor) -> float:
+    classes, total = len(counts), int(counts.sum())
+    chance = max(1 / classes, int(counts.sum(1).max()) / total)
+    noise = math.sqrt(chance * (1 - chance) / total)
+    return min(max(2 / classes, chance + 5 * noise), (1 + chance) / 2)

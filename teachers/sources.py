@@ -1,0 +1,194 @@
+"""From the recipe's `teacher` section to a network with trained weights and the input contract it was trained under."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torchvision
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+import teachers.cifar_resnet  # noqa: F401  registers the names with timm
+from distill import recipe
+from distill.errors import InputError
+from distill.inputs import InputContract
+from teachers.weights import download, load_weights
+from teachers.zoo import ZOO
+
+_TORCH_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+
+class Source(NamedTuple):
+    network: nn.Module
+    contract: InputContract
+
+
+def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
+    """The network that `spec` names, every weight of it trained.
+
+    The contract is the recipe's where it speaks, else the zoo's, the timm configuration's or torchvision's.
+
+    Raises:
+        InputError: an unknown model, weights that cannot be had or do not fit, or another number of classes.
+    """
+    assert spec.model is not None
+    if spec.model in ZOO:
+        return _from_zoo(spec, spec.model, num_classes)
+    scheme, colon, rest = spec.model.partition(":")
+    if scheme == "local-dir" and colon:
+        return _from_folder(spec, Path(rest), num_classes)
+    if scheme in ("hf_hub", "hf-hub") and colon:
+        return _from_hub(spec, rest, num_classes)
+    library, slash, rest = spec.model.partition("/")
+    if library == "torchvision" and slash:
+        return _from_torchvision(spec, rest, num_classes)
+    return _from_timm(spec, spec.model, num_classes)
+
+
+def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    entry = ZOO[name]
+    contract = _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation))
+    if spec.weights is None:
+        _same_classes(f"the weights of {name}", entry.num_classes, num_classes)
+    network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(contract.mean))
+    load_weights(network, Path(spec.weights or download(entry.url, entry.sha256)), num_classes=num_classes)
+    return Source(network, contract)
+
+
+def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, [*ZOO, *timm.list_models()], n=3)
+        hint = f" Close names: {', '.join(near)}." if near else ""
+        raise InputError(
+            f"teacher.model: '{name}' is neither in the zoo (`distill teachers` lists it) nor a timm model.{hint} "
+            "Other forms are hf_hub:NAME, torchvision/NAME and local-dir:PATH."
+        )
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag after the dot
+        known = ", ".join(timm.list_pretrained(base + ".*")) or "none"
+        raise InputError(f"teacher.model: {error} timm has: {known}.") from None
+    contract = _contract(spec, _timm_contract(config.to_dict()))
+    if spec.weights is not None:
+        network = timm.create_model(name, num_classes=num_classes, in_chans=len(contract.mean))
+        load_weights(network, Path(spec.weights), num_classes=num_classes)
+        return Source(network, contract)
+    if not config.has_weights:
+        raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
+    _same_classes(f"timm's weights for {name}", config.num_classes, num_classes)
+    return Source(
+        _pretrained(name, f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url), contract
+    )
+
+
+def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    url = f"https://huggingface.co/{name}"
+    try:
+        config, _, _ = timm.models.load_model_config_from_hf(name)
+    except (OSError, EntryNotFoundError, HTTPException) as error:
+        raise InputError(_no_download(url, error)) from error
+    except (ValueError, KeyError) as error:
+        raise InputError(f"teacher.model: hf_hub:{name} is no model that timm can load ({error}).") from error
+    contract = _contract(spec, _timm_contract(config))
+    _same_classes(f"hf_hub:{name}", config.get("num_classes"), num_classes)
+    if spec.weights is None:
+        return Source(_pretrained(f"hf-hub:{name}", url), contract)
+    network = timm.create_model(f"hf-hub:{name}", num_classes=num_classes)
+    load_weights(network, Path(spec.weights), num_classes=num_classes)
+    return Source(network, contract)
+
+
+def _pretrained(name: str, url: str) -> nn.Module:
+    """timm's model with the head its weights have; timm loads them strictly when the class count is left alone."""
+    try:
+        return timm.create_model(name, pretrained=True)
+    except (OSError, EntryNotFoundError, HTTPException) as error:
+        raise InputError(_no_download(url, error)) from error
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"teacher.model: the weights of {name} ({url}) cannot be used: {error}") from error
+
+
+def _no_download(url: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"{url}: cannot be downloaded ({reason}). Fetch the weights file on a machine with network access and name it: "
+        "teacher.weights=PATH with a timm model, or teacher.model=local-dir:FOLDER for a folder with its config.json."
+    )
+
+
+def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source:
+    import distill.students  # noqa: F401  registers the names that our own exports carry; other teachers do without it
+
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f"teacher.model: {folder} has no config.json. Give one that `distill export` or timm wrote.")
+    try:
+        network = timm.create_model(f"local-dir:{folder}")
+    except Exception as error:  # whatever the file says wrong surfaces somewhere inside the model's constructor
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{config}: does not describe a model that timm can build ({reason}).") from error
+    _same_classes(str(folder), network.num_classes, num_classes)
+    candidates = [Path(spec.weights)] if spec.weights else [folder / name for name in _FOLDER_FILES]
+    weights = next((path for path in candidates if path.is_file()), candidates[0])
+    load_weights(network, weights, num_classes=num_classes)
+    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
+
+
+def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
+        raise InputError(f"teacher.model: torchvision has no classifier '{name}'. Close names: {near}.")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    preset = weights.transforms()
+    interpolation = _interpolation(preset.interpolation.value)
+    contract = _contract(spec, InputContract(tuple(preset.mean), tuple(preset.std), preset.crop_size[0], interpolation))
+    if spec.weights is not None:
+        network = torchvision.models.get_model(name, num_classes=num_classes)
+        load_weights(network, Path(spec.weights), num_classes=num_classes)
+        return Source(network, contract)
+    _same_classes(f"torchvision's weights for {name}", len(weights.meta["categories"]), num_classes)
+    try:
+        return Source(torchvision.models.get_model(name, weights=weights), contract)
+    except (OSError, HTTPException) as error:
+        raise InputError(_no_download(weights.url, error)) from error
+
+
+def _same_classes(what: str, theirs: int | None, ours: int) -> None:
+    if theirs != ours:
+        raise InputError(
+            f"teacher: {what}: {theirs} classes, the data have {ours}. Fine-tune the model on your data first "
+            "(recipes/teachers/cifar10_resnet18_finetune.yaml shows how), or give others: teacher.weights=PATH."
+        )
+
+
+def _timm_contract(config: Mapping[str, Any]) -> InputContract:
+    interpolation = _interpolation(config.get("interpolation"))
+    return InputContract(tuple(config["mean"]), tuple(config["std"]), config["input_size"][-1], interpolation)
+
+
+def _interpolation(name: str | None) -> str:
+    """torch has no Lanczos and no `random`; bicubic is the nearest to both."""
+    return name if name in _TORCH_INTERPOLATIONS else "bicubic"
+
+
+def _contract(spec: recipe.Teacher, default: InputContract) -> InputContract:
+    contract = InputContract(
+        mean=default.mean if spec.mean is None else tuple(spec.mean),
+        std=default.std if spec.std is None else tuple(spec.std),
+        size=spec.size or default.size,
+        interpolation=spec.interpolation or default.interpolation,
+    )
+    if len(contract.mean) != len(contract.std):
+        raise InputError(
+            f"teacher.mean, teacher.std: {len(contract.mean)} and {len(contract.std)} channels; give both alike."
+        )
+    return contract

@@ -1,0 +1,48 @@
+"""The known teachers of zoo.yaml, checked. Imports no torch, so that listing them is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from distill.recipe import read_yaml
+
+_CHANNELS = Field(min_length=1)
+
+
+class Accuracy(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top1: float = Field(ge=0, le=100)
+    """Percent, on the test split."""
+    source: Literal["measured", "published"]
+
+
+class ZooEntry(BaseModel):
+    """Where a teacher's weights come from, what they are allowed for, what they eat and how good they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    """A timm name."""
+    dataset: str
+    num_classes: int = Field(gt=0)
+    url: str = Field(pattern=r"^https://.+/[^/]+$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{8,64}$")
+    """The first digits of the file's hash."""
+    license: str
+    mean: Annotated[tuple[float, ...], _CHANNELS]
+    std: Annotated[tuple[float, ...], _CHANNELS]
+    size: int = Field(gt=0)
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
+    accuracy: Accuracy
+
+
+_FILE = Path(__file__).with_name("zoo.yaml")
+
+ZOO: dict[str, ZooEntry] = TypeAdapter(dict[str, ZooEntry]).validate_python(
+    read_yaml(_FILE.read_text(encoding="utf-8"), source=_FILE.name)
+)
+"""The known teachers by the name that `teacher.model` gives."""
