@@ -1,0 +1,106 @@
+"""The real command with two CPU processes, beside the same with one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill import run
+from tests.conftest import Toy, environment
+
+EVEN = ("student.drop_path=0", "train.gradient_accumulation=1", "train.max_steps=50", "train.epochs=9", "train.precision=fp32")
+
+
+def launch(processes: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch distill/train.py` with so many CPU processes (DESIGN.md and accelerate's issue 2741 say why like this)."""
+    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1", "--cpu"]
+    script = Path(__file__).resolve().parents[2] / "distill" / "train.py"
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_machines", "1", "--main_process_port", "0",
+         "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *map(str, arguments)],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    paths = {}
+    for processes in (1, 2):
+        paths[processes] = folder / str(processes)
+        result = launch(processes, toy.recipe, "--out", paths[processes], *EVEN, cwd=folder)
+        assert result.returncode == 0, result.stdout + result.stderr
+        if processes == 2:
+            assert result.stdout.count("student  ") + result.stderr.count("student  ") == 1, "one process speaks"
+    return paths
+
+
+def test_there_are_two(runs: dict[int, Path]) -> None:
+    for processes, path in runs.items():
+        environment = json.loads((path / "environment.json").read_text())
+        assert environment["processes"] == processes
+        assert environment["threads"] >= 1
+
+
+def test_the_losses_agree_over_50_steps(runs: dict[int, Path]) -> None:
+    one, two = (list(run.read_metrics(path, "train")) for path in runs.values())
+    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 51))
+    for key in ("loss", "loss/label", "loss/hard", "loss/soft", "lr"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=1e-5), key
+    for line in two:
+        parts = 0.5 * line["loss/label"] + 0.25 * line["loss/hard"] + 0.25 * line["loss/soft"]
+        assert line["loss"] == pytest.approx(parts, abs=1e-6)
+
+
+def test_evaluation_is_exact(runs: dict[int, Path]) -> None:
+    one, two = (load_file(path / "predictions.safetensors") for path in runs.values())
+    assert torch.equal(one["labels"], two["labels"])
+    assert one["student.fused"].shape == two["student.fused"].shape == (50, 4)
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=1e-3), key
+    assert torch.allclose(one["teacher"], two["teacher"], atol=1e-5)
+    counts = [[(line["student/top1"], line["agreement"]) for line in run.read_metrics(path, "eval")] for path in runs.values()]
+    assert counts[0] == counts[1]
+
+
+def test_one_set_of_files(runs: dict[int, Path]) -> None:
+    names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_symlink()) for path in runs.values()]
+    assert names[0] == names[1]
+    assert [event["event"] for event in map(json.loads, (runs[2] / "metrics.jsonl").read_text().splitlines())].count("start") == 1
+
+
+def test_two_go_on_where_one_stopped(toy: Toy, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped = launch(1, toy.recipe, "--out", out, *EVEN, "train.max_minutes=0.0001", cwd=tmp_path)
+    assert stopped.returncode != 0
+    status = run.read_status(out)
+    assert status["state"] == "interrupted"
+    assert "time limit" in status["reason"]
+    finished = launch(2, toy.recipe, "--out", out, *EVEN, "--resume", "auto", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert run.read_status(out)["state"] == "finished"
+    steps = [line["step"] for line in run.read_metrics(out, "train")]
+    assert steps == list(range(1, 51))
+
+
+def test_a_batch_that_does_not_divide_over_processes(toy: Toy, tmp_path: Path) -> None:
+    result = launch(2, toy.recipe, "--out", tmp_path / "run", "train.batch_size=18", "train.gradient_accumulation=3", cwd=tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert "train.batch_size" in result.stderr[result.stderr.index("error: ") :]
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_runs_on_the_cpu(toy: Toy, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = launch(2, toy.recipe, "--out", out, "train.precision=bf16", "train.max_steps=3", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((out / "environment.json").read_text())["precision"] == "bf16"
+    weights = load_file(out / "checkpoints" / "last" / "model.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
