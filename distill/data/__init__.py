@@ -1,1 +1,11 @@
+"""Data: images in [0, 1], in batches that are pure functions of (seed, epoch, sample index).
 
+`open_dataset` finds, downloads, packs and checks; a `Dataset` yields augmented training batches and plain evaluation
+batches on its device. What is small is held there as uint8; the rest is streamed from disk.
+"""
+
+from distill.data.batches import Batch, BatchPlan
+from distill.data.dataset import Dataset, DatasetInfo
+from distill.data.opening import open_dataset
+
+__all__ = ["Batch", "BatchPlan", "Dataset", "DatasetInfo", "open_dataset"]

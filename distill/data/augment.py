@@ -1,0 +1,144 @@
+"""The augmentation of a batch, on the device its images are on, one draw per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.data.geometry import (
+    BOX_DRAWS,
+    RESIZED_CROP_DRAWS,
+    crop_boxes,
+    inside,
+    random_boxes,
+    resized_crop,
+    shift_and_flip,
+)
+from distill.data.mixing import PAIR_DRAWS, SAMPLE_DRAWS, mix_pairs, one_hot
+from distill.data.randomness import GOLDEN, MASK, beta_table, hashes, integers, keys, mix, normal_table, uniform
+from distill.recipe import Augment
+
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_RATIO = (0.3, 1 / 0.3)
+NOISE_BITS = 10
+ERASE_DRAWS = (*(f"erase/{draw}" for draw in BOX_DRAWS), "erase/whether", "erase/noise")
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+class Augmenter:
+    """Raw images -> augmented images and soft targets, as `spec` says; a pure function of (seed, epoch, sample
+    indices).
+
+    What happens to a sample depends on its own index and, when pairs are mixed, on that of the pair's first sample:
+    never on the batch around it. Order: pad-and-crop or random resized crop, flip, erasing, mixup or CutMix. `mean`
+    and `std` (per channel, of images in [0, 1]) shape the noise of the erasing. `cropped`: the images come out of a
+    random resized crop already.
+    """
+
+    def __init__(
+        self,
+        spec: Augment,
+        *,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        cropped: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.num_classes = num_classes
+        self.device = device
+        self.paired = bool(spec.mixup or spec.cutmix)
+        self._crop = None if cropped else spec.random_resized_crop
+        self._mixup = beta_table(spec.mixup).to(device) if spec.mixup else None
+        self._cutmix = beta_table(spec.cutmix).to(device) if spec.cutmix else None
+        normal = normal_table(NOISE_BITS)
+        # What is N(0, 1) for a model that normalises by the data's statistics, as far as [0, 1] has room for it.
+        self._noise = torch.stack([(m + s * normal).clamp(0.0, 1.0) for m, s in zip(mean, std, strict=True)]).to(device)
+        self._rows: dict[str, slice] = {}
+        self._names: list[str] = []
+        self._name("crop", ("crop/y", "crop/x"), when=bool(spec.crop_padding))
+        self._name("resized-crop", RESIZED_CROP_DRAWS, when=self._crop is not None)
+        self._name("flip", ("flip",), when=spec.hflip)
+        self._name("erase", ERASE_DRAWS, when=bool(spec.random_erasing))
+        self._name("sample", SAMPLE_DRAWS, when=self.paired)
+        self._name("pair", PAIR_DRAWS, when=self.paired)
+        self._keys: tuple[tuple[int, int], Tensor] | None = None
+
+    def _name(self, group: str, draws: Sequence[str], when: bool) -> None:
+        if when:
+            self._rows[group] = slice(len(self._names), len(self._names) + len(draws))
+            self._names += draws
+
+    def _epoch_keys(self, seed: int, epoch: int) -> Tensor:
+        if self._keys is None or self._keys[0] != (seed, epoch):
+            self._keys = (seed, epoch), keys(seed, epoch, self._names, self.device)
+        return self._keys[1]
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, indices: Tensor, *, seed: int, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
+        key = self._epoch_keys(seed, epoch)
+        hashed = hashes(key, indices)
+        rows = self._rows
+        flip = uniform(hashed[rows["flip"]][0]) < 0.5 if "flip" in rows else None
+        top = left = None
+        padding = self.spec.crop_padding
+        if padding:
+            top, left = integers(hashed[rows["crop"]], 2 * padding + 1)
+        # A crop is resized in floats, and mirroring its box's pixels afterwards is mirroring the result.
+        if self._crop is not None:
+            boxes = crop_boxes(
+                hashed[rows["resized-crop"]], images.shape[2], images.shape[3], self._crop.scale, self._crop.ratio
+            )
+            floats = shift_and_flip(resized_crop(to_float(images), boxes), None, None, 0, flip)
+        else:
+            floats = to_float(shift_and_flip(images, top, left, padding, flip))
+        if "erase" in rows:
+            floats = self._erase(floats, hashed[rows["erase"]])
+        targets = one_hot(labels, self.num_classes)
+        if self.paired:
+            pair_hashes = hashes(key[rows["pair"]], indices[::2])
+            floats, targets = mix_pairs(
+                floats,
+                targets,
+                hashed[rows["sample"]],
+                pair_hashes,
+                mixup=self._mixup,
+                cutmix=self._cutmix,
+                probability=self.spec.mix_probability,
+                switch=self.spec.mix_switch,
+            )
+        return floats, targets
+
+    def _erase(self, images: Tensor, hashed: Tensor) -> Tensor:
+        """Noise in a random box (Zhong et al. 2017, with the areas and ratios of timm's 'pixel' mode)."""
+        height, width = images.shape[-2:]
+        boxes, found = random_boxes(
+            hashed[: len(BOX_DRAWS)], height, width, area=ERASED_AREA, ratio=ERASED_RATIO, smaller_by=1
+        )
+        erased = found & (uniform(hashed[-2]) < self.spec.random_erasing)
+        mask = inside(boxes, height, width) & erased[:, None, None, None]
+        return torch.lerp(images, self._pixels(hashed[-1], images.shape), mask.to(images.dtype))
+
+    def _pixels(self, hashed: Tensor, shape: torch.Size) -> Tensor:
+        """Noise for every pixel, float32 of `shape` in [0, 1]. One 32-bit hash of (sample, place) serves three
+        channels, 10 bits each.
+        """
+        batch, channels, height, width = shape
+        noise = torch.empty(shape, device=hashed.device)
+        for first in range(0, channels, 3):
+            places = (torch.arange(height * width, device=hashed.device) + first * height * width) * GOLDEN & MASK
+            words = mix((hashed[:, None] + places) & MASK)
+            for channel in range(first, min(first + 3, channels)):
+                entries = (words >> (NOISE_BITS * (channel - first))) & ((1 << NOISE_BITS) - 1)
+                values = self._noise[channel].index_select(0, entries.view(-1))
+                noise[:, channel] = values.view(batch, height, width)
+        return noise

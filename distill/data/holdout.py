@@ -1,0 +1,46 @@
+"""Holding out part of the training set for validation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.data.randomness import hashes, keys
+from distill.errors import InputError
+
+
+def hold_out(labels: Tensor, amount: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to validate on, int64, each in file order.
+
+    `labels` int64 [N]; `amount` a share (below 1) or a count. Stratified: classes give in proportion to their size,
+    the remainder to the largest fractions, so that the total is exact; within a class the smallest hashes of (seed,
+    row) go. A function of the seed and the labels alone. InputError where a class would lose its last training image
+    or nothing would be held out.
+    """
+    count = round(amount * len(labels)) if amount < 1 else int(amount)
+    sizes = torch.bincount(labels)
+    present = sizes > 0
+    if not 0 < count <= len(labels) - int(present.sum()):
+        raise InputError(
+            f"data.validation: {amount:g} of {len(labels)} training images would hold out {count}; "
+            f"between 1 image and all but one of each of the {int(present.sum())} classes is possible (0 holds out none)"
+        )
+    # Integers throughout: floor(size * count / total) each, then one more for the largest remainders (ties: the lower
+    # class) among the classes that keep an image then.
+    quota, remainder = sizes * count // len(labels), sizes * count % len(labels)
+    remainder[quota + 1 >= sizes] = -1
+    extra = torch.argsort(remainder, descending=True, stable=True)[: count - int(quota.sum())]
+    quota[extra] += 1
+    if bool((quota >= sizes)[present].any()):
+        worst = int(torch.nonzero((quota >= sizes) & present)[0])
+        raise InputError(
+            f"data.validation: holding out {amount:g} leaves class {worst} (of {int(sizes[worst])} images) without a "
+            "training image; hold out less"
+        )
+    hashed = hashes(keys(seed, 0, ["validation"]), torch.arange(len(labels)))[0]
+    by_hash = torch.argsort(hashed, stable=True)
+    by_class = by_hash[torch.argsort(labels[by_hash], stable=True)]
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[by_class] = rank < quota[labels[by_class]]
+    return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]

@@ -1,0 +1,186 @@
+"""The packed file: a whole small dataset in one .safetensors.
+
+Tensors `train.images` uint8 [N, C, H, W] and `train.labels` int64 [N], the same for `test` and, optionally,
+`validation`. Metadata: `name`, `classes` (a JSON list of their names, in the order of the labels) and
+`sha256/<tensor>`, the digest of a tensor's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.errors import InputError
+
+
+class Expected(NamedTuple):
+    """What a known dataset must look like."""
+
+    classes: int
+    train: int
+    test: int
+    shape: tuple[int, int, int]
+    """Channels, height, width."""
+
+
+SPLIT_NAMES = ("train", "validation", "test")
+DTYPES = {torch.uint8: "U8", torch.int64: "I64"}
+PACK_AGAIN = "pack it again"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The content of a packed file; tensors are memory-mapped."""
+
+    path: str
+    class_names: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all tensors and the class names: the same for the same content, whatever the
+        file's name.
+        """
+        parts = [
+            f"{key}={self.metadata.get(f'sha256/{key}') or sha256(self.tensors[key])}" for key in sorted(self.tensors)
+        ]
+        return hashlib.sha256("\n".join([*parts, *self.class_names]).encode()).hexdigest()
+
+
+def sha256(tensor: Tensor) -> str:
+    """Hex digest of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(-1).numpy().data).hexdigest()
+
+
+def write_packed(
+    path: Path,
+    *,
+    name: str,
+    class_names: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a packed file: whole or not at all, and the same bytes for the same content (safetensors' own writer
+    leaves the order of the metadata to chance).
+    """
+    ordered = {key: tensors[key].contiguous() for key in sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))}
+    metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": "uint8 NCHW", **(extra or {})}
+    metadata |= {f"sha256/{key}": sha256(tensor) for key, tensor in ordered.items()}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for key, tensor in ordered.items():
+        header[key] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for tensor in ordered.values():
+                file.write(tensor.view(-1).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's own mode is for its owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def open_packed(path: Path, expected: Expected | None = None) -> Packed:
+    """Open a packed file and check all of it: keys, shapes, dtypes, counts, labels, classes and digests.
+
+    Reads every byte once (about 0.1 s for CIFAR-10); tensors stay memory-mapped. InputError names the file and the
+    first thing that is wrong with it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; put the packed data there, or change data.root or data.name") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot be read as .safetensors ({error}); it is cut short or something else; delete it and get it again"
+        ) from None
+    class_names = _class_names(metadata)
+    for problem, remedy in _problems(tensors, metadata, class_names, expected):
+        raise InputError(f"{path}: {problem}; {remedy}")
+    return Packed(str(path), class_names, tensors, metadata)
+
+
+def _problems(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], class_names: tuple[str, ...], expected: Expected | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong and what to do, first things first; whoever reads on after the first may trip over it."""
+    get_again = "delete the file and get it again"
+    splits = [split for split in SPLIT_NAMES if split != "validation" or "validation.images" in tensors]
+    if set(tensors) != {f"{split}.{part}" for split in splits for part in ("images", "labels")}:
+        yield (
+            f"holds the tensors {', '.join(sorted(tensors)) or '(none)'}",
+            "a packed dataset has train.images, train.labels, test.images, test.labels and perhaps validation.images and validation.labels",
+        )
+    if not class_names:
+        yield "its metadata has no 'classes', a JSON list of at least two different names", PACK_AGAIN
+    if expected is not None and len(class_names) != expected.classes:
+        yield f"names {len(class_names)} classes where this dataset has {expected.classes}", get_again
+    for split in splits:
+        images, labels = tensors[f"{split}.images"], tensors[f"{split}.labels"]
+        if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+            yield f"{split}.images is {_describe(images)}, not uint8 [N, C, H, W]", PACK_AGAIN
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            yield f"{split}.labels is {_describe(labels)}, not int64 [{len(images)}] like its images", PACK_AGAIN
+        shape = tuple(tensors["train.images"].shape[1:]) if expected is None else expected.shape
+        if images.shape[1:] != shape:
+            yield f"{split}.images has images of {list(images.shape[1:])} where {list(shape)} belongs", get_again
+        count = {"train": expected.train, "test": expected.test}.get(split) if expected is not None else None
+        if count is not None and len(images) != count:
+            yield f"has {len(images)} images in '{split}' where this dataset has {count}", get_again
+    for key, tensor in tensors.items():
+        stated = metadata.get(f"sha256/{key}")
+        if stated is not None and stated != sha256(tensor):
+            yield (
+                f"the bytes of {key} are not those that were written (SHA-256 differs), so it is damaged or altered",
+                get_again,
+            )
+    for split in splits:
+        for label in (int(value) for value in torch.aminmax(tensors[f"{split}.labels"])):
+            if not 0 <= label < len(class_names):
+                yield (
+                    f"label {label} in {split}.labels is out of range: classes are 0 to {len(class_names) - 1}",
+                    PACK_AGAIN,
+                )
+    counts = torch.bincount(tensors["train.labels"], minlength=len(class_names)).tolist()
+    if 0 in counts:
+        yield f"class '{class_names[counts.index(0)]}' has no training image", PACK_AGAIN
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The names, or none where they are missing or make no sense."""
+    try:
+        names = json.loads(metadata.get("classes", "null"))
+    except json.JSONDecodeError:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names) if len(set(names)) == len(names) >= 2 else ()

@@ -1,0 +1,175 @@
+"""Streams that can only be read from front to back (timm's hfids/, tfds/ and wds/ readers).
+
+What holds of all other data does not hold here: the order is the reader's own (seeded, shuffled shards), it depends on
+the number of processes and workers, and a resume in mid-epoch reads and drops what came before. Draws of the
+augmentation are functions of the position in the epoch. Images that cannot be decoded are skipped by the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from distill.data.augment import to_float
+from distill.data.batches import BatchPlan
+from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
+from distill.data.images import to_square
+from distill.data.randomness import keys
+from distill.data.stream import Draw, crop_box
+from distill.data.timm_sets import create
+from distill.errors import InputError
+from distill.recipe import Data
+from distill.recipe.schema import RandomResizedCrop
+
+MODE = "RGB"
+
+
+class _Decoder(torch_data.IterableDataset):
+    """Pairs of an image and its label -> uint8 [C, R, R] and label."""
+
+    def __init__(
+        self, source: Any, resolution: int, crop: RandomResizedCrop | None, draw: Draw | None, first: int, stride: int
+    ) -> None:
+        self.source, self.resolution, self.crop, self.draw, self.first, self.stride = (
+            source,
+            resolution,
+            crop,
+            draw,
+            first,
+            stride,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = torch_data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        for count, (image, label) in enumerate(self.source):
+            image = image.convert(MODE)
+            index = (count * workers + number) * self.stride + self.first
+            box = (
+                crop_box(image, index, self.draw, self.crop)
+                if self.draw is not None and self.crop is not None
+                else None
+            )
+            yield to_square(image, self.resolution, box), int(label)
+
+
+class SequentialDataset(Dataset):
+    """`sources`: how timm names the splits that there are."""
+
+    def __init__(
+        self, info: DatasetInfo, spec: Data, device: torch.device, sources: dict[Split, str], *, workers: int
+    ) -> None:
+        super().__init__(info, spec, device, cropped=spec.augment.random_resized_crop is not None)
+        self._spec, self._sources, self._workers = spec, sources, workers
+        self._labels: dict[Split, Tensor] = {}
+
+    def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
+        source = create(
+            self._spec.name,
+            Path(self._spec.root),
+            self._sources["train"],
+            is_training=True,
+            batch_size=plan.micro_batch,
+            seed=plan.seed,
+        )
+        source.set_epoch(epoch)
+        source.set_loader_cfg(num_workers=self._workers)
+        draw = Draw(plan.seed, epoch)
+        decoder = _Decoder(
+            source,
+            self._spec.resolution,
+            self._spec.augment.random_resized_crop,
+            draw,
+            plan.process_index,
+            plan.num_processes,
+        )
+        # timm's readers shuffle with the seed that the loader gives its workers.
+        seed = int(keys(plan.seed, epoch, [f"reader/{plan.process_index}"])[0, 0])
+        loader = torch_data.DataLoader(
+            decoder,
+            batch_size=plan.micro_batch,
+            drop_last=True,
+            num_workers=self._workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        batches = iter(loader)
+        for step in range(plan.steps_per_epoch(self.info.sizes["train"])):
+            micro_batches = list(islice(batches, plan.accumulation))
+            if len(micro_batches) < plan.accumulation:
+                raise InputError(
+                    f"data.name: the reader of {self.info.name} ended in step {step} of the epoch, before the images it announced"
+                )
+            if step >= first_step:
+                positions = [torch.arange(part.start, part.stop) for part in plan.slices(step)]
+                yield [
+                    RawBatch(*(tensor.to(self.device, non_blocking=True) for tensor in (images, labels, indices)))
+                    for (images, labels), indices in zip(micro_batches, positions, strict=True)
+                ]
+
+    def evaluation_batches(
+        self, split: Split, start: int, stop: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        stop = min(stop, self.info.sizes[split])
+        if start >= stop:
+            return
+        decoder = _Decoder(_whole(self._spec, self._sources[split]), self._spec.resolution, None, None, 0, 1)
+        loader = torch_data.DataLoader(
+            decoder, batch_size=None, num_workers=min(self._workers, 1), generator=torch.Generator()
+        )
+        samples = islice(loader, start, stop)
+        while chunk := list(islice(samples, batch_size)):
+            images = torch.stack([image for image, _ in chunk]).to(self.device)
+            yield to_float(images), torch.tensor([label for _, label in chunk], device=self.device)
+
+    def labels(self, split: Split) -> Tensor:
+        """One pass over the split, the first time."""
+        if split not in self._sources:
+            return torch.empty(0, dtype=torch.int64)
+        if split not in self._labels:
+            self._labels[split] = _read_labels(self._spec, self._sources[split])
+        return self._labels[split]
+
+
+def _whole(spec: Data, split: str) -> Any:
+    """A split in the reader's order, all of it, whatever the number of processes."""
+    source = create(spec.name, Path(spec.root), split)
+    source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
+    return source
+
+
+def _read_labels(spec: Data, split: str) -> Tensor:
+    return torch.tensor([int(label) for _, label in _whole(spec, split)], dtype=torch.int64)
+
+
+def open_sequential(
+    spec: Data, device: torch.device, workers: int, describe: Callable[..., DatasetInfo]
+) -> SequentialDataset:
+    """InputError where validation would have to be held out: there is no random access to hold out with."""
+    if spec.validation:
+        raise InputError(
+            f"data.validation: '{spec.name}' is read from front to back, so nothing can be held out of it; set data.validation=0 "
+            "(and data.select_on=test to choose checkpoints on its validation images)"
+        )
+    root = Path(spec.root)
+    sources: dict[Split, str] = {"train": "train", "test": "validation"}
+    opened = {split: create(spec.name, root, name) for split, name in sources.items()}
+    sizes = {split: int(source.reader.num_samples or 0) for split, source in opened.items()}
+    if empty := [split for split, size in sizes.items() if not size]:
+        raise InputError(
+            f"data.name: the reader of '{spec.name}' does not say how many images '{sources[empty[0]]}' has; add it to its info file"
+        )
+    names = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
+    class_names = tuple(sorted(names, key=lambda key: names[key]))
+    if not class_names:
+        class_names = tuple(str(label) for label in range(int(_read_labels(spec, sources["test"]).max()) + 1))
+    info = describe(
+        class_names=class_names, channels=3, sizes={**sizes, "validation": 0}, content=f"{spec.name}\n{sizes}"
+    )
+    return SequentialDataset(info, spec, device, sources, workers=workers)

@@ -1,0 +1,180 @@
+"""Images that are decoded as they are needed, by worker processes; everything after the decoding happens on the
+device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from distill.data.augment import to_float
+from distill.data.batches import BatchPlan
+from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
+from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
+from distill.data.images import Box, to_square
+from distill.data.randomness import hashes, keys, permutation
+from distill.errors import InputError
+from distill.recipe import Data
+from distill.recipe.schema import RandomResizedCrop
+
+
+class Reader(Protocol):
+    """Labelled images by row."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def load(self, row: int, mode: str | None) -> Image.Image: ...
+
+
+class StreamSplit(NamedTuple):
+    """A reader, and which of its rows make up the split (None: all)."""
+
+    reader: Reader
+    rows: Tensor | None
+
+    @property
+    def labels(self) -> Tensor:
+        return self.reader.labels if self.rows is None else self.reader.labels[self.rows]
+
+
+class Draw(NamedTuple):
+    """What the crop of a training image is a function of, besides its index."""
+
+    seed: int
+    epoch: int
+
+
+Request = tuple[list[int], Draw | None]
+"""The positions of a batch in its split, and the draw of its crops (None: the whole image, centred)."""
+
+
+@lru_cache(maxsize=4)
+def _crop_keys(draw: Draw) -> Tensor:
+    return keys(draw.seed, draw.epoch, RESIZED_CROP_DRAWS)
+
+
+def crop_box(image: Image.Image, index: int, draw: Draw, crop: RandomResizedCrop) -> Box:
+    """The box that a sample of this index gets: the same draws as for images in memory, on the image's own size."""
+    hashed = hashes(_crop_keys(draw), torch.tensor([index]))
+    top, left, height, width = (
+        int(side) for side in crop_boxes(hashed, image.height, image.width, crop.scale, crop.ratio)
+    )
+    return top, left, height, width
+
+
+class _Decoder(torch_data.Dataset):
+    """Runs in the workers: a request -> uint8 [B, C, R, R], labels and positions; a broken image comes back as the
+    error, not raised, because a worker's exception would reach the user wrapped in its stack trace.
+    """
+
+    def __init__(self, split: StreamSplit, resolution: int, mode: str, crop: RandomResizedCrop | None) -> None:
+        self.split, self.resolution, self.mode, self.crop = split, resolution, mode, crop
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor] | InputError:
+        positions, draw = request
+        indices = torch.tensor(positions)
+        rows = indices if self.split.rows is None else self.split.rows[indices]
+        images = []
+        try:
+            for position, row in zip(positions, rows.tolist(), strict=True):
+                image = self.split.reader.load(row, self.mode)
+                box = crop_box(image, position, draw, self.crop) if draw is not None and self.crop is not None else None
+                images.append(to_square(image, self.resolution, box))
+        except InputError as error:
+            return error
+        return torch.stack(images), self.split.reader.labels[rows], indices
+
+
+class _Requests(torch_data.Sampler):
+    """The requests of the epoch at hand; the loader's workers outlive the epochs, so it is changed in place."""
+
+    def __init__(self) -> None:
+        self.iterator: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.iterator
+
+
+def _training_requests(plan: BatchPlan, epoch: int, first_step: int, count: int) -> Iterator[Request]:
+    order = permutation(plan.seed, epoch, count)
+    for step in range(first_step, plan.steps_per_epoch(count)):
+        for part in plan.slices(step):
+            yield order[part].tolist(), Draw(plan.seed, epoch)
+
+
+def default_workers(num_processes: int) -> int:
+    """Cores that this process may use, over the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+
+
+class StreamDataset(Dataset):
+    """Random access to images on disk. One iterator of training batches at a time: starting another ends the one
+    before.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        spec: Data,
+        device: torch.device,
+        splits: Mapping[Split, StreamSplit],
+        *,
+        mode: str,
+        workers: int,
+    ) -> None:
+        crop = spec.augment.random_resized_crop
+        super().__init__(info, spec, device, cropped=crop is not None)
+        self._splits = dict(splits)
+        self._workers = workers
+        self._decoders = {name: _Decoder(split, spec.resolution, mode, crop) for name, split in splits.items()}
+        self._requests = _Requests()
+        self._train_loader = self._loader("train", self._requests, workers, persistent=True)
+
+    def _loader(self, split: Split, requests: object, workers: int, persistent: bool) -> torch_data.DataLoader:
+        return torch_data.DataLoader(
+            self._decoders[split],
+            batch_size=None,  # a request is a batch already
+            sampler=requests,  # type: ignore[arg-type]
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # the loader draws a seed: not from the global state
+        )
+
+    def _decoded(self, loader: torch_data.DataLoader) -> Iterator[RawBatch]:
+        for item in loader:
+            if isinstance(item, InputError):
+                raise item
+            yield RawBatch(*(tensor.to(self.device, non_blocking=True) for tensor in item))
+
+    def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
+        count = self.info.sizes["train"]
+        self._requests.iterator = _training_requests(plan, epoch, first_step, count)
+        decoded = self._decoded(self._train_loader)
+        for _ in range(first_step, plan.steps_per_epoch(count)):
+            yield [next(decoded) for _ in range(plan.accumulation)]
+
+    def evaluation_batches(
+        self, split: Split, start: int, stop: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        stop = min(stop, self.info.sizes[split])
+        requests: list[Request] = [
+            (list(range(first, min(first + batch_size, stop))), None) for first in range(start, stop, batch_size)
+        ]
+        if not requests:
+            return
+        for raw in self._decoded(self._loader(split, requests, min(self._workers, len(requests)), persistent=False)):
+            yield to_float(raw.images), raw.labels
+
+    def labels(self, split: Split) -> Tensor:
+        return self._splits[split].labels if split in self._splits else torch.empty(0, dtype=torch.int64)

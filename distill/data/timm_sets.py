@@ -1,0 +1,87 @@
+"""Datasets by timm's names: hfds/... (random access), and hfids/, tfds/, wds/ (read from front to back).
+
+The packages behind them (datasets, tensorflow-datasets, webdataset) are the user's to install. Splits are asked for by
+the names 'train', and 'test' or 'validation'; a test split without labels (as ImageNet's on the Hugging Face hub)
+gives way to validation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.data.images import decode
+from distill.errors import InputError
+
+RANDOM_ACCESS = ("hfds/",)
+SEQUENTIAL = ("hfids/", "tfds/", "wds/")
+PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}
+TEST_NAMES = ("test", "validation", "val")
+
+
+def create(name: str, root: Path, split: str, **arguments: Any) -> Any:
+    """timm's dataset. InputError where it, or the package behind it, is missing."""
+    from timm.data import create_dataset
+
+    try:
+        return create_dataset(name, root=str(root), split=split, input_img_mode=None, **arguments)
+    except ImportError as error:
+        raise _missing(name, error) from None
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        if "install" in str(error).lower():
+            raise _missing(name, error) from None
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"data.name: timm cannot open split '{split}' of '{name}' in {root} ({reason}); check data.name and data.root"
+        ) from None
+
+
+def _missing(name: str, error: Exception) -> InputError:
+    package = PACKAGES[name.partition("/")[0]]
+    return InputError(
+        f"data.name: '{name}' needs the package {package} ({' '.join(str(error).split())}); run: pip install {package}"
+    )
+
+
+class RandomAccess:
+    """A split with random access: labels at once, images by row."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        self._name = name
+        self._reader = dataset.reader
+        self.labels: Tensor = torch.tensor(list(self._reader.dataset[self._reader.label_key]), dtype=torch.int64)
+        names = dict(self._reader.class_to_idx)
+        self.class_names: tuple[str, ...] = tuple(sorted(names, key=lambda key: names[key]))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, row: int, mode: str | None) -> Image.Image:
+        # timm's dataset puts the next image in the place of one that it cannot decode; its reader does not.
+        file, *_ = self._reader[row]
+        return decode(file, f"{self._name}, image {row}", mode)
+
+
+def open_random_access(name: str, root: Path) -> dict[str, RandomAccess]:
+    """'train', 'test' and, where there are both in the source, 'validation'."""
+    splits = {"train": RandomAccess(name, create(name, root, "train"))}
+    problems = []
+    for split in TEST_NAMES:
+        try:
+            found = RandomAccess(name, create(name, root, split))
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if len(found) and int(found.labels.min()) >= 0:
+            splits["validation" if "test" in splits else "test"] = found
+        if "validation" in splits or split == "validation":
+            break
+    if "test" not in splits:
+        raise InputError(
+            problems[0] if problems else f"data.name: '{name}' has no test or validation split with labels"
+        )
+    return splits
