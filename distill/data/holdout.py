@@ -23,7 +23,7 @@ def hold_out(labels: Tensor, amount: float, seed: int) -> tuple[Tensor, Tensor]:
     if not 0 < count <= len(labels) - int(present.sum()):
         raise InputError(
             f"data.validation: {amount:g} of {len(labels)} training images would hold out {count}; "
-            f"between 1 image and all but one of each of the {int(present.sum())} classes is possible (0 holds out none)"
+            f"from 1 image to all but one of each of the {int(present.sum())} classes is possible (0: none)"
         )
     # Integers throughout: floor(size * count / total) each, then one more for the largest remainders (ties: the lower
     # class) among the classes that keep an image then.

@@ -8,8 +8,8 @@ from torch import Tensor
 from distill.data.geometry import Boxes, inside
 from distill.data.randomness import integers, look_up, uniform
 
-SAMPLE_DRAWS = ("mixup",)
-PAIR_DRAWS = ("mix", "switch", "cutmix", "cutmix-y", "cutmix-x")
+SAMPLE_DRAWS = ("mixup/lambda",)
+PAIR_DRAWS = ("mix/whether", "mix/switch", "cutmix/lambda", "cutmix/y", "cutmix/x")
 
 
 def cutmix_boxes(share: Tensor, centre_y: Tensor, centre_x: Tensor, height: int, width: int) -> Boxes:

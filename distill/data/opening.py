@@ -86,8 +86,8 @@ def _open_small(spec: Data, root: Path) -> Packed:
     near = difflib.get_close_matches(spec.name, names, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise InputError(
-        f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, a packed file NAME.safetensors, and timm's names "
-        f"that start with {', '.join((*RANDOM_ACCESS, *SEQUENTIAL))}"
+        f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, a packed file NAME.safetensors, "
+        f"and timm's names that start with {', '.join((*RANDOM_ACCESS, *SEQUENTIAL))}"
     )
 
 

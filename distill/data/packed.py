@@ -117,7 +117,8 @@ def open_packed(path: Path, expected: Expected | None = None) -> Packed:
         raise InputError(f"{path}: no such file; put the packed data there, or change data.root or data.name") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: cannot be read as .safetensors ({error}); it is cut short or something else; delete it and get it again"
+            f"{path}: cannot be read as .safetensors ({error}); it is cut short or something else; delete it and "
+            "get it again"
         ) from None
     class_names = _class_names(metadata)
     for problem, remedy in _problems(tensors, metadata, class_names, expected):
@@ -134,7 +135,8 @@ def _problems(
     if set(tensors) != {f"{split}.{part}" for split in splits for part in ("images", "labels")}:
         yield (
             f"holds the tensors {', '.join(sorted(tensors)) or '(none)'}",
-            "a packed dataset has train.images, train.labels, test.images, test.labels and perhaps validation.images and validation.labels",
+            "a packed dataset has train.images, train.labels, test.images, test.labels and perhaps validation.images, "
+            "validation.labels",
         )
     if not class_names:
         yield "its metadata has no 'classes', a JSON list of at least two different names", PACK_AGAIN

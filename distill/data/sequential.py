@@ -104,7 +104,8 @@ class SequentialDataset(Dataset):
             micro_batches = list(islice(batches, plan.accumulation))
             if len(micro_batches) < plan.accumulation:
                 raise InputError(
-                    f"data.name: the reader of {self.info.name} ended in step {step} of the epoch, before the images it announced"
+                    f"data.name: the reader of {self.info.name} ended in step {step} of the epoch, before the images "
+                    "that it announced; correct their number in its info file"
                 )
             if step >= first_step:
                 positions = [torch.arange(part.start, part.stop) for part in plan.slices(step)]
@@ -154,8 +155,8 @@ def open_sequential(
     """InputError where validation would have to be held out: there is no random access to hold out with."""
     if spec.validation:
         raise InputError(
-            f"data.validation: '{spec.name}' is read from front to back, so nothing can be held out of it; set data.validation=0 "
-            "(and data.select_on=test to choose checkpoints on its validation images)"
+            f"data.validation: '{spec.name}' is read from front to back, so nothing can be held out of it; set "
+            "data.validation=0 (and data.select_on=test to choose checkpoints on its validation images)"
         )
     root = Path(spec.root)
     sources: dict[Split, str] = {"train": "train", "test": "validation"}
@@ -163,7 +164,8 @@ def open_sequential(
     sizes = {split: int(source.reader.num_samples or 0) for split, source in opened.items()}
     if empty := [split for split, size in sizes.items() if not size]:
         raise InputError(
-            f"data.name: the reader of '{spec.name}' does not say how many images '{sources[empty[0]]}' has; add it to its info file"
+            f"data.name: the reader of '{spec.name}' does not say how many images '{sources[empty[0]]}' has; add it to "
+            "its info file"
         )
     names = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
     class_names = tuple(sorted(names, key=lambda key: names[key]))

@@ -36,7 +36,8 @@ def create(name: str, root: Path, split: str, **arguments: Any) -> Any:
             raise _missing(name, error) from None
         reason = " ".join(str(error).split())
         raise InputError(
-            f"data.name: timm cannot open split '{split}' of '{name}' in {root} ({reason}); check data.name and data.root"
+            f"data.name: timm cannot open split '{split}' of '{name}' in {root} ({reason}); check data.name and "
+            "data.root"
         ) from None
 
 
