@@ -87,7 +87,7 @@ class CifarResNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's map from parameter names to layers, for layer-wise learning rates."""
-        return {"stem": r"^(conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def fold_batch_norms(self) -> None:
         """Move every batch norm into the convolution before it: faster, for inference only, and another state dict."""

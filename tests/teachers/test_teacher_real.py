@@ -1,0 +1,47 @@
+"""The public weights score what they are published with, to the image, on the real CIFAR-10."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from teachers import ZOO, count, load_teacher
+
+
+@pytest.fixture(scope="module")
+def test_set(cifar10_root: Path) -> tuple[Tensor, Tensor]:
+    tensors = load_file(cifar10_root / "cifar10.safetensors")
+    return tensors["test.images"], tensors["test.labels"]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("model", "file", "correct"),
+    [("cifar_resnet20", "resnet20-12fca82f.th", 9173), ("cifar_resnet56", "resnet56-4bfd9763.th", 9339)],
+)
+def test_public_weights(
+    model: str, file: str, correct: int, test_set: tuple[Tensor, Tensor], teacher_weights: Path
+) -> None:
+    assert ZOO[model].accuracy.top1 * 100 == pytest.approx(correct)
+    assert ZOO[model].url.endswith(f"/{file}")
+    teacher = load_teacher({"model": model, "weights": str(teacher_weights / file)}, 10)
+    images, labels = test_set
+    batches = ((part.float() / 255, truth) for part, truth in zip(images.split(500), labels.split(500), strict=True))
+    counts = count(teacher, batches)
+    assert int(counts.sum()) == 10_000
+    assert int(counts.diagonal().sum()) == correct
+
+
+@pytest.mark.shared
+def test_fed_other_statistics_it_is_visibly_worse(test_set: tuple[Tensor, Tensor], teacher_weights: Path) -> None:
+    """What the contract protects from: CIFAR's own statistics instead of the ImageNet ones it was trained with."""
+    spec = {"model": "cifar_resnet20", "weights": str(teacher_weights / "resnet20-12fca82f.th")}
+    images, labels = test_set[0][:1000].float() / 255, test_set[1][:1000]
+    right = (load_teacher(spec, 10)(images).argmax(1) == labels).float().mean()
+    identity = load_teacher(spec | {"mean": [0.0] * 3, "std": [1.0] * 3}, 10)
+    assert torch.isfinite(identity(images)).all()
+    assert (identity(images).argmax(1) == labels).float().mean() < right - 0.05
