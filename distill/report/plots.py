@@ -71,7 +71,7 @@ def to_svg(figure: Figure, prefix: str) -> Markup:
 def _figure(label: str) -> tuple[Figure, Axes]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
+        axes = figure.add_subplot()
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
