@@ -1,1 +1,10 @@
+"""Students: vision transformers with area attention and a distillation token, or any timm model.
 
+Importing this package registers `vit_nano` ... `vit_huge` and `area_vit_nano` ... `area_vit_huge` with timm.
+"""
+
+from distill.students import vit as _vit  # noqa: F401 (registers the architectures)
+from distill.students.build import build_student, check_name, register_models
+from distill.students.student import Heads, Student
+
+__all__ = ["Heads", "Student", "build_student", "check_name", "register_models"]

@@ -1,0 +1,116 @@
+"""Areas of a token sequence, and what is pooled over them.
+
+An area is a box of h x w neighbours on the token grid. Everything is made of shifted slices: the box of h x w is the
+box of h x (w - 1) and one more column. Summed-area tables would take differences of large sums and lose the digits
+(Li et al. 2019, section 3.3, use them; in half precision they are off by 0.1 and more).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STD_EPSILON = 1e-6
+"""Under the root of an area's variance, which is 0 for a single token (the paper's code has the same)."""
+
+
+class Areas(NamedTuple):
+    """All boxes up to `max_height` x `max_width` on a grid, behind prefix tokens that are an area each.
+
+    Their order: the prefix tokens, then by height, by width, and row by row.
+    """
+
+    height: int
+    width: int
+    max_height: int
+    max_width: int
+    prefix: int
+
+    @classmethod
+    def of(
+        cls, tokens: int, max_area: int | Sequence[int], grid: tuple[int, int] | None = None, num_prefix_tokens: int = 0
+    ) -> Areas:
+        """The areas of `tokens` tokens.
+
+        Args:
+            max_area: an int: runs of that many tokens or fewer along the whole sequence, prefix tokens included (as
+                in the paper). (height, width): boxes on `grid`, prefix tokens apart. What exceeds the sequence or
+                grid does not exist.
+        """
+        if isinstance(max_area, int):
+            height, width, max_height, max_width, prefix = 1, tokens, 1, max_area, 0
+        else:
+            if grid is None:
+                raise ValueError(f"areas of {tuple(max_area)} lie on a grid: give grid=(height, width)")
+            (height, width), (max_height, max_width), prefix = grid, max_area, num_prefix_tokens
+            if prefix + height * width != tokens:
+                raise ValueError(f"{prefix} prefix tokens and a grid of {height}x{width} are not {tokens} tokens")
+        if min(max_height, max_width) < 1:
+            raise ValueError(f"an area has at least one token, got max_area={max_area}")
+        return cls(height, width, min(max_height, height), min(max_width, width), prefix)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(height, width, number of such areas on the grid) in order, prefix tokens not counted."""
+        return [
+            (h, w, (self.height - h + 1) * (self.width - w + 1))
+            for h in range(1, self.max_height + 1)
+            for w in range(1, self.max_width + 1)
+        ]
+
+    @property
+    def number(self) -> int:
+        return self.prefix + sum(count for _, _, count in self.sizes())
+
+    def on_grid(self, x: Tensor, dim: int) -> Tensor:
+        """A view of x [..., tokens, ...] without the prefix tokens and with `dim` unfolded into (height, width)."""
+        return x.narrow(dim, self.prefix, self.height * self.width).unflatten(dim, (self.height, self.width))
+
+    def boxes(
+        self, x: Tensor, dims: tuple[int, int], combine: Callable[[Tensor, Tensor], Tensor] = torch.add
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(h, w, x combined over every h x w box) in order; x has (height, width) at `dims` and the result
+        (height - h + 1, width - w + 1). The 1 x 1 boxes are x itself."""
+        rows, columns = dims
+        tall = x
+        for h in range(1, self.max_height + 1):
+            if h > 1:
+                tall = combine(tall.narrow(rows, 0, self.height - h + 1), x.narrow(rows, h - 1, self.height - h + 1))
+            box = tall
+            for w in range(1, self.max_width + 1):
+                if w > 1:
+                    kept = self.width - w + 1
+                    box = combine(box.narrow(columns, 0, kept), tall.narrow(columns, w - 1, kept))
+                yield h, w, box
+
+    def larger_boxes(self, x: Tensor, dims: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
+        """The sums over all boxes of more than one token."""
+        return itertools.islice(self.boxes(x, dims), 1, None)
+
+
+def pool(x: Tensor, areas: Areas, mode: str) -> Tensor:
+    """Tokens [..., tokens, d] -> areas [..., areas, d]; `mode` is 'mean', 'sum' or 'max' of an area's tokens."""
+    if mode not in ("mean", "sum", "max"):
+        raise ValueError(f"areas are pooled by mean, sum or max, not by '{mode}'")
+    parts = [x.narrow(-2, 0, areas.prefix)]
+    for h, w, box in areas.boxes(areas.on_grid(x, -2), (-3, -2), torch.maximum if mode == "max" else torch.add):
+        parts.append((box / (h * w) if mode == "mean" else box).flatten(-3, -2))
+    return torch.cat(parts, -2)
+
+
+def standard_deviation(x: Tensor, areas: Areas) -> Tensor:
+    """Tokens [..., tokens, d] -> sqrt(mean squared deviation + 1e-6) per area [..., areas, d], in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    grid = areas.on_grid(x, -2)
+    variances = [torch.zeros_like(x.narrow(-2, 0, areas.prefix))]
+    for h, w, box in areas.boxes(grid, (-3, -2)):
+        mean = box / (h * w)
+        squares = torch.zeros_like(mean)
+        for i in range(h):
+            for j in range(w):
+                squares = squares + (grid[..., i : i + mean.shape[-3], j : j + mean.shape[-2], :] - mean).square()
+        variances.append((squares / (h * w)).flatten(-3, -2))
+    return (torch.cat(variances, -2) + STD_EPSILON).sqrt()

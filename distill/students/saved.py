@@ -1,0 +1,75 @@
+"""An export folder as files: what is in it, and whether it is what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.errors import InputError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+# In the metadata of the weights file: neither safetensors nor JSON notices a changed byte by itself.
+WEIGHTS_DIGEST = "sha256/weights"
+CONFIG_DIGEST = "sha256/config"
+
+
+class Saved(NamedTuple):
+    config: dict[str, Any]
+    """config.json, as timm understands it."""
+    weights: dict[str, Tensor]
+    """The state dict, on the CPU."""
+
+
+def read_export(folder: str | Path) -> Saved:
+    """Read and verify an export folder.
+
+    Raises:
+        InputError: a file is missing, unreadable or not what the export wrote.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder / name}: no such file. An exported student is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+            )
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+            metadata: Mapping[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS_FILE}: cannot be read ({error}). Export the student again.") from None
+    digests = {
+        WEIGHTS_FILE: (metadata.get(WEIGHTS_DIGEST), weights_digest(weights)),
+        CONFIG_FILE: (metadata.get(CONFIG_DIGEST), config_digest(folder)),
+    }
+    for name, (written, found) in digests.items():
+        if written is None:
+            raise InputError(
+                f"{folder / WEIGHTS_FILE}: not an export of this project: its metadata hold no hash of {name}."
+            )
+        if written != found:
+            raise InputError(f"{folder / name}: not what was exported: its hash differs. Export the student again.")
+    return Saved(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), weights)
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of every name, type, shape and value."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """SHA-256 (hex) of config.json."""
+    return hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest()

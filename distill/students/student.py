@@ -1,0 +1,85 @@
+"""A student: a timm model, its input contract, and its one or two heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from distill.inputs import InputAdapter, InputContract
+
+
+class Heads(NamedTuple):
+    """Logits [B, classes] of the class head and, where there is one, of the distillation head."""
+
+    cls: Tensor
+    dist: Tensor | None
+
+    @property
+    def fused(self) -> Tensor:
+        """What the model answers: the mean of its heads' logits (Touvron et al. 2021, section 4)."""
+        return self.cls if self.dist is None else (self.cls + self.dist) / 2
+
+
+class Student(nn.Module):
+    """Images in [0, 1], [B, C, H, W] of any size -> `Heads`, with both heads in train and eval mode alike.
+
+    `architecture` and `model_args` are what `timm.create_model` makes the same model of.
+    """
+
+    def __init__(
+        self, model: nn.Module, contract: InputContract, *, architecture: str, model_args: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter = InputAdapter(contract)
+        self.architecture = architecture
+        self.model_args = dict(model_args)
+        if (set_distilled_training := getattr(model, "set_distilled_training", None)) is not None:
+            set_distilled_training(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        """As usual, except that the module which decides on one or two outputs always takes itself to be in training.
+
+        timm's two-headed models return both heads only in training. Dropout, batch norm and stochastic depth are
+        modules of their own and follow `mode`.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            if hasattr(module, "distilled_training"):
+                module.training = True
+        return self
+
+    def logits(self, images: Tensor) -> Heads:
+        output = self.model(self.adapter(images))
+        return Heads(*output) if isinstance(output, tuple) else Heads(output, None)
+
+    def forward(self, images: Tensor) -> Heads:
+        return self.logits(images)
+
+    def timm_config(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """config.json of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+        contract = self.adapter.contract
+        known: Mapping[str, Any] = getattr(self.model, "pretrained_cfg", None) or {}
+        size = contract.size
+        assert size is not None, "a student has one input size"
+        return {
+            "architecture": self.architecture,
+            "num_classes": len(class_names),
+            "num_features": self.model.num_features,
+            "label_names": list(class_names),
+            "model_args": self.model_args,
+            "pretrained_cfg": {
+                "num_classes": len(class_names),
+                "input_size": [len(contract.mean), size, size],
+                "fixed_input_size": bool(known.get("fixed_input_size", False)),
+                "interpolation": contract.interpolation,
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+                "mean": list(contract.mean),
+                "std": list(contract.std),
+                **{key: known[key] for key in ("first_conv", "classifier") if known.get(key)},
+            },
+        }

@@ -1,0 +1,127 @@
+"""Vision transformers on timm's, registered with timm under names of their own.
+
+`vit_nano` ... `vit_huge` are ViT and DeiT (Dosovitskiy et al. 2020, arXiv 2010.11929; Touvron et al. 2021, arXiv
+2012.12877) at the sizes a recipe can name; `<kind>_vit_<size>`, such as `area_vit_tiny`, have another attention in
+some blocks. The names are not timm's, so that timm alone refuses such a model instead of running it with ordinary
+attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from timm.layers import Attention
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
+from distill.students.attention import KINDS, PatchGrid
+from distill.students.stem import ConvStem
+
+# What timm's model_args and the functions below take beside the width, depth and heads of a size:
+#   img_size, patch_size, in_chans, num_classes, drop_path_rate, ...: as in timm
+#   distilled (bool): with DeiT's distillation token and second head
+#   stem ("patch", "conv")
+#   attention (mapping; <kind>_vit_* only): `blocks` and the options of the kind's module, as in a recipe
+
+
+class AttentionVisionTransformer(VisionTransformer):
+    """timm's VisionTransformer with another attention in some blocks, which it tells the patch grid."""
+
+    def __init__(self, *args: Any, kind: str, attention: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = dict(attention)
+        blocks: Sequence[int] = options.pop("blocks", (0, 1))
+        if wrong := [index for index in blocks if not 0 <= index < len(self.blocks)]:
+            raise ValueError(f"attention.blocks: there are blocks 0 to {len(self.blocks) - 1}, got {wrong}")
+        self.patch_grid = PatchGrid(*self.patch_embed.grid_size)
+        options |= {"grid": self.patch_grid, "num_prefix_tokens": self.num_prefix_tokens}
+        for index in blocks:
+            self.blocks[index].attn = _replacement(self.blocks[index].attn, kind, **options)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        # [B, H, W, C] where timm lets the image size vary, [B, H * W, C] where it does not.
+        grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
+        self.patch_grid.height, self.patch_grid.width = grid
+        return super()._pos_embed(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's, and the embeddings of what an attention looks at (`..._embedding`), which are like positions."""
+        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith("_embedding")}
+
+
+class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTransformerDistilled):
+    """The same on top of timm's VisionTransformerDistilled."""
+
+
+def _replacement(plain: Attention, kind: str, **options: Any) -> nn.Module:
+    """A module of this kind with the projections, as initialised, of timm's attention."""
+    if plain.attn_drop.p:
+        raise ValueError(f"{kind} attention has no dropout of its weights; leave attn_drop_rate at 0")
+    module = KINDS[kind](plain.attn_dim, plain.num_heads, qkv_bias=plain.qkv.bias is not None, **options)
+    if foreign := module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys:
+        raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that asks for it")
+    module.proj_drop = plain.proj_drop
+    return module
+
+
+def _build(
+    variant: str, kind: str | None, pretrained: bool, distilled: bool = False, stem: str = "patch", **kwargs: Any
+) -> VisionTransformer:
+    size = VIT_SIZES[variant if kind is None else variant.removeprefix(f"{kind}_")]
+    model_args = {
+        "patch_size": DEFAULT_PATCH_SIZE,
+        "embed_dim": size.width,
+        "depth": size.depth,
+        "num_heads": size.heads,
+        # Ordinary attention does not know the grid and can be traced at one size; areas follow whatever comes.
+        "dynamic_img_size": kind is not None,
+        **kwargs,
+    }
+    model_cls: Callable[..., VisionTransformer] = VisionTransformerDistilled if distilled else VisionTransformer
+    if kind is not None:
+        model_args["attention"] = kwargs.get("attention", {})
+        model_cls = partial(AttentionVisionTransformerDistilled if distilled else AttentionVisionTransformer, kind=kind)
+    if stem not in ("patch", "conv"):
+        raise ValueError(f"stem is 'patch' or 'conv', got '{stem}'")
+    if stem == "conv":
+        model_args["embed_layer"] = ConvStem
+    overlay = {
+        "first_conv": "patch_embed.proj.0.0" if stem == "conv" else "patch_embed.proj",
+        "classifier": ("head", "head_dist") if distilled else "head",
+        **(model_args.pop("pretrained_cfg_overlay", None) or {}),
+    }
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **model_args,
+    )
+
+
+def _names() -> dict[str, str | None]:
+    return {f"{kind}_{size}" if kind else size: kind for kind in (None, *KINDS) for size in VIT_SIZES}
+
+
+default_cfgs = generate_default_cfgs(
+    {name: {"input_size": (3, 224, 224), "fixed_input_size": True} for name in _names()}
+)
+__all__ = ["AttentionVisionTransformer", "AttentionVisionTransformerDistilled"]
+
+
+def _register(variant: str, kind: str | None) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+        return _build(variant, kind, pretrained, **kwargs)
+
+    create.__name__ = variant
+    globals()[variant] = register_model(create)
+
+
+for _variant, _kind in _names().items():
+    _register(_variant, _kind)

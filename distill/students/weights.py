@@ -1,0 +1,102 @@
+"""Where a student's weights come from when they are not random: timm's, or an earlier export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from distill.errors import InputError
+from distill.students.saved import Saved
+
+# (size, with distillation token) -> timm's weights. DeiT distilled three sizes; large and huge come from ViT in any
+# case.
+TIMM_WEIGHTS = {
+    ("vit_tiny", True): "deit_tiny_distilled_patch16_224.fb_in1k",
+    ("vit_small", True): "deit_small_distilled_patch16_224.fb_in1k",
+    ("vit_base", True): "deit_base_distilled_patch16_224.fb_in1k",
+    ("vit_large", True): "vit_large_patch16_224.augreg_in21k_ft_in1k",
+    ("vit_huge", True): "vit_huge_patch14_224.orig_in21k",
+    ("vit_tiny", False): "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    ("vit_small", False): "vit_small_patch16_224.augreg_in21k_ft_in1k",
+    ("vit_base", False): "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    ("vit_large", False): "vit_large_patch16_224.augreg_in21k_ft_in1k",
+    ("vit_huge", False): "vit_huge_patch14_224.orig_in21k",
+}
+
+
+def create_pretrained(name: str, **kwargs: Any) -> Any:
+    """timm's model with its weights; timm adapts patches, positions and channels, and drops a head of other classes."""
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    except OSError as error:
+        raise InputError(
+            f"student.pretrained: timm's weights {name} are not at hand and cannot be fetched ({error})."
+        ) from error
+
+
+def load_timm_weights(
+    model: VisionTransformer, size: str, *, resolution: int, patch_size: int, channels: int
+) -> Mapping[str, Any]:
+    """Fill a student of a named size with timm's weights for that size, resampled to its grid; returns their
+    pretrained_cfg.
+
+    What timm's weights do not have starts fresh: heads for other classes and what an attention kind adds. A
+    distillation token that they lack starts as the class token.
+
+    Raises:
+        InputError: timm has no weights for this size or stem, or they cannot be fetched.
+    """
+    distilled = hasattr(model, "dist_token")
+    if (size, distilled) not in TIMM_WEIGHTS:
+        sizes = ", ".join(dict.fromkeys(known for known, _ in TIMM_WEIGHTS))
+        raise InputError(f"student.pretrained: timm has no weights for {size}; it has them for {sizes}.")
+    if not hasattr(model.patch_embed.proj, "weight"):
+        raise InputError("student.pretrained: timm's weights have a patch stem; set student.stem to patch.")
+    source = create_pretrained(
+        TIMM_WEIGHTS[size, distilled],
+        num_classes=model.num_classes, in_chans=channels, img_size=resolution, patch_size=patch_size,
+    )  # fmt: skip
+    weights = source.state_dict()
+    if distilled and "dist_token" not in weights:
+        weights["dist_token"] = weights["cls_token"]
+        positions = weights["pos_embed"]
+        weights["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+    result = model.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert all(key.startswith("head_dist.") or ".attn." in key for key in result.missing_keys), result.missing_keys
+    return source.pretrained_cfg
+
+
+def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
+    """Fill a model with an export's weights; positions are resampled to its grid, heads for other classes start fresh.
+
+    Raises:
+        InputError: keys are missing, foreign or of another shape: all are listed.
+    """
+    weights: dict[str, Tensor] = dict(saved.weights)
+    own = model.state_dict()
+    if isinstance(model, VisionTransformer) and "pos_embed" in weights:
+        weights = checkpoint_filter_fn(weights, model)
+    if saved.config.get("num_classes") != model.num_classes:
+        heads = saved.config["pretrained_cfg"].get("classifier", ())
+        for head in (heads,) if isinstance(heads, str) else heads:
+            weights |= {key: tensor for key, tensor in own.items() if key.startswith(f"{head}.")}
+    problems = {
+        "missing": own.keys() - weights.keys(),
+        "foreign": weights.keys() - own.keys(),
+        "of another shape": {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape},
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
+        raise InputError(f"student.weights: {source} holds another student than the recipe's ({listed}).")
+    model.load_state_dict(weights)
+
+
+def _listed(keys: Iterable[str], most: int = 8) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
