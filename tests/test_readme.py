@@ -1,0 +1,50 @@
+"""The README's first two shell blocks are what .ci/run executes; what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.cli import COMMANDS
+from distill.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(number: int) -> str:
+    command = [sys.executable, ".ci/readme_blocks.py", "README.md", str(number)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_the_first_block_installs_and_runs_the_quickstart() -> None:
+    assert block(1) == "python -m pip install -e .\naccelerate launch distill/train.py recipes/quickstart.yaml\n"
+
+
+def test_the_second_block_installs_and_passes_the_tests() -> None:
+    assert block(2) == 'python -m pip install -e ".[test]"\npytest\n'
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    paths = re.findall(r"\b(?:recipes|distill|teachers|tests)/[\w./]+\.(?:yaml|py)\b", text)
+    assert paths
+    assert [path for path in [*paths, *re.findall(r"\]\((\w[\w.]*)\)", text)] if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
+def test_commands_that_are_named_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`)distill ([a-z]+)", text, flags=re.MULTILINE))
+    assert named
+    assert named <= set(COMMANDS)
+
+
+def test_the_readme_names_every_section_of_a_recipe() -> None:
+    rows = "".join(re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE))
+    assert {key for key in Recipe.model_fields if f"`{key}`" not in rows} == set()
