@@ -17,10 +17,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     dies.
     """
     lock_path = path.parent / f".{path.name}.lock"
-    made = not path.parent.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(lock_path)
+        lock, made_folder = _acquire(lock_path)
     except OSError as error:
         raise InputError(
             f"{path}: no such file, and it cannot be made there ({error.strerror}); put it there or set data.root to a "
@@ -31,15 +29,22 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     finally:
         lock_path.unlink()
         os.close(lock)
-        if made and not any(path.parent.iterdir()):
+        if made_folder and not any(path.parent.iterdir()):
             path.parent.rmdir()
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path) -> tuple[int, bool]:
+    """The lock's file descriptor, and whether its folder had to be made."""
     while True:
+        made_folder = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Its last holder removed the file that we waited for: what we hold is no longer what others see.
-        if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:
-            return lock
+        # While we waited, its last holder may have removed the file: then what we hold is not what others see.
+        try:
+            current = path.stat().st_ino
+        except FileNotFoundError:
+            current = None
+        if current == os.fstat(lock).st_ino:
+            return lock, made_folder
         os.close(lock)

@@ -125,7 +125,9 @@ def test_one_flipped_bit(path: Path, offset: int) -> None:
 @pytest.mark.parametrize("label", [-1, 3])
 def test_label_out_of_range(path: Path, label: int) -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, label])
-    assert f"label {label} in test.labels is out of range: classes are 0 to 2" in problem(rewritten(path, test__labels=labels))
+    assert f"label {label} in test.labels is out of range: classes are 0 to 2" in problem(
+        rewritten(path, test__labels=labels)
+    )
 
 
 @pytest.mark.parametrize(

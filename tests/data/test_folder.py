@@ -1,0 +1,163 @@
+"""Image folders, packed and streamed, against torchvision's own resizing and cropping."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from distill.data import BatchPlan, Dataset, open_dataset, opening
+from distill.data.stream import Draw, crop_box
+from distill.errors import InputError
+from distill.recipe import Data
+from distill.recipe.schema import RandomResizedCrop
+
+CPU = torch.device("cpu")
+
+
+def opened(root: Path, stream: bool | None, **spec: Any) -> Dataset:
+    values = {"name": "folder", "root": str(root), "resolution": 10, "validation": 0.0, "workers": 0} | spec
+    return open_dataset(Data(stream=stream, **values), seed=0, device=CPU)
+
+
+def pixels(dataset: Dataset, split: Any) -> Tensor:
+    parts = dataset.evaluation_batches(split, 0, dataset.info.sizes[split], 4)
+    return torch.cat([images for images, _ in parts]).mul(255).round().to(torch.uint8)
+
+
+def files(root: Path, split: str) -> list[Path]:
+    return sorted((root / split).rglob("*.png"))
+
+
+def problem(root: Path, **spec: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        opened(root, None, **spec)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_are_torchvisions_resize_and_centre_crop(make_folder: Any, mode: str, stream: bool) -> None:
+    root = make_folder(mode)
+    dataset = opened(root, stream)
+    assert dataset.info.class_names == ("ant", "bee", "cat")
+    assert dataset.info.channels == len(dataset.info.mean) == (1 if mode == "L" else 3)
+    for split in ("train", "test"):
+        expected = []
+        for path in files(root, split):
+            image = tv.resize(Image.open(path), 10, InterpolationMode.BICUBIC)
+            expected.append(tv.pil_to_tensor(tv.center_crop(image, [10, 10])))
+        assert torch.equal(pixels(dataset, split), torch.stack(expected))
+        names = [path.parent.name for path in files(root, split)]
+        assert [dataset.info.class_names[label] for label in dataset.labels(split)] == names
+
+
+def test_a_stream_cuts_torchvisions_resized_crop_of_the_full_image(make_folder: Any) -> None:
+    root = make_folder()
+    crop = RandomResizedCrop(scale=[0.1, 0.8])
+    dataset = opened(root, True, augment={"random_resized_crop": {"scale": [0.1, 0.8]}})
+    (batch,) = next(dataset.training_batches(BatchPlan(3, 30), epoch=2))
+    paths = files(root, "train")
+    boxes = set()
+    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+        original = Image.open(paths[index])
+        box = crop_box(original, index, Draw(3, 2), crop)
+        boxes.add(box)
+        top, left, height, width = box
+        assert 0 <= top <= original.height - height
+        assert 0 <= left <= original.width - width
+        expected = tv.resized_crop(original, *box, [10, 10], InterpolationMode.BICUBIC)
+        assert torch.equal(image.mul(255).round().to(torch.uint8), tv.pil_to_tensor(expected))
+    assert len(boxes) > 20
+
+
+def test_one_of_val_and_test_is_the_test_split(make_folder: Any) -> None:
+    dataset = opened(make_folder(val=2), True, validation=6)
+    assert dataset.info.sizes == {"train": 30, "validation": 6, "test": 6}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_validation_folder_serves_as_it_is(make_folder: Any, stream: bool) -> None:
+    root = make_folder(val=2, test=3)
+    dataset = opened(root, stream, validation=0.1)
+    assert dataset.info.sizes == {"train": 36, "validation": 6, "test": 9}
+    assert opened(root, stream, validation=0.0).info.sizes["validation"] == 0
+
+
+def test_large_folders_stream_and_small_ones_do_not(make_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder()
+    monkeypatch.setattr(opening, "RESIDENT_LIMIT", 45 * 3 * 100 - 1)
+    opened(root, None)
+    assert not list(root.glob("*.safetensors"))
+    monkeypatch.setattr(opening, "RESIDENT_LIMIT", 45 * 3 * 100)
+    opened(root, None)
+    assert [path.name for path in root.glob("*.safetensors")] == ["packed-10.safetensors"]
+    assert sorted(path.name for path in root.iterdir()) == ["packed-10.safetensors", "test", "train"]
+
+
+def test_a_folder_is_packed_once_and_again_when_it_changed(make_folder: Any) -> None:
+    root = make_folder()
+    before = opened(root, None)
+    packed = root / "packed-10.safetensors"
+    written = packed.stat().st_mtime_ns
+    opened(root, None)
+    assert packed.stat().st_mtime_ns == written
+    opened(root, None, resolution=6)
+    assert packed.stat().st_mtime_ns == written
+    changed = files(root, "train")[4]
+    size = Image.open(changed).size
+    Image.new("RGB", size, "red").save(changed)
+    after = opened(root, None)
+    assert packed.stat().st_mtime_ns != written
+    assert pixels(after, "train")[4, 0].unique().tolist() == [255]
+    assert after.info.digest != before.info.digest
+    changed.unlink()
+    assert opened(root, None).info.sizes["train"] == before.info.sizes["train"] - 1
+
+
+def test_greyscale_files_in_a_colour_set_are_made_colour(make_folder: Any) -> None:
+    root = make_folder()
+    Image.open(files(root, "train")[0]).convert("L").save(files(root, "train")[0])
+    for stream in (False, True):
+        first = pixels(opened(root, stream), "train")[0]
+        assert torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named(make_folder: Any, workers: int) -> None:
+    root = make_folder()
+    broken = files(root, "test")[2]
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert problem(root).startswith(f"{broken}: cannot be decoded")
+    assert not list(root.glob("*.safetensors*"))
+    dataset = opened(root, True, workers=workers)
+    with pytest.raises(InputError) as caught:
+        pixels(dataset, "test")
+    assert str(caught.value).startswith(f"{broken}: cannot be decoded")
+    assert "\n" not in str(caught.value)
+
+
+def test_sixteen_bits_are_refused(make_folder: Any) -> None:
+    root = make_folder()
+    Image.new("I;16", (9, 9)).save(files(root, "test")[0])
+    assert "convert it to 8 bits" in problem(root)
+
+
+def test_folders_that_are_none(make_folder: Any, tmp_path: Path) -> None:
+    assert "has no train folder" in problem(tmp_path / "nowhere")
+    root = make_folder()
+    os.rename(root / "test", root / "tset")
+    assert "has no test or val folder" in problem(root)
+    os.rename(root / "tset", root / "test")
+    os.rename(root / "test" / "cat", root / "test" / "cow")
+    assert f"{root / 'test' / 'cow'} is a class that the train folder does not have" in problem(root)
+    os.rename(root / "test" / "cow", root / "test" / "cat")
+    (root / "train" / "dog").mkdir()
+    assert f"{root / 'train' / 'dog'} holds no image" in problem(root)
