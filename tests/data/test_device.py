@@ -1,0 +1,64 @@
+"""The batch path must not wait for the device: nothing in it may need a value on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill.data import BatchPlan, open_dataset
+from distill.recipe import Data
+
+SPEC = Data(
+    name="digits",
+    augment={"crop_padding": 2, "hflip": True, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0},
+)
+CROP = SPEC.model_copy(
+    update={"augment": SPEC.augment.model_validate({"random_resized_crop": {}, "hflip": True, "cutmix": 1.0})}
+)
+PLAN = BatchPlan(0, 64, accumulation=2)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        # A boolean mask as an index has a result of unknown shape, just as nonzero.
+        masks = args[1] if func.overloadpacket.__name__ in ("index", "index_put", "index_put_") else []
+        if any(mask is not None and mask.dtype == torch.bool for mask in masks):
+            self.seen.add("nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [SPEC, CROP], ids=["pad and crop", "resized crop"])
+def test_no_operator_of_a_batch_needs_the_host(spec: Data) -> None:
+    batches = open_dataset(spec, seed=0, device=torch.device("cpu")).training_batches(PLAN, epoch=0)
+    next(batches)  # keys are made once an epoch
+    with Operators() as operators:
+        next(batches)
+    assert "gather" in operators.seen or "grid_sampler_2d" in operators.seen
+    waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero"}
+    assert not operators.seen & waiting
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_of_the_cpu_and_never_wait() -> None:
+    on_cpu, on_gpu = (
+        open_dataset(SPEC, seed=0, device=torch.device(kind)).training_batches(PLAN, epoch=0)
+        for kind in ("cpu", "cuda")
+    )
+    next(on_cpu), next(on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step = next(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(next(on_cpu), step, strict=True):
+        assert torch.equal(ours.indices, theirs.indices.cpu())
+        torch.testing.assert_close(ours.images, theirs.images.cpu(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours.targets, theirs.targets.cpu(), atol=1e-6, rtol=0)
