@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.data import Dataset
 from distill.report.metrics import measure
 from distill.students import Heads
+from distill.tensor_files import write_tensors
 
 SMALLEST_BATCH = 128
 
@@ -99,7 +98,5 @@ def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, f
 
 
 def save_predictions(path: Path, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]) -> None:
-    """Write `predictions.safetensors` in one step: labels [N] and one float32 [N, classes] per name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"labels": labels, **predictions}, temporary, metadata=dict(metadata))
-    os.replace(temporary, path)
+    """Write `predictions.safetensors`: labels int64 [N] and one float32 [N, classes] per name."""
+    write_tensors(path, {"labels": labels, **predictions}, metadata)

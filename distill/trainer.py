@@ -63,6 +63,7 @@ class Trainer:
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
         )
+        self.plan.check(info.sizes["train"], dataset.augmenter.paired)
         self.steps_per_epoch = self.plan.steps_per_epoch(info.sizes["train"])
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
@@ -222,7 +223,7 @@ class Trainer:
 
     @property
     def evaluation_batch(self) -> int:
-        return max(SMALLEST_BATCH, self.plan.micro_batch_size)
+        return max(SMALLEST_BATCH, self.plan.micro_batch)
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; returns on all processes when it stands."""
