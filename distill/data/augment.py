@@ -119,14 +119,14 @@ class Augmenter:
         return floats, targets
 
     def _erase(self, images: Tensor, hashed: Tensor) -> Tensor:
-        """Noise in a random box (Zhong et al. 2017, with the areas and ratios of timm's 'pixel' mode)."""
+        """In place: noise in a random box (Zhong et al. 2017, with the areas and ratios of timm's 'pixel' mode)."""
         height, width = images.shape[-2:]
         boxes, found = random_boxes(
             hashed[: len(BOX_DRAWS)], height, width, area=ERASED_AREA, ratio=ERASED_RATIO, smaller_by=1
         )
         erased = found & (uniform(hashed[-2]) < self.spec.random_erasing)
         mask = inside(boxes, height, width) & erased[:, None, None, None]
-        return torch.lerp(images, self._pixels(hashed[-1], images.shape), mask.to(images.dtype))
+        return images.lerp_(self._pixels(hashed[-1], images.shape), mask.to(images.dtype))
 
     def _pixels(self, hashed: Tensor, shape: torch.Size) -> Tensor:
         """Noise for every pixel, float32 of `shape` in [0, 1]. One 32-bit hash of (sample, place) serves three

@@ -71,8 +71,11 @@ def mix_pairs(
 
 def _blend(values: Tensor, weight: Tensor) -> Tensor:
     """weight * own + (1 - weight) * partner's; exact where the weight is 0 or 1."""
-    paired = values.unflatten(0, (-1, 2))
-    return torch.lerp(paired.flip(1), paired, weight.unflatten(0, (-1, 2))).flatten(0, 1)
+    blended = torch.empty_like(values)
+    first, second = values[::2], values[1::2]
+    torch.lerp(second, first, weight[::2], out=blended[::2])
+    torch.lerp(first, second, weight[1::2], out=blended[1::2])
+    return blended
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
