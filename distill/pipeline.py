@@ -17,9 +17,6 @@ from distill.data import Dataset, open_dataset
 from distill.errors import InputError
 from distill.processes import build_accelerator, on_main, set_threads
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
-from distill.report.comparison import compare
-from distill.report.document import write_report
-from distill.report.tables import render_console
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
 from distill.teaching import build_teacher, is_trained, run_preflight, teacher_place, teacher_recipe
@@ -233,6 +230,11 @@ def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[
 
 def show_result(directory: Path) -> None:
     """Write the comparison, print its table and say where everything is."""
+    # Plots take half a second to import; the first step should not wait for them.
+    from distill.report.comparison import compare
+    from distill.report.document import write_report
+    from distill.report.tables import render_console
+
     comparison = compare([directory])
     written = write_report(comparison, directory / "report.html")
     console.print(render_console(comparison))

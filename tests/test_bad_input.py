@@ -91,7 +91,7 @@ def test_truncated_and_tampered_data(refused, toy: Toy, tmp_path: Path) -> None:
     file.write_bytes(content)
     message = refused(toy.recipe, f"data.root={root}")
     assert str(file) in message
-    assert "sha256" in message.lower()
+    assert "SHA-256" in message
 
 
 def test_missing_and_foreign_weights(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001

@@ -49,7 +49,12 @@ def from_mapping(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
 ) -> Recipe:
     """Validate a recipe given as plain data; see `load`."""
-    data = json.loads(json.dumps(raw, default=str))  # a deep copy in which every key is a string
+    data = {}
+    for key, value in raw.items():
+        try:
+            data[str(key)] = json.loads(json.dumps(value, default=str))  # a deep copy in which every key is a string
+        except (ValueError, RecursionError):
+            raise InputError(f"{source}: {key}: a YAML alias refers to the section it stands in; write it out.") from None
     problems = [problem for text in overrides if (problem := _override(data, text))]
     recipe, invalid = _validate(data)
     problems += invalid
@@ -111,7 +116,7 @@ def _override(data: dict[str, Any], text: str) -> Problem | None:
     try:
         value = read_yaml(value_text, source=key)
     except InputError as error:
-        return Problem(tuple(path), str(error))
+        return Problem(tuple(path), str(error).removeprefix(f"{key}: "))
     node: Any = data
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
@@ -138,8 +143,8 @@ def _validate(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     except ValidationError as error:
         messages: dict[tuple[str | int, ...], list[str]] = {}
         for item in error.errors(include_url=False):
-            path = _path_in(data, item["loc"])
-            messages.setdefault(path, []).append(_message(item, path))
+            for path, text in _problems_in(item, _path_in(data, item["loc"])):
+                messages.setdefault(path, []).append(text)
         # A value that fits no branch of a union is reported once, with what each branch wants.
         return None, [Problem(path, " or ".join(dict.fromkeys(texts))) for path, texts in messages.items()]
 
@@ -155,18 +160,26 @@ def _path_in(data: Any, location: tuple[str | int, ...]) -> tuple[str | int, ...
     return tuple(path)
 
 
-def _message(item: Any, path: tuple[str | int, ...]) -> str:
-    if item["type"] == "extra_forbidden":
-        return f"unknown key{_suggest(path)}"
-    value = item["input"]
+def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
+    """What one of pydantic's errors means in the words of the recipe."""
+    value, kind = item["input"], item["type"]
+    if kind == "extra_forbidden":
+        return [Problem(path, f"unknown key{_suggest(path)}")]
+    if kind.startswith("union_tag") and isinstance(value, dict):
+        choice = item["ctx"]["discriminator"].strip("'")
+        if choice in value:
+            return [Problem((*path, choice), f"should be one of {item['ctx']['expected_tags']}, got {value[choice]!r}")]
+        known = _keys_under(path)
+        unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
+        return [Problem(path, f"the key '{choice}' is missing; it says which one this is"), *unknown]
     shown = "" if isinstance(value, dict | list) else f", got {value!r}"
     text = re.sub(r"^Input should be", "should be", item["msg"])
-    return f"{text[0].lower()}{text[1:]}{shown}"
+    return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]
 
 
 def _suggest(path: tuple[str | int, ...]) -> str:
     wrong = str(path[-1])
-    siblings = [known[-1] for known in _known_keys() if known[:-1] == _plain(path[:-1])]
+    siblings = _keys_under(path[:-1])
     if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
         return f"; did you mean '{near[0]}'?"
     elsewhere = [".".join(known) for known in _known_keys() if known[-1] == wrong]
@@ -175,8 +188,9 @@ def _suggest(path: tuple[str | int, ...]) -> str:
     return f"; known here: {', '.join(dict.fromkeys(siblings))}" if siblings else ""
 
 
-def _plain(path: tuple[str | int, ...]) -> tuple[str, ...]:
-    return tuple(part for part in path if isinstance(part, str))
+def _keys_under(path: tuple[str | int, ...]) -> list[str]:
+    plain = tuple(part for part in path if isinstance(part, str))
+    return [known[-1] for known in _known_keys() if known[:-1] == plain]
 
 
 def _known_keys() -> list[tuple[str, ...]]:

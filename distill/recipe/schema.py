@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 class Section(BaseModel):
     """Common ground of all sections: unknown keys are errors, types are strict, values never change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from distill.errors import InputError
-from distill.report import Comparison, compare, render_console
+from distill.report.comparison import Comparison, compare
+from distill.report.tables import render_console
 
 MakeRun = Callable[..., Path]
 

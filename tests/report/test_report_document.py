@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distill.errors import InputError
-from distill.report import compare, write_report
+from distill.report.comparison import compare
+from distill.report.document import write_report
 from distill.report.plots import loss_figure, to_svg, top1_figure
 
 MakeRun = Callable[..., Path]
