@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teachers.judging import count, judge, preflight
+    from teachers.judging import confusion, count, judge, preflight
     from teachers.teacher import Ensemble, Teacher, load_teacher
     from teachers.zoo import ZOO, ZooEntry
 
 _HOMES = {
     "ZOO": "zoo", "ZooEntry": "zoo",
     "Ensemble": "teacher", "Teacher": "teacher", "load_teacher": "teacher",
-    "count": "judging", "judge": "judging", "preflight": "judging",
+    "confusion": "judging", "count": "judging", "judge": "judging", "preflight": "judging",
 }  # fmt: skip
 
-__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "count", "judge", "load_teacher", "preflight"]
+__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "confusion", "count", "judge", "load_teacher", "preflight"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,18 +26,22 @@ def count(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     `batches` yields images in [0, 1], [B, C, H, W], with labels int64 [B], as a data set's `evaluation_batches` does.
     The counts are on the device of the images; those of several processes add up to those of one.
     """
-    classes = teacher.num_classes
     counts: Tensor | None = None
     for images, labels in batches:
-        cells = labels * classes + teacher(images).argmax(1)
-        found = torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+        found = confusion(labels, teacher(images))
         counts = found if counts is None else counts + found
     assert counts is not None, "no batches to count"
     return counts
 
 
+def confusion(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels int64 [N] and logits [N, classes] -> counts int64 [classes, classes], row: label, column: answer."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
 def judge(teacher: Teacher, counts: Tensor, *, min_accuracy: float | None) -> float:
-    """The accuracy (0 to 1) in `counts` (see `count`), if it is at least `min_accuracy`; None: well above chance.
+    """The accuracy (0 to 1) in `counts` (see `confusion`), if it is at least `min_accuracy`; None: well above chance.
 
     Chance is the share of the largest class, or 1 / classes if that is more. Well above is twice 1 / classes, or five
     standard deviations above chance where that is more, but never beyond half of the way from chance to perfect.

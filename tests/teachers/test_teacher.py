@@ -16,6 +16,7 @@ import teachers.sources
 from distill import recipe
 from distill.errors import InputError
 from distill.inputs import InputContract
+from distill.students import build_student
 from teachers import ZOO, Ensemble, Teacher, load_teacher
 from teachers.weights import digest
 
@@ -200,6 +201,27 @@ def test_folder_of_a_model_with_two_heads_gives_their_mean(tmp_path: Path) -> No
     tokens = network.forward_features(teacher.adapter(images))
     both = (network.head(tokens[:, 0]) + network.head_dist(tokens[:, 1])) / 2
     torch.testing.assert_close(teacher(images), both.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_distilled_student_is_a_teacher_in_turn(tmp_path: Path) -> None:
+    """An export with area attention and two heads gives the mean of both."""
+    spec = recipe.Student.model_validate(
+        {"model": "vit_nano", "patch_size": 8, "attention": {"kind": "area"}, "distillation_token": True}
+    )
+    student = build_student(
+        spec, resolution=16, num_classes=5, channels=3, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3, seed=0
+    ).eval()
+    for head in (student.model.head, student.model.head_dist):
+        nn.init.normal_(head.weight)
+    (tmp_path / "config.json").write_text(json.dumps(student.timm_config([*"abcde"])))
+    save_file(student.model.state_dict(), tmp_path / "model.safetensors")
+    images = _images(2, 3, 32, 32)
+    heads = student(images)
+    assert heads.dist is not None
+    assert (heads.cls - heads.dist).abs().max() > 0.1
+    teacher = load_teacher({"model": f"local-dir:{tmp_path}"}, 5)
+    assert teacher.contract == student.adapter.contract
+    torch.testing.assert_close(teacher(images), heads.fused.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_broken_folders(tmp_path: Path) -> None:
