@@ -80,6 +80,10 @@ class Student(nn.Module):
                 "crop_mode": "center",
                 "mean": list(contract.mean),
                 "std": list(contract.std),
-                **{key: known[key] for key in ("first_conv", "classifier") if known.get(key)},
+                **{key: _as_json(known[key]) for key in ("first_conv", "classifier") if known.get(key)},
             },
         }
+
+
+def _as_json(names: str | Sequence[str]) -> str | list[str]:
+    return names if isinstance(names, str) else list(names)

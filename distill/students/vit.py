@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import Attention
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -58,11 +57,11 @@ class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTran
     """The same on top of timm's VisionTransformerDistilled."""
 
 
-def _replacement(plain: Attention, kind: str, **options: Any) -> nn.Module:
+def _replacement(plain: Any, kind: str, **options: Any) -> nn.Module:
     """A module of this kind with the projections, as initialised, of timm's attention."""
     if plain.attn_drop.p:
         raise ValueError(f"{kind} attention has no dropout of its weights; leave attn_drop_rate at 0")
-    module = KINDS[kind](plain.attn_dim, plain.num_heads, qkv_bias=plain.qkv.bias is not None, **options)
+    module = KINDS[kind](plain.qkv.in_features, plain.num_heads, qkv_bias=plain.qkv.bias is not None, **options)
     if foreign := module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys:
         raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that asks for it")
     module.proj_drop = plain.proj_drop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
     """
     weights: dict[str, Tensor] = dict(saved.weights)
     own = model.state_dict()
-    if isinstance(model, VisionTransformer) and "pos_embed" in weights:
+    if _on_square_grid(model, weights):
         weights = checkpoint_filter_fn(weights, model)
     if saved.config.get("num_classes") != model.num_classes:
         heads = saved.config["pretrained_cfg"].get("classifier", ())
@@ -95,6 +96,14 @@ def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
         listed = "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys)
         raise InputError(f"student.weights: {source} holds another student than the recipe's ({listed}).")
     model.load_state_dict(weights)
+
+
+def _on_square_grid(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether `weights` have a position for each of the model's prefix tokens and for every patch of a square grid."""
+    if not isinstance(model, VisionTransformer) or "pos_embed" not in weights:
+        return False
+    patches = weights["pos_embed"].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    return patches > 0 and math.isqrt(patches) ** 2 == patches
 
 
 def _listed(keys: Iterable[str], most: int = 8) -> str:
