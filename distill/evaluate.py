@@ -99,4 +99,5 @@ def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, f
 
 def save_predictions(path: Path, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]) -> None:
     """Write `predictions.safetensors`: labels int64 [N] and one float32 [N, classes] per name."""
-    write_tensors(path, {"labels": labels, **predictions}, metadata)
+    # With one head its logits are the fused ones too, and safetensors refuses tensors that share memory.
+    write_tensors(path, {"labels": labels} | {name: logits.clone() for name, logits in predictions.items()}, metadata)

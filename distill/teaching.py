@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, accuracies, predict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
-from teachers import Ensemble, Teacher, judge, load_teacher
+from teachers import Ensemble, Teacher, confusion, judge, load_teacher
 
 PREFLIGHT_IMAGES = 5000
 _log = logging.getLogger("distill")
@@ -82,14 +81,8 @@ def run_preflight(recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerato
     )  # fmt: skip
     labels = dataset.labels(split)[: len(logits)]
     for model, answers, spec in zip(members or [teacher], members_logits or [logits], recipe.teachers, strict=True):
-        judge(model, _confusion(labels, answers), min_accuracy=spec.min_accuracy)
+        judge(model, confusion(labels, answers), min_accuracy=spec.min_accuracy)
     values = accuracies({"teacher": logits}, labels)
     _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
     described = {"split": split, "samples": len(labels), "teacher": teacher.describe(), "teacher_sha256": teacher.digest}
     return described | values, logits
-
-
-def _confusion(labels: Tensor, logits: Tensor) -> Tensor:
-    """How often each label (row) got each answer (column): int64 [classes, classes]."""
-    classes = logits.shape[1]
-    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
