@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a folder `step_00001000` of safetensors, one `weights_only` archive, JSON, and a manifest with the SHA-256 of each
-file. It is written under a temporary name, flushed to disk and renamed, so that a crash leaves the older ones as they were.
+A checkpoint is a folder `step_00001000` of safetensors, one `weights_only` archive, JSON, and a manifest with the
+SHA-256 of each file. It is written under a temporary name, flushed to disk and renamed, so that a crash leaves the
+older ones as they were.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ MANIFEST = "manifest.json"
 _log = logging.getLogger("distill")
 
 
-def write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
     """Write one checkpoint atomically.
 
     Args:
@@ -38,7 +41,9 @@ def write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for stem, values in tensors.items():
-        save_file({key: value.detach().contiguous() for key, value in values.items()}, temporary / f"{stem}.safetensors")
+        save_file(
+            {key: value.detach().contiguous() for key, value in values.items()}, temporary / f"{stem}.safetensors"
+        )
     torch.save(dict(optimizer), temporary / "optimizer.pt")
     (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
@@ -61,7 +66,9 @@ def verify(path: str | Path) -> None:
         text = manifest.read_text(encoding="utf-8")
         digests = json.loads(text)
     except (OSError, ValueError):
-        raise InputError(f"{manifest}: missing or unreadable; the checkpoint {path} cannot be trusted. Use another one.") from None
+        raise InputError(
+            f"{manifest}: missing or unreadable; the checkpoint {path} cannot be trusted. Use another one."
+        ) from None
     # The manifest has one canonical spelling, so that a change in it is noticed even where it means the same.
     if not isinstance(digests, dict) or text != _manifest_text(digests):
         raise InputError(f"{manifest}: damaged; the checkpoint {path} cannot be trusted. Use another one.")
@@ -69,7 +76,9 @@ def verify(path: str | Path) -> None:
     for name in sorted(present | digests.keys()):
         file = path / name
         if name not in digests:
-            raise InputError(f"{file}: not part of the checkpoint as it was written. Remove it or use another checkpoint.")
+            raise InputError(
+                f"{file}: not part of the checkpoint as it was written. Remove it or use another checkpoint."
+            )
         if name not in present:
             raise InputError(f"{file}: missing from the checkpoint. Use another one.")
         if _sha256(file) != digests[name]:
@@ -102,7 +111,8 @@ def existing(checkpoints: Path) -> list[Path]:
 
 
 def newest_intact(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that verifies; a warning names each that does not. None where there is no checkpoint at all.
+    """The newest checkpoint that verifies; a warning names each that does not. None where there is no checkpoint at
+    all.
 
     Raises:
         InputError: there are checkpoints and all of them are damaged.

@@ -60,9 +60,17 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory itself (default: runs/<name>-<time>)")
-    parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest intact checkpoint, or from that run or checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, run preflight and one step, write nothing")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run directory itself (default: runs/<name>-<time>)"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue from the newest intact checkpoint, or from that run or checkpoint",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, run preflight and one step, write nothing"
+    )
 
 
 def train(options: argparse.Namespace) -> int:
@@ -104,7 +112,9 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="a run directory, a recipe (for its teacher), or a teacher's name")
+    parser.add_argument(
+        "target", metavar="TARGET", help="a run directory, a recipe (for its teacher), or a teacher's name"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=DIR teacher.weights=FILE")
 
 
@@ -166,7 +176,9 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
+COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]
+] = {
     "train": ("train the student of a recipe", _train_arguments, train),
     "validate": ("check a recipe and print it resolved", _recipe_arguments, validate),
     "schema": ("print the JSON schema of recipes", _no_arguments, schema),

@@ -26,7 +26,8 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     """Measure a run's export, and its teacher, on the test set; write its predictions anew and print the table.
 
     Raises:
-        InputError: no run there, or one in use or without an export; or its data or teacher are not where its recipe says.
+        InputError: no run there, or one in use or without an export; or its data or teacher are not where its recipe
+        says.
     """
     run.check_free(path)
     recipe = from_mapping(run.read_recipe(path).model_dump(), overrides, source=str(path / "resolved.yaml"))
@@ -44,7 +45,9 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
 def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
     """Measure the teacher of a recipe, or a teacher by its name, on the test set of the recipe's data."""
     is_recipe = Path(target).suffix in {".yaml", ".yml"}
-    recipe = load(target, overrides) if is_recipe else from_mapping({"teacher": {"model": target}}, overrides, source=target)
+    recipe = (
+        load(target, overrides) if is_recipe else from_mapping({"teacher": {"model": target}}, overrides, source=target)
+    )
     accelerator, dataset, teacher = _set_up(recipe)
     if teacher is None:
         raise InputError(f"{target}: the recipe has no teacher to evaluate.")
@@ -54,7 +57,9 @@ def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
 def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
     for spec in recipe.teachers:
         if not is_trained(recipe, spec):
-            raise InputError(f"teacher.recipe: {spec.recipe} is not trained yet. Launch it, or the student's recipe, first.")
+            raise InputError(
+                f"teacher.recipe: {spec.recipe} is not trained yet. Launch it, or the student's recipe, first."
+            )
     set_threads()
     accelerator = Accelerator(mixed_precision="no")
     dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device)
@@ -71,7 +76,11 @@ def _print_table(predictions: dict[str, Tensor], labels: Tensor) -> None:
     for name, logits in predictions.items():
         metrics = measure(logits.numpy(), labels.numpy())
         table.add_row(
-            name, f"{metrics.top1_correct:,} of {metrics.samples:,}", f"{metrics.top1:.2f}", f"{metrics.topk:.2f}", f"{metrics.nll:.4f}"
+            name,
+            f"{metrics.top1_correct:,} of {metrics.samples:,}",
+            f"{metrics.top1:.2f}",
+            f"{metrics.topk:.2f}",
+            f"{metrics.nll:.4f}",
         )
     console.print(table)
 

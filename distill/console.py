@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress display on a terminal, plain lines elsewhere; one process speaks."""
+"""What a person sees of a run: a progress display on a terminal, plain lines elsewhere; one process speaks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class TrainingDisplay:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def advance(self, step: int) -> None:

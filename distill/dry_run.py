@@ -21,7 +21,9 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     dataset = open_data(recipe, accelerator)
     untrained = [spec for spec in recipe.teachers if not is_trained(recipe, spec)]
     for spec in untrained:
-        console.print(f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, and this one stands without it.")
+        console.print(
+            f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, this one does without it."
+        )
         dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
     if untrained:
         recipe = control_recipe(recipe)
@@ -36,7 +38,9 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
         return
     counts = count_parameters(trainer.student, teacher)
     console.print(recipe.to_yaml(), soft_wrap=True)
-    console.print(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
+    console.print(
+        f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else "")
+    )
     console.print(f"FLOPs       {_forward_flops(trainer) / 1e9:.3f} G for the student's forward pass of one image")
     console.print(f"memory      {_peak_memory(accelerator.device) / 2**20:,.0f} MiB at its peak in this process")
     console.print(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")

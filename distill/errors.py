@@ -4,6 +4,6 @@
 class InputError(ValueError):
     """Something the user gave cannot be used: a recipe, a file, a command line.
 
-    The message names the file or key, what is wrong with it, and what to do. The commands print it without a stack trace
-    and exit with code 2.
+    The message names the file or key, what is wrong with it, and what to do. The commands print it without a stack
+    trace and exit with code 2.
     """

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill.data import Dataset
+from distill.data import Dataset, Split
 from distill.report.metrics import measure
 from distill.students import Heads
 from distill.tensor_files import write_tensors
@@ -21,7 +21,7 @@ SMALLEST_BATCH = 128
 def predict(
     forward: Callable[[Tensor], Sequence[Tensor]],
     dataset: Dataset,
-    split: str,
+    split: Split,
     accelerator: Accelerator,
     *,
     batch_size: int,
@@ -55,7 +55,7 @@ def predict(
 def _same_outputs(outputs: list[Tensor], dataset: Dataset, accelerator: Accelerator) -> list[Tensor]:
     """A process whose share is empty takes part in the gathering with as many outputs as the others."""
     number = torch.tensor([len(outputs)], device=accelerator.device)
-    number = accelerator.gather(number).max()  # type: ignore[union-attr]
+    number = accelerator.gather(number).max()
     empty = torch.zeros(0, dataset.info.num_classes, device=accelerator.device)
     return outputs or [empty] * int(number)
 
@@ -63,7 +63,7 @@ def _same_outputs(outputs: list[Tensor], dataset: Dataset, accelerator: Accelera
 def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:
     padded = torch.zeros(share, output.shape[1], device=output.device)
     padded[: len(output)] = output
-    return accelerator.gather(padded)  # type: ignore[return-value]
+    return accelerator.gather(padded)
 
 
 def student_outputs(logits: Callable[[Tensor], Heads]) -> Callable[[Tensor], list[Tensor]]:
@@ -97,7 +97,9 @@ def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, f
     return values
 
 
-def save_predictions(path: Path, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]) -> None:
+def save_predictions(
+    path: Path, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]
+) -> None:
     """Write `predictions.safetensors`: labels int64 [N] and one float32 [N, classes] per name."""
     # With one head its logits are the fused ones too, and safetensors refuses tensors that share memory.
     write_tensors(path, {"labels": labels} | {name: logits.clone() for name, logits in predictions.items()}, metadata)

@@ -15,7 +15,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputContract:
-    """Mean and deviation per channel (of images in [0, 1]), side in pixels (null: any) and how images are resized to it."""
+    """Mean and deviation per channel (of images in [0, 1]), side in pixels (null: any) and how images are resized to
+    it.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -56,7 +58,7 @@ class InputAdapter(nn.Module):
 
 
 def resize(images: Tensor, size: int, interpolation: str) -> Tensor:
-    """[B, C, H, W] in [0, 1] -> [B, C, size, size] in [0, 1], antialiased when shrinking (as PIL and torchvision do)."""
+    """[B, C, H, W] in [0, 1] -> [B, C, size, size] in [0, 1], antialiased when shrinking, as PIL does."""
     if interpolation == "nearest":
         return F.interpolate(images, (size, size), mode="nearest-exact")
     images = F.interpolate(images, (size, size), mode=interpolation, antialias=min(images.shape[-2:]) > size)

@@ -17,8 +17,8 @@ from distill.recipe.schema import Optim
 def build_optimizer(spec: Optim, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer of that name over the timm `model`.
 
-    Weight decay falls on matrices and kernels only: not on biases, norms, and what the model lists in `no_weight_decay()`
-    (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
+    Weight decay falls on matrices and kernels only: not on biases, norms, and what the model lists in
+    `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
 
     Raises:
         InputError: no such optimizer.
@@ -36,10 +36,11 @@ def build_optimizer(spec: Optim, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: int) -> float:
-    """Of optimizer step `step` (from 0): linear warm-up from 0, then cosine to `min_lr` (Loshchilov and Hutter 2017, eq. 5) or constant.
+    """Of optimizer step `step` (from 0): linear warm-up from 0, then cosine to `min_lr` (Loshchilov and Hutter 2017,
+    eq. 5) or constant.
 
-    A pure function of the step, so that neither the number of processes nor a resumption can shift it. `total_steps` counts the
-    epochs of the recipe also where `max_steps` ends the run early; the warm-up may be longer than the run.
+    A pure function of the step, so that neither the number of processes nor a resumption can shift it. `total_steps`
+    counts the epochs of the recipe also where `max_steps` ends the run early; the warm-up may be longer than the run.
     """
     warmup = spec.warmup_epochs * steps_per_epoch
     if step < warmup:

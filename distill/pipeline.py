@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
     """The run directory, and the checkpoint to continue from.
 
     Raises:
-        InputError: the directory is taken, finished, in use or of another recipe, or there is nothing to resume at that path.
+        InputError: the directory is taken, finished, in use or of another recipe, or there is nothing to resume at that
+        path.
     """
     if resume is None:
         directory = out or run.new_path(recipe)
@@ -105,7 +107,9 @@ def execute(recipe: Recipe, place: Place, shared: Launch, *, source: Path | None
     accelerator = build_accelerator(recipe.train, place.directory)
     dataset = open_data(recipe, accelerator)
     if not all(is_trained(recipe, spec) for spec in recipe.teachers):
-        Trainer(recipe, accelerator, dataset, None)  # what is wrong with the student shows before its teacher is trained
+        Trainer(
+            recipe, accelerator, dataset, None
+        )  # what is wrong with the student shows before its teacher is trained
         train_teachers(recipe, shared)
         accelerator = build_accelerator(recipe.train, place.directory)
     teacher = build_teacher(recipe, dataset, accelerator)
@@ -123,7 +127,9 @@ def execute(recipe: Recipe, place: Place, shared: Launch, *, source: Path | None
     on_main(lambda: directory.open(recipe, source=source, environment=environment))
     try:
         status = on_main(lambda: run.read_status(place.directory))
-        directory.status("running", data_digest=dataset.info.digest, parameters=count_parameters(trainer.student, teacher))
+        directory.status(
+            "running", data_digest=dataset.info.digest, parameters=count_parameters(trainer.student, teacher)
+        )
         if status.get("phase") != "control":
             _log.info("run directory: %s", place.directory)
             _train(trainer, directory, place, shared, preflight)
@@ -192,7 +198,8 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
             teacher = teacher_recipe(recipe, spec)
             directory = teacher_place(recipe, spec)
             _log.info("training the teacher %s first, in %s", teacher.name, directory)
-            execute(teacher, on_main(lambda d=directory, t=teacher: place_within(d, t)), shared, source=Path(spec.recipe))
+            place = on_main(partial(place_within, directory, teacher))
+            execute(teacher, place, shared, source=Path(spec.recipe))
 
 
 def place_within(directory: Path, recipe: Recipe) -> Place:
@@ -204,23 +211,32 @@ def place_within(directory: Path, recipe: Recipe) -> Place:
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The same student on the same batches without the teacher: its heads share the labels at the weight of the whole loss."""
+    """The same student on the same batches without the teacher: its heads share the labels at the weight of the whole
+    loss.
+    """
     assert recipe.label_weight is not None
     weight = recipe.label_weight + sum(objective.weight for objective in recipe.distill)
-    return recipe.replace(
-        name=f"{recipe.name}-control", teacher=None, distill=[], label_weight=weight, control=False
-    )
+    return recipe.replace(name=f"{recipe.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
 
 
 def check_control(student: Path, directory: Run) -> None:
     """Compare what student and control began with and saw: a control that differs in more than the teacher is none."""
-    starts = [line["initial_weights"] for path in (student, student / "control") for line in run.read_metrics(path, "start")]
+    starts = [
+        line["initial_weights"] for path in (student, student / "control") for line in run.read_metrics(path, "start")
+    ]
     seen = [
-        {line["step"]: line["batch"] for line in run.read_metrics(path, "epoch")} for path in (student, student / "control")
+        {line["step"]: line["batch"] for line in run.read_metrics(path, "epoch")}
+        for path in (student, student / "control")
     ]
     assert len(set(starts)) == 1, f"student and control began from different weights: {starts}"
     assert seen[0] == seen[1], f"student and control saw different batches: {seen}"
-    directory.log("control", step=max(seen[0], default=0), epoch=len(seen[0]), initial_weights=starts[0], equal_batches=len(seen[0]))
+    directory.log(
+        "control",
+        step=max(seen[0], default=0),
+        epoch=len(seen[0]),
+        initial_weights=starts[0],
+        equal_batches=len(seen[0]),
+    )
 
 
 def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[str, int]:

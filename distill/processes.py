@@ -32,7 +32,9 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
         raise InputError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32.")
     for tracker in train.trackers:
         _require_tracker(tracker)
-    accelerator = Accelerator(mixed_precision=precision, log_with=list(train.trackers) or None, project_dir=str(directory))
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=list(train.trackers) or None, project_dir=str(directory)
+    )
     # The loop divides by the accumulation itself; the environment must not make accelerate divide a second time.
     accelerator.gradient_accumulation_steps = 1
     return accelerator

@@ -56,7 +56,9 @@ class Run:
             _write(self.path / "resolved.yaml", recipe.to_yaml())
             _write(self.path / "environment.json", json.dumps(environment, indent=1))
         except OSError as error:
-            raise InputError(f"{self.path}: cannot write the run directory: {error.strerror or error}. Choose another --out.") from None
+            raise InputError(
+                f"{self.path}: cannot write the run directory: {error.strerror or error}. Choose another --out."
+            ) from None
         self._status = read_status(self.path)
         self._log_file = logging.FileHandler(self.path / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -172,7 +174,7 @@ def check_new(path: Path) -> None:
 
 
 def check_resumable(path: Path, recipe: Recipe) -> None:
-    """Raise InputError if the run at `path` is in use, finished, or of another recipe; the message says what changed."""
+    """Raise InputError if the run at `path` is in use, finished, or of a recipe that has changed."""
     check_free(path)
     if read_status(path).get("state") == "finished":
         raise InputError(f"{path}: this run is finished; there is nothing to resume. Choose another --out.")
@@ -192,7 +194,9 @@ def check_resumable(path: Path, recipe: Recipe) -> None:
 
 def newest_unfinished(recipe: Recipe) -> Path | None:
     """The newest run directory under `runs/` that has this recipe's name and is not finished."""
-    candidates = [path for path in RUNS.glob(f"{recipe.name}-*") if read_status(path).get("state", "finished") != "finished"]
+    candidates = [
+        path for path in RUNS.glob(f"{recipe.name}-*") if read_status(path).get("state", "finished") != "finished"
+    ]
     return max(candidates, key=lambda path: path.name, default=None)
 
 
@@ -226,7 +230,9 @@ def describe_environment(*, num_processes: int, precision: str, device: torch.de
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,8 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; the loop asks after each step, and all processes get the same answer.
+    """Set by SIGTERM, SIGINT, SIGUSR1 or the time limit; the loop asks after each step, and all processes get the same
+    answer.
 
     A second SIGINT is not caught.
     """
@@ -40,7 +41,7 @@ class StopRequest:
         if self._group is None:
             return self._reason
         asked = torch.tensor([self._reason is not None], dtype=torch.int32)
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)  # type: ignore[arg-type]
         if not asked.item():
             return None
         return self._reason or "another process was asked to stop"

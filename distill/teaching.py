@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill import run
-from distill.data import Dataset
+from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, accuracies, predict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
@@ -31,13 +31,14 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     teacher = load(spec.recipe)
     if teacher.data.name != recipe.data.name:
         raise InputError(
-            f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. Make data.name the same."
+            f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. "
+            "Make data.name the same."
         )
     return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
 
 
 def teacher_place(recipe: Recipe, spec: TeacherSpec) -> Path:
-    """Where the run of a teacher's recipe stands: under a name that changes with anything that changes what it learns."""
+    """Where the run of a teacher's recipe stands: under a name that changes with what it would learn."""
     teacher = teacher_recipe(recipe, spec)
     return run.RUNS / "teachers" / f"{teacher.name}-{teacher.digest(OPERATIONAL_KEYS)[:12]}"
 
@@ -62,7 +63,9 @@ def build_teacher(recipe: Recipe, dataset: Dataset, accelerator: Accelerator) ->
     return teacher.to(accelerator.device)
 
 
-def run_preflight(recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerator: Accelerator) -> tuple[dict[str, Any], Tensor]:
+def run_preflight(
+    recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerator: Accelerator
+) -> tuple[dict[str, Any], Tensor]:
     """Measure the teacher, and each member of an ensemble, through the very path it will be used on.
 
     On the validation split; without one on the first 5,000 training images, unaugmented.
@@ -73,16 +76,27 @@ def run_preflight(recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerato
     Raises:
         InputError: a teacher is worse than its `min_accuracy`; the message names the likely causes.
     """
-    split = "validation" if dataset.info.sizes.get("validation") else "train"
-    members = list(teacher.members) if isinstance(teacher, Ensemble) else []
-    *members_logits, logits = predict(
-        lambda images: [model(images) for model in (*members, teacher)],
-        dataset, split, accelerator, batch_size=SMALLEST_BATCH, limit=None if split == "validation" else PREFLIGHT_IMAGES,
-    )  # fmt: skip
+    split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
+    # A good ensemble can hide a member that is fed wrongly, so each is judged; its last output is that of the whole.
+    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    outputs = predict(
+        lambda images: [model(images) for model in dict.fromkeys([*members, teacher])],
+        dataset,
+        split,
+        accelerator,
+        batch_size=SMALLEST_BATCH,
+        limit=None if split == "validation" else PREFLIGHT_IMAGES,
+    )
+    logits = outputs[-1]
     labels = dataset.labels(split)[: len(logits)]
-    for model, answers, spec in zip(members or [teacher], members_logits or [logits], recipe.teachers, strict=True):
-        judge(model, confusion(labels, answers), min_accuracy=spec.min_accuracy)
+    for member, answers, spec in zip(members, outputs, recipe.teachers, strict=False):
+        judge(member, confusion(labels, answers), min_accuracy=spec.min_accuracy)
     values = accuracies({"teacher": logits}, labels)
     _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
-    described = {"split": split, "samples": len(labels), "teacher": teacher.describe(), "teacher_sha256": teacher.digest}
+    described = {
+        "split": split,
+        "samples": len(labels),
+        "teacher": teacher.describe(),
+        "teacher_sha256": teacher.digest,
+    }
     return described | values, logits

@@ -1,4 +1,6 @@
-"""What users launch: `accelerate launch distill/train.py RECIPE.yaml [key=value ...] [--resume auto|PATH] [--out DIR] [--dry-run]`."""
+"""What users launch: `accelerate launch distill/train.py RECIPE.yaml [key=value ...] [--resume auto|PATH] [--out DIR]
+[--dry-run]`.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.console import TrainingDisplay
-from distill.data import Batch, BatchPlan, Dataset
+from distill.data import Batch, BatchPlan, Dataset, Split
+from distill.digests import batch_digest, state_digest
 from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, save_predictions, student_outputs
 from distill.export import load_export, write_export
 from distill.objectives import training_loss
@@ -27,6 +27,7 @@ from distill.recipe import Recipe
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
 from distill.students import Student, build_student
+from distill.window import Window
 from teachers import Teacher
 
 _log = logging.getLogger("distill")
@@ -34,7 +35,7 @@ _log = logging.getLogger("distill")
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers besides tensors. There is no random state: randomness is a function of seed and step."""
+    """What a checkpoint remembers besides tensors. No random state: randomness is a function of the step."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -75,10 +76,13 @@ class Trainer:
             mean=info.mean,
             std=info.std,
             seed=recipe.seed,
-        ).to(accelerator.device, memory_format=torch.channels_last)
+        )
+        # Faster for convolutions, on a CPU too; a plain ViT has only its patch projection to gain.
+        self.student.to(memory_format=torch.channels_last)
+        self.student.to(accelerator.device)
         self.initial_weights = state_digest(self.student)
         if train.gradient_checkpointing:
-            self.student.model.set_grad_checkpointing(True)
+            self.student.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
         if train.compile is True or (train.compile == "auto" and accelerator.device.type == "cuda"):
             self.student.compile()
@@ -98,7 +102,7 @@ class Trainer:
         return self.progress.step == self.total_steps or self.progress.step % self.steps_per_epoch == 0
 
     @property
-    def selection_split(self) -> str | None:
+    def selection_split(self) -> Split | None:
         """The split on which checkpoints are chosen; None where nothing is held out: then the last one is taken."""
         if self.recipe.data.select_on == "test":
             return "test"
@@ -152,9 +156,8 @@ class Trainer:
     def train_step(self, micro_batches: Sequence[Batch]) -> None:
         """One optimizer step on this process's share of the global batch."""
         recipe, step = self.recipe, self.progress.step
-        rate = learning_rate(
-            recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps
-        )
+        assert recipe.label_weight is not None, "a loaded recipe has it resolved"
+        rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
         for index, batch in enumerate(micro_batches):
             # What the model draws (drop path) is a function of where we are, so that a resumed run draws the same.
@@ -210,7 +213,7 @@ class Trainer:
             if top1 > progress.best_top1:
                 progress.best_top1, progress.best_step, progress.best_weights = top1, progress.step, weights
 
-    def predict_heads(self, student: Student, split: str) -> dict[str, Tensor]:
+    def predict_heads(self, student: Student, split: Split) -> dict[str, Tensor]:
         """The student's logits per head on a split, and the teacher's where they are known already."""
         student.eval()
         outputs = predict(
@@ -278,71 +281,27 @@ class Trainer:
         def export() -> None:
             checkpoint.verify(chosen)
             self.student.load_state_dict(checkpoint.read_tensors(chosen, "model" if weights == "raw" else "ema"))
-            write_export(self.student, run.export, class_names=info.class_names, metadata=described, card=_card(described))
+            write_export(
+                self.student, run.export, class_names=info.class_names, metadata=described, card=_card(described)
+            )
 
         on_main(export)
         student, _ = load_export(run.export)
         predictions = self.predict_heads(student.to(self.accelerator.device), "test")
-        if self.teacher is not None:
-            predictions["teacher"], = predict(
-                lambda images: (self.teacher(images),), self.dataset, "test", self.accelerator, batch_size=self.evaluation_batch
-            )  # fmt: skip
+        if (teacher := self.teacher) is not None:
+            outputs = predict(
+                lambda images: [teacher(images)],
+                self.dataset,
+                "test",
+                self.accelerator,
+                batch_size=self.evaluation_batch,
+            )
+            predictions["teacher"] = outputs[0]
         labels = self.dataset.labels("test")
         on_main(lambda: save_predictions(run.predictions, predictions, labels, {"data": info.digest, **described}))
         values = accuracies(predictions, labels)
         run.log("eval", step=step, epoch=step / self.steps_per_epoch, split="test", weights=weights, **values)
         run.status(metrics=values, exported={"step": step, "weights": weights})
-
-
-class Window:
-    """Sums since the last line of metrics, kept on the device so that logging costs one synchronisation an interval."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.micro_batches = 0
-        self.steps = 0
-        self.began = time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent within does not count against the images per second."""
-        paused = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - paused
-
-    def add(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        for key, value in {"loss": loss, **{f"loss/{name}": part for name, part in parts.items()}}.items():
-            self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value.detach()
-        self.micro_batches += 1
-
-    def read(self, batch_size: int) -> dict[str, float]:
-        """Means over all processes, and images per second; then starts anew."""
-        means = self.accelerator.reduce(torch.stack(list(self.sums.values())) / self.micro_batches, "mean")
-        values = dict(zip(self.sums, means.tolist(), strict=True))  # type: ignore[union-attr]
-        values["images_per_second"] = self.steps * batch_size / (time.perf_counter() - self.began)
-        self.restart()
-        return values
-
-
-def state_digest(module: nn.Module) -> str:
-    """SHA-256 (hex) over names and bytes of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def batch_digest(batch: Batch) -> str:
-    """SHA-256 (hex) of what the student is about to see: indices, pixels and targets."""
-    digest = hashlib.sha256()
-    for part in (batch.indices, batch.images, batch.targets):
-        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _seed_of(seed: int, step: int, process_index: int, micro_batch: int) -> int:

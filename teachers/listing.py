@@ -22,7 +22,9 @@ def render(name: str | None) -> Table:
         table.caption = "Any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH is a teacher too."
         return table
     if name not in ZOO:
-        raise InputError(f"{name}: not in the zoo, which has {', '.join(ZOO)}. Other models need no entry to be a teacher.")
+        raise InputError(
+            f"{name}: not in the zoo, which has {', '.join(ZOO)}. Other models need no entry to be a teacher."
+        )
     table = Table("key", "value", title=name)
     for key, value in ZOO[name].model_dump().items():
         table.add_row(key, str(value))

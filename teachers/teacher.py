@@ -111,6 +111,11 @@ class Ensemble(Teacher):
         parts = [f"{member.digest} {share!r}" for member, share in pairs]
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The members, typed."""
+        return [member for member in self.members if isinstance(member, Teacher)]
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         pairs = zip(self.members, self.shares, strict=True)

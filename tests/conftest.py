@@ -1,4 +1,6 @@
-"""Shared fixtures. Tests that need the project's shared folder (real CIFAR-10, public teachers) skip where it is absent."""
+"""Shared fixtures. Tests that need the project's shared folder (real CIFAR-10, public teachers) skip where it is
+absent.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def teacher_weights() -> Path:
 
 @dataclass(frozen=True)
 class Toy:
-    """A dataset and a teacher so small that a whole run takes seconds: 3x8x8 images of 4 classes told apart by brightness."""
+    """A dataset and a teacher so small that a whole run takes seconds: 3x8x8 images of 4 classes told apart by
+    brightness.
+    """
 
     root: Path
     teacher: Path

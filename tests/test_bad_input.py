@@ -1,4 +1,6 @@
-"""What a user can do wrong, through the real command: one clear message, exit code 2, nothing half-written, nothing executed."""
+"""What a user can do wrong, through the real command: one clear message, exit code 2, nothing half-written, nothing
+executed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from tests.conftest import Command, Toy
 
 
 @pytest.fixture
-def refused(command: Command, tmp_path: Path):  # noqa: ANN201
+def refused(command: Command, tmp_path: Path):
     """Runs `distill train`, asserts that it is refused cleanly, and returns its message."""
 
     def run(*arguments: object) -> str:
@@ -32,13 +34,18 @@ def refused(command: Command, tmp_path: Path):  # noqa: ANN201
     return run
 
 
-def test_missing_recipe(refused) -> None:  # noqa: ANN001
+def test_missing_recipe(refused) -> None:
     assert "nowhere.yaml: cannot read the recipe: no such file" in refused("nowhere.yaml")
 
 
-def test_recipe_problems_all_at_once(refused, toy: Toy) -> None:  # noqa: ANN001
+def test_recipe_problems_all_at_once(refused, toy: Toy) -> None:
     message = refused(
-        toy.recipe, "train.epoch=3", "optim.lr=fast", "data.resolution=9", "student.attention.blocks=[0, 6]", "train.batch_size=15"
+        toy.recipe,
+        "train.epoch=3",
+        "optim.lr=fast",
+        "data.resolution=9",
+        "student.attention.blocks=[0, 6]",
+        "train.batch_size=15",
     )
     assert "5 problem(s)" in message
     assert "train.epoch: unknown key; did you mean 'epochs'?" in message
@@ -49,11 +56,11 @@ def test_recipe_problems_all_at_once(refused, toy: Toy) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize(("area", "found"), [("7", "from 1 to the 6 tokens"), ("[3, 1]", "2x2 patch grid, got [3, 1]")])
-def test_area_larger_than_the_grid(refused, toy: Toy, area: str, found: str) -> None:  # noqa: ANN001
+def test_area_larger_than_the_grid(refused, toy: Toy, area: str, found: str) -> None:
     assert found in refused(toy.recipe, f"student.attention.max_area={area}")
 
 
-def test_missing_data_without_network(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_missing_data_without_network(refused, toy: Toy, tmp_path: Path) -> None:
     message = refused(toy.recipe, "data.root=elsewhere")
     assert "elsewhere" in message
     assert "toy.safetensors" in message
@@ -73,14 +80,14 @@ def tamper(toy: Toy, folder: Path, **changes: torch.Tensor) -> Path:
     return folder
 
 
-def test_label_out_of_range(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_label_out_of_range(refused, toy: Toy, tmp_path: Path) -> None:
     root = tamper(toy, tmp_path / "data", train_labels=torch.arange(128) % 5)
     message = refused(toy.recipe, f"data.root={root}")
     assert "toy.safetensors" in message
     assert "label" in message
 
 
-def test_truncated_and_tampered_data(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_truncated_and_tampered_data(refused, toy: Toy, tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     content = bytearray((toy.root / "toy.safetensors").read_bytes())
@@ -94,7 +101,7 @@ def test_truncated_and_tampered_data(refused, toy: Toy, tmp_path: Path) -> None:
     assert "SHA-256" in message
 
 
-def test_missing_and_foreign_weights(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_missing_and_foreign_weights(refused, toy: Toy, tmp_path: Path) -> None:
     assert "none.pth" in refused(toy.recipe, "teacher.weights=none.pth")
     foreign = tmp_path / "foreign.pth"
     torch.save({"conv.weight": torch.zeros(3)}, foreign)
@@ -104,7 +111,7 @@ def test_missing_and_foreign_weights(refused, toy: Toy, tmp_path: Path) -> None:
     assert "conv1.weight" in message
 
 
-def test_malicious_weights_never_execute(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_malicious_weights_never_execute(refused, toy: Toy, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
 
     class Payload:
@@ -119,7 +126,7 @@ def test_malicious_weights_never_execute(refused, toy: Toy, tmp_path: Path) -> N
     assert not witness.exists()
 
 
-def test_class_count_of_teacher_and_data(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_class_count_of_teacher_and_data(refused, toy: Toy, tmp_path: Path) -> None:
     state = torch.load(toy.teacher, weights_only=True)
     state["linear.weight"], state["linear.bias"] = torch.zeros(10, 64), torch.zeros(10)
     weights = tmp_path / "ten.pth"
@@ -130,7 +137,7 @@ def test_class_count_of_teacher_and_data(refused, toy: Toy, tmp_path: Path) -> N
     assert "class" in message
 
 
-def test_a_bad_teacher_is_stopped_by_preflight(refused, toy: Toy) -> None:  # noqa: ANN001
+def test_a_bad_teacher_is_stopped_by_preflight(refused, toy: Toy) -> None:
     message = refused(toy.recipe, "teacher.min_accuracy=0.99")
     assert "below the required 99.00%" in message
     assert "normalisation" in message
@@ -148,7 +155,7 @@ def finished(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_finished_or_used_directory(refused, toy: Toy, finished: Path, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_finished_or_used_directory(refused, toy: Toy, finished: Path, tmp_path: Path) -> None:
     assert f"{finished}: there is a run already, and it is finished" in refused(toy.recipe, "--out", finished)
     assert "this run is finished" in refused(toy.recipe, "train.max_steps=1", "--out", finished, "--resume", "auto")
     out = tmp_path / "used"
@@ -161,7 +168,7 @@ def test_a_finished_or_used_directory(refused, toy: Toy, finished: Path, tmp_pat
         assert f"{out}: in use by process" in message
 
 
-def test_a_changed_recipe_says_what_changed(refused, toy: Toy, finished: Path, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_changed_recipe_says_what_changed(refused, toy: Toy, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "interrupted"
     shutil.copytree(finished, out, symlinks=True)
     (out / "status.json").write_text(json.dumps({"state": "interrupted"}))
@@ -171,10 +178,10 @@ def test_a_changed_recipe_says_what_changed(refused, toy: Toy, finished: Path, t
     assert "train." not in message
 
 
-def test_nothing_to_resume_there(refused, toy: Toy, tmp_path: Path) -> None:  # noqa: ANN001
+def test_nothing_to_resume_there(refused, toy: Toy, tmp_path: Path) -> None:
     assert "neither a run directory nor a checkpoint" in refused(toy.recipe, "--resume", tmp_path)
 
 
-def test_precision_and_optimizer_that_do_not_exist_here(refused, toy: Toy) -> None:  # noqa: ANN001
+def test_precision_and_optimizer_that_do_not_exist_here(refused, toy: Toy) -> None:
     assert "fp16 needs a GPU" in refused(toy.recipe, "train.precision=fp16")
     assert "optim.name: timm has no optimizer 'adamm'" in refused(toy.recipe, "optim.name=adamm")

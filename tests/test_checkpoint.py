@@ -60,7 +60,9 @@ def test_every_flip_truncation_deletion_and_addition_is_found(tmp_path: Path) ->
         shutil.rmtree(copy)
 
 
-def test_the_newest_intact_one_is_found_and_the_damaged_one_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_newest_intact_one_is_found_and_the_damaged_one_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert checkpoint.newest_intact(tmp_path) is None
     first, second = write(tmp_path, 1), write(tmp_path, 2)
     (tmp_path / ".step_00000003.tmp").mkdir()
@@ -101,6 +103,6 @@ def test_a_pickle_in_the_optimizer_file_is_not_executed(tmp_path: Path) -> None:
     digests = {name: checkpoint._sha256(path / name) for name in json.loads((path / "manifest.json").read_text())}
     (path / "manifest.json").write_text(checkpoint._manifest_text(digests))
     checkpoint.verify(path)  # an attacker who can write the file can write the manifest
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         checkpoint.read_optimizer(path)
     assert not witness.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,9 @@ from distill.recipe.schema import Optim
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
     total = steps_per_epoch * epochs
-    return [learning_rate(spec, step, steps_per_epoch=steps_per_epoch, total_steps=total) for step in range(steps or total)]
+    return [
+        learning_rate(spec, step, steps_per_epoch=steps_per_epoch, total_steps=total) for step in range(steps or total)
+    ]
 
 
 def test_the_cosine_part_is_timms() -> None:
@@ -29,7 +32,7 @@ def test_the_cosine_part_is_timms() -> None:
 def test_warm_up_rises_evenly_and_meets_the_peak() -> None:
     values = rates(Optim(lr=1.0, warmup_epochs=2), 10, 10)
     warm = values[:20]
-    assert [b - a for a, b in zip(warm, warm[1:], strict=False)] == pytest.approx([1 / 21] * 19)
+    assert [b - a for a, b in itertools.pairwise(warm)] == pytest.approx([1 / 21] * 19)
     assert 0 < warm[0] < 0.05
     assert values[20] == max(values) == 1.0
     assert values[-1] < 0.01

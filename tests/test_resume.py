@@ -53,7 +53,9 @@ def same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), stem
     moments = [checkpoint.read_optimizer(path)["state"] for path in last]
     for key, values in moments[0].items():
-        assert all(torch.equal(torch.as_tensor(values[name]), torch.as_tensor(moments[1][key][name])) for name in values)
+        assert all(
+            torch.equal(torch.as_tensor(values[name]), torch.as_tensor(moments[1][key][name])) for name in values
+        )
     assert train_lines(one) == train_lines(other)
     evaluations = [[line["student/top1"] for line in run.read_metrics(path, "eval")] for path in (one, other)]
     assert evaluations[0] == evaluations[1]
@@ -74,9 +76,12 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-# In the first epoch, at an epoch's last step, just after one, and at the very last step, with EMA, drop path, mixup and accumulation on.
+# In the first epoch, at an epoch's last step, just after one, and at the very last step, with EMA, drop path, mixup and
+# accumulation on.
 @pytest.mark.parametrize("stops", [(1,), (4, 3), (6,), (7, 5), (18,)])
-def test_a_stopped_run_resumes_bit_for_bit(recipe: Recipe, undisturbed: Path, tmp_path: Path, stops: tuple[int, ...]) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(
+    recipe: Recipe, undisturbed: Path, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
     out = tmp_path / "run"
     for index, steps in enumerate(stops):
         with pytest.raises(Interrupted):
@@ -110,7 +115,9 @@ def test_a_killed_command_goes_on_with_resume_auto(toy: Toy, undisturbed: Path, 
     out = tmp_path / "run"
     command = [sys.executable, "-m", "distill.train", str(toy.recipe), "--out", str(out), "--resume", "auto"]
     threads = {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(**threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(**threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 100
     while not any(line["step"] >= 8 for line in run.read_metrics(out, "train")):
         assert process.poll() is None, process.communicate()[0].decode()
@@ -119,13 +126,16 @@ def test_a_killed_command_goes_on_with_resume_auto(toy: Toy, undisturbed: Path, 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert run.read_status(out)["state"] == "running"  # nobody was left to write otherwise
-    finished = subprocess.run(command, cwd=tmp_path, env=environment(**threads), capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment(**threads), capture_output=True, text=True, timeout=120, check=False
+    )
     assert finished.returncode == 0, finished.stderr
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
     last = checkpoint.read_tensors(out / "checkpoints" / "last", "model")
     expected = checkpoint.read_tensors(undisturbed / "checkpoints" / "last", "model")
     assert last.keys() == expected.keys()
-    # The command uses all cores and the reference one thread: sums differ in their last bits, and 18 steps amplify that.
+    # The command uses all cores and the reference one thread: sums differ in their last bits, and 18 steps amplify
+    # that.
     assert all(torch.allclose(last[key], expected[key], atol=1e-3) for key in last)
 
 

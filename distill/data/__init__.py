@@ -5,7 +5,7 @@ batches on its device. What is small is held there as uint8; the rest is streame
 """
 
 from distill.data.batches import Batch, BatchPlan
-from distill.data.dataset import Dataset, DatasetInfo
+from distill.data.dataset import Dataset, DatasetInfo, Split
 from distill.data.opening import open_dataset
 
-__all__ = ["Batch", "BatchPlan", "Dataset", "DatasetInfo", "open_dataset"]
+__all__ = ["Batch", "BatchPlan", "Dataset", "DatasetInfo", "Split", "open_dataset"]

@@ -1,7 +1,7 @@
 """The recipe: everything a run is told, typed and checked, without importing torch.
 
-A recipe is YAML plus `key=value` overrides. `load` returns one validated, frozen object or raises `InputError` with every
-problem at once, each under its dotted path.
+A recipe is YAML plus `key=value` overrides. `load` returns one validated, frozen object or raises `InputError` with
+every problem at once, each under its dotted path.
 """
 
 from distill.recipe.loading import from_mapping, load, read_yaml

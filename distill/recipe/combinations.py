@@ -53,7 +53,8 @@ def _teacher(recipe: Recipe) -> Iterator[Combination]:
             )
         if teacher.recipe is not None and teacher.weights is not None:
             yield Combination(
-                ((*path, "weights"), (*path, "recipe")), "a teacher that its recipe trains has its own weights; leave this out"
+                ((*path, "weights"), (*path, "recipe")),
+                "a teacher that its recipe trains has its own weights; leave this out",
             )
         if teacher.mean is not None and teacher.std is not None and len(teacher.mean) != len(teacher.std):
             yield Combination(((*path, "mean"), (*path, "std")), "mean and std differ in their number of channels")
@@ -66,7 +67,9 @@ def _student(recipe: Recipe) -> Iterator[Combination]:
     size = VIT_SIZES.get(student.model)
     at = "student"
     if student.pretrained and student.weights is not None:
-        yield Combination(((at, "pretrained"), (at, "weights")), "start from timm's weights or from an export, not from both")
+        yield Combination(
+            ((at, "pretrained"), (at, "weights")), "start from timm's weights or from an export, not from both"
+        )
     if size is None:
         sizes = ", ".join(VIT_SIZES)
         for key, is_set in (
@@ -84,7 +87,9 @@ def _student(recipe: Recipe) -> Iterator[Combination]:
     if grid is None:
         yield Combination(involved, f"data.resolution {resolution} is not divisible by the patch size {patch}")
     if student.stem == "conv" and patch & (patch - 1):
-        yield Combination(((at, "stem"), (at, "patch_size")), f"a conv stem halves the image: the patch size {patch} is no power of 2")
+        yield Combination(
+            ((at, "stem"), (at, "patch_size")), f"a conv stem halves the image: the patch size {patch} is no power of 2"
+        )
     if student.attention.kind == "area":
         yield from _areas(recipe, size.depth, grid)
 
@@ -105,14 +110,18 @@ def _areas(recipe: Recipe, depth: int, grid: int | None) -> Iterator[Combination
     involved = ((*at, "max_area"), ("student", "patch_size"), ("data", "resolution"), ("student", "distillation_token"))
     if isinstance(attention.max_area, list):
         if not all(1 <= side <= grid for side in attention.max_area):
-            yield Combination(involved, f"[height, width] from 1 to the {grid}x{grid} patch grid, got {attention.max_area}")
+            yield Combination(
+                involved, f"[height, width] from 1 to the {grid}x{grid} patch grid, got {attention.max_area}"
+            )
     elif not 1 <= attention.max_area <= grid * grid + prefix:
         yield Combination(involved, f"from 1 to the {grid * grid + prefix} tokens, got {attention.max_area}")
 
 
 def _losses(recipe: Recipe) -> Iterator[Combination]:
     if recipe.distill and not recipe.teachers:
-        yield Combination((("distill",), ("teacher",)), "distillation needs a teacher; name one under 'teacher' or set distill to []")
+        yield Combination(
+            (("distill",), ("teacher",)), "distillation needs a teacher; name one under 'teacher' or set distill to []"
+        )
     methods = [objective.method for objective in recipe.distill]
     if len(set(methods)) != len(methods):
         yield Combination((("distill",),), f"each method at most once, got {methods}")
@@ -128,7 +137,9 @@ def _train(recipe: Recipe) -> Iterator[Combination]:
     mixed = bool(augment.mixup or augment.cutmix)
     share = train.gradient_accumulation * (2 if mixed else 1)
     if train.batch_size % share:
-        why = f"{train.gradient_accumulation} micro-batches" + (" of pairs (mixup and cutmix mix two by two)" if mixed else "")
+        why = f"{train.gradient_accumulation} micro-batches" + (
+            " of pairs (mixup and cutmix mix two by two)" if mixed else ""
+        )
         yield Combination(
             (("train", "batch_size"), ("train", "gradient_accumulation"), ("data", "augment")),
             f"{train.batch_size} does not divide into {why}",

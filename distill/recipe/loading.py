@@ -54,7 +54,9 @@ def from_mapping(
         try:
             data[str(key)] = json.loads(json.dumps(value, default=str))  # a deep copy in which every key is a string
         except (ValueError, RecursionError):
-            raise InputError(f"{source}: {key}: a YAML alias refers to the section it stands in; write it out.") from None
+            raise InputError(
+                f"{source}: {key}: a YAML alias refers to the section it stands in; write it out."
+            ) from None
     problems = [problem for text in overrides if (problem := _override(data, text))]
     recipe, invalid = _validate(data)
     problems += invalid
@@ -93,7 +95,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key.value}' stands twice", key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -122,7 +126,9 @@ def _override(data: dict[str, Any], text: str) -> Problem | None:
         last = depth == len(path) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                return Problem(tuple(path), f"'{'.'.join(path[:depth])}' is a list of {len(node)}; give an index below that")
+                return Problem(
+                    tuple(path), f"'{'.'.join(path[:depth])}' is a list of {len(node)}; give an index below that"
+                )
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part

@@ -33,7 +33,9 @@ class RandomResizedCrop(Section):
 class Augment(Section):
     """Every part is drawn per sample from (seed, epoch, sample index)."""
 
-    crop_padding: int = Field(0, ge=0, description="Zero-pad each side by this many pixels, then cut the original size at random.")
+    crop_padding: int = Field(
+        0, ge=0, description="Zero-pad each side by this many pixels, then cut the original size at random."
+    )
     random_resized_crop: RandomResizedCrop | None = Field(
         None, description="Cut a box of random area and aspect ratio and resize it back (Szegedy et al. 2015)."
     )
@@ -51,40 +53,54 @@ class Data(Section):
     name: str = Field(
         "cifar10",
         min_length=1,
-        description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed NAME.safetensors, "
-        "or a timm dataset name (hfds/..., wds/...).",
+        description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
+        "NAME.safetensors, or a timm dataset name (hfds/..., wds/...).",
     )
     root: str = Field("data", min_length=1, description="Folder that holds the data, or that downloads go to.")
     validation: float = Field(
         0.1, ge=0, description="Share (below 1) or count of the training set held out, stratified and seeded; 0: none."
     )
     select_on: Literal["validation", "test"] = Field(
-        "validation", description="Split on which checkpoints are chosen. 'test' makes the test figures optimistic; the report says so."
+        "validation",
+        description="Split on which checkpoints are chosen. 'test' makes test figures optimistic; the report says so.",
     )
     resolution: int = Field(32, gt=0, description="The student's input size in pixels.")
     stream: bool | None = Field(
-        None, description="Decode images in workers instead of holding them in memory; null: stream what is too large to hold."
+        None,
+        description="Decode images in workers, do not hold them in memory; null: stream what is too large to hold.",
     )
-    workers: int | None = Field(None, ge=0, description="Decoding workers per process of a stream; null: cores over local processes.")
+    workers: int | None = Field(
+        None, ge=0, description="Decoding workers per process of a stream; null: cores over local processes."
+    )
     augment: Augment = Field(Augment(), description="Augmentation of the training images.")
 
 
 class Teacher(Section):
     model: str | None = Field(
-        None, min_length=1, description="A name in teachers/zoo.yaml, any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH."
+        None,
+        min_length=1,
+        description="A name in teachers/zoo.yaml, any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH.",
     )
     recipe: str | None = Field(
-        None, min_length=1, description="A recipe that trains this teacher first; trained once, found again by its hash."
+        None,
+        min_length=1,
+        description="A recipe that trains this teacher first; trained once, found again by its hash.",
     )
-    weights: str | None = Field(None, min_length=1, description="Local weights file; null: the model's own, downloaded.")
+    weights: str | None = Field(
+        None, min_length=1, description="Local weights file; null: the model's own, downloaded."
+    )
     min_accuracy: Probability | None = Field(
-        None, description="Preflight: stop before training if the teacher's accuracy (0 to 1) is lower; null: well above chance."
+        None,
+        description="Preflight: stop before training if the teacher's accuracy (0 to 1) is lower; null: well above "
+        "chance.",
     )
     weight: float = Field(1.0, gt=0, description="Share of this teacher in an ensemble, relative to the others.")
     mean: list[float] | None = Field(None, description="Channel means of its inputs in [0, 1]; null: the model's own.")
     std: list[float] | None = Field(None, description="Channel deviations of its inputs; null: the model's own.")
     size: int | None = Field(None, gt=0, description="Input size in pixels; null: the model's own.")
-    interpolation: Interpolation | None = Field(None, description="How images are resized to its size; null: the model's own.")
+    interpolation: Interpolation | None = Field(
+        None, description="How images are resized to its size; null: the model's own."
+    )
 
 
 class StandardAttention(Section):
@@ -94,40 +110,53 @@ class StandardAttention(Section):
 class AreaAttention(Section):
     kind: Literal["area"] = Field("area", description="Attention over areas of adjacent tokens (Li et al. 2019).")
     max_area: int | Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
-        2, description="Largest area: an int for runs of the token sequence, [height, width] for boxes of the patch grid."
+        2,
+        description="Largest area: an int for runs of the token sequence, [height, width] for boxes of the patch grid.",
     )
     blocks: list[int] = Field([0, 1], description="Blocks, counted from 0, that use area attention.")
     key_mode: Literal["mean", "max", "sample", "concat", "max_concat", "sum", "sample_concat", "sample_sum"] = Field(
         "mean", description="How an area's key is made of its tokens' keys."
     )
-    value_mode: Literal["mean", "max", "sum"] = Field("sum", description="How an area's value is made of its tokens' values.")
+    value_mode: Literal["mean", "max", "sum"] = Field(
+        "sum", description="How an area's value is made of its tokens' values."
+    )
     top_k: int = Field(0, ge=0, description="Attend only to the k areas with the largest weights; 0: to all.")
 
 
 class Student(Section):
-    model: str = Field("vit_tiny", min_length=1, description="vit_nano, micro, tiny, small, base, large, huge, or any timm name.")
+    model: str = Field(
+        "vit_tiny", min_length=1, description="vit_nano, micro, tiny, small, base, large, huge, or any timm name."
+    )
     patch_size: int | None = Field(None, gt=0, description="Patch side in pixels of a vit_* student; null: 16.")
     stem: Literal["patch", "conv"] = Field(
-        "patch", description="'patch': one patch projection; 'conv': 3x3 convolutions to the same grid (Xiao et al. 2021)."
+        "patch",
+        description="'patch': one patch projection; 'conv': 3x3 convolutions to the same grid (Xiao et al. 2021).",
     )
     attention: Annotated[StandardAttention | AreaAttention, Discriminator("kind")] = Field(
         StandardAttention(), description="The attention of the student's blocks."
     )
     distillation_token: bool | None = Field(
-        None, description="DeiT's second token and head; null: yes for vit_*, while other models have the heads they have."
+        None,
+        description="DeiT's second token and head; null: yes for vit_*, while other models have the heads they have.",
     )
-    drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0.")
+    drop_path: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
+    )
     pretrained: bool = Field(False, description="Start from timm's weights for this model.")
     weights: str | None = Field(None, min_length=1, description="Start from an earlier export folder.")
 
 
 class Hard(Section):
-    method: Literal["hard"] = Field("hard", description="Cross-entropy with the teacher's decision (Touvron et al. 2021).")
+    method: Literal["hard"] = Field(
+        "hard", description="Cross-entropy with the teacher's decision (Touvron et al. 2021)."
+    )
     weight: float = Field(0.5, ge=0.0, description="Weight in the loss.")
 
 
 class Soft(Section):
-    method: Literal["soft"] = Field("soft", description="KL divergence from the teacher's softened output (Hinton et al. 2015).")
+    method: Literal["soft"] = Field(
+        "soft", description="KL divergence from the teacher's softened output (Hinton et al. 2015)."
+    )
     weight: float = Field(0.5, ge=0.0, description="Weight in the loss.")
     temperature: float = Field(3.0, gt=0.0, description="Softens both outputs; the loss is scaled by its square.")
 
@@ -139,25 +168,41 @@ class Optim(Section):
     name: str = Field("adamw", min_length=1, description="Optimizer, by timm's factory name.")
     lr: float = Field(1.0e-3, gt=0.0, description="Peak learning rate, as it is: never scaled by the batch size.")
     min_lr: float = Field(0.0, ge=0.0, description="Learning rate at the end of the schedule.")
-    weight_decay: float = Field(0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none.")
+    weight_decay: float = Field(
+        0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none."
+    )
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="For optimizers that have one.")
     warmup_epochs: float = Field(10.0, ge=0.0, description="Epochs of linear warm-up from 0.")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="Shape of the learning rate after the warm-up.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Shape of the learning rate after the warm-up."
+    )
     clip_grad: float | None = Field(1.0, gt=0.0, description="Largest global gradient norm; null: no clipping.")
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0, description="Factor on the learning rate per layer below the head; null: none.")
+    layer_decay: float | None = Field(
+        None, gt=0.0, le=1.0, description="Factor on the learning rate per layer below the head; null: none."
+    )
 
 
 class Train(Section):
     epochs: int = Field(300, gt=0, description="Passes over the training set.")
     batch_size: int = Field(1024, gt=0, description="Global batch, whatever the number of processes.")
-    gradient_accumulation: int = Field(1, gt=0, description="Micro-batches per step; the global batch stays what it is.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
-    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="Of training; null: what accelerate was launched with.")
+    gradient_accumulation: int = Field(
+        1, gt=0, description="Micro-batches per step; the global batch stays what it is."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="Of training; null: what accelerate was launched with."
+    )
     ema: float | None = Field(None, gt=0.0, lt=1.0, description="Decay of the weights' moving average; null: none.")
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the student; auto: on CUDA.")
     label_smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="Of the label loss.")
-    max_steps: int | None = Field(None, gt=0, description="End the run properly after this many steps; the schedule stays.")
-    max_minutes: float | None = Field(None, gt=0.0, description="Stop in time, resumable, after this many minutes of this launch.")
+    max_steps: int | None = Field(
+        None, gt=0, description="End the run properly after this many steps; the schedule stays."
+    )
+    max_minutes: float | None = Field(
+        None, gt=0.0, description="Stop in time, resumable, after this many minutes of this launch."
+    )
     checkpoint_every: int | None = Field(None, gt=0, description="Steps between checkpoints; null: every epoch.")
     keep_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept; the best one is kept besides.")
     log_every: int = Field(50, gt=0, description="Steps between lines of metrics.")
@@ -172,19 +217,28 @@ class Recipe(Section):
     name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="Of the run; empty: the recipe's file name.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and drop path.")
     data: Data = Field(Data(), description="What is learned from.")
-    teacher: Annotated[
-        Annotated[Teacher, Tag("single")]
-        | Annotated[Annotated[list[Teacher], Field(min_length=1)], Tag("ensemble")],
-        Discriminator(_teacher_shape),
-    ] | None = Field(None, description="One teacher, a list of them (an ensemble), or null.")
+    teacher: (
+        Annotated[
+            Annotated[Teacher, Tag("single")]
+            | Annotated[Annotated[list[Teacher], Field(min_length=1)], Tag("ensemble")],
+            Discriminator(_teacher_shape),
+        ]
+        | None
+    ) = Field(None, description="One teacher, a list of them (an ensemble), or null.")
     student: Student = Field(Student(), description="What is trained.")
     label_weight: float | None = Field(
-        None, ge=0.0, description="Of the label loss; null: 0.5 with distillation, 1 without. Without a teacher the heads share it."
+        None,
+        ge=0.0,
+        description="Of the label loss; null: 0.5 with distillation, 1 without. Without a teacher the heads share it.",
     )
-    distill: list[Objective] = Field([], description="Distillation losses, added up with their weights; []: plain training.")
+    distill: list[Objective] = Field(
+        [], description="Distillation losses, added up with their weights; []: plain training."
+    )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
     train: Train = Field(Train(), description="The loop.")
-    control: bool = Field(False, description="Also train the same student without the teacher, same seed, for the report.")
+    control: bool = Field(
+        False, description="Also train the same student without the teacher, same seed, for the report."
+    )
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -211,7 +265,8 @@ class Recipe(Section):
         return dict(_leaves(self.model_dump(mode="json"), ""))
 
 
-# What may change between a run and its resumption, or between a teacher's training and its reuse: none of it changes what is learned.
+# What may change between a run and its resumption, or between a teacher's training and its reuse: none of it changes
+# what is learned.
 OPERATIONAL_KEYS = frozenset(
     {"name", "data.root", "data.workers", "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints",
      "train.log_every", "train.trackers"}

@@ -14,15 +14,24 @@ from safetensors.torch import load_file
 from distill import run
 from tests.conftest import Toy, environment
 
-EVEN = ("student.drop_path=0", "train.gradient_accumulation=1", "train.max_steps=50", "train.epochs=9", "train.precision=fp32")
+EVEN = (
+    "student.drop_path=0",
+    "train.gradient_accumulation=1",
+    "train.max_steps=50",
+    "train.epochs=9",
+    "train.precision=fp32",
+)
 
 
 def launch(processes: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch distill/train.py` with so many CPU processes (DESIGN.md and accelerate's issue 2741 say why like this)."""
+    """`accelerate launch distill/train.py` with so many CPU processes (DESIGN.md and accelerate's issue 2741 say why
+    like this).
+    """
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1", "--cpu"]
     script = Path(__file__).resolve().parents[2] / "distill" / "train.py"
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_machines", "1", "--main_process_port", "0",
+        [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_machines", "1", "--main_process_port",
+        "0",
          "--mixed_precision", "no", "--dynamo_backend", "no", str(script), *map(str, arguments)],
         cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
@@ -65,14 +74,21 @@ def test_evaluation_is_exact(runs: dict[int, Path]) -> None:
     for key in one:
         assert torch.allclose(one[key], two[key], atol=1e-3), key
     assert torch.allclose(one["teacher"], two["teacher"], atol=1e-5)
-    counts = [[(line["student/top1"], line["agreement"]) for line in run.read_metrics(path, "eval")] for path in runs.values()]
+    counts = [
+        [(line["student/top1"], line["agreement"]) for line in run.read_metrics(path, "eval")] for path in runs.values()
+    ]
     assert counts[0] == counts[1]
 
 
 def test_one_set_of_files(runs: dict[int, Path]) -> None:
-    names = [sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_symlink()) for path in runs.values()]
+    names = [
+        sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_symlink())
+        for path in runs.values()
+    ]
     assert names[0] == names[1]
-    assert [event["event"] for event in map(json.loads, (runs[2] / "metrics.jsonl").read_text().splitlines())].count("start") == 1
+    assert [event["event"] for event in map(json.loads, (runs[2] / "metrics.jsonl").read_text().splitlines())].count(
+        "start"
+    ) == 1
 
 
 def test_two_go_on_where_one_stopped(toy: Toy, tmp_path: Path) -> None:
@@ -90,7 +106,9 @@ def test_two_go_on_where_one_stopped(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_over_processes(toy: Toy, tmp_path: Path) -> None:
-    result = launch(2, toy.recipe, "--out", tmp_path / "run", "train.batch_size=18", "train.gradient_accumulation=3", cwd=tmp_path)
+    result = launch(
+        2, toy.recipe, "--out", tmp_path / "run", "train.batch_size=18", "train.gradient_accumulation=3", cwd=tmp_path
+    )
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert "train.batch_size" in result.stderr[result.stderr.index("error: ") :]
