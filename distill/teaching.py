@@ -15,7 +15,7 @@ from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, accuracies, predict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
-from teachers import Ensemble, Teacher, confusion, judge, load_teacher
+from teachers import Ensemble, Teacher, judge, load_teacher
 
 PREFLIGHT_IMAGES = 5000
 _log = logging.getLogger("distill")
@@ -90,7 +90,7 @@ def run_preflight(
     logits = outputs[-1]
     labels = dataset.labels(split)[: len(logits)]
     for member, answers, spec in zip(members, outputs, recipe.teachers, strict=False):
-        judge(member, confusion(labels, answers), min_accuracy=spec.min_accuracy)
+        judge(member, labels, answers, min_accuracy=spec.min_accuracy)
     values = accuracies({"teacher": logits}, labels)
     _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
     described = {

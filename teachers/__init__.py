@@ -9,17 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teachers.judging import confusion, count, judge, preflight
+    from teachers.preflight import judge
     from teachers.teacher import Ensemble, Teacher, load_teacher
     from teachers.zoo import ZOO, ZooEntry
 
 _HOMES = {
-    "ZOO": "zoo", "ZooEntry": "zoo",
-    "Ensemble": "teacher", "Teacher": "teacher", "load_teacher": "teacher",
-    "confusion": "judging", "count": "judging", "judge": "judging", "preflight": "judging",
-}  # fmt: skip
+    "ZOO": "zoo",
+    "ZooEntry": "zoo",
+    "Ensemble": "teacher",
+    "Teacher": "teacher",
+    "load_teacher": "teacher",
+    "judge": "preflight",
+}
 
-__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "confusion", "count", "judge", "load_teacher", "preflight"]
+__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "judge", "load_teacher"]
 
 
 def __getattr__(name: str) -> Any:

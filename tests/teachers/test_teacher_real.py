@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from teachers import ZOO, count, load_teacher
+from teachers import ZOO, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,9 @@ def test_public_weights(
     assert ZOO[model].url.endswith(f"/{file}")
     teacher = load_teacher({"model": model, "weights": str(teacher_weights / file)}, 10)
     images, labels = test_set
-    batches = ((part.float() / 255, truth) for part, truth in zip(images.split(500), labels.split(500), strict=True))
-    counts = count(teacher, batches)
-    assert int(counts.sum()) == 10_000
-    assert int(counts.diagonal().sum()) == correct
+    answers = torch.cat([teacher(part.float() / 255).argmax(1) for part in images.split(500)])
+    assert len(answers) == 10_000
+    assert int((answers == labels).sum()) == correct
 
 
 @pytest.mark.shared

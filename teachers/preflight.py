@@ -1,12 +1,8 @@
-"""Preflight: is the teacher, fed the very way it will be used, as good as it should be?
-
-Split in two so that several processes can add up their counts between counting and judging.
-"""
+"""Preflight: is the teacher, fed the very way it will be used, as good as it should be?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,40 +11,20 @@ from distill.errors import InputError
 from teachers.teacher import Teacher
 
 
-def preflight(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], *, min_accuracy: float | None) -> float:
-    """The teacher's accuracy (0 to 1) over `batches`, in one process; see `count` and `judge`."""
-    return judge(teacher, count(teacher, batches), min_accuracy=min_accuracy)
-
-
-def count(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """How often each label got each answer: int64 [classes, classes], row: label, column: answer.
-
-    `batches` yields images in [0, 1], [B, C, H, W], with labels int64 [B], as a data set's `evaluation_batches` does.
-    The counts are on the device of the images; those of several processes add up to those of one.
-    """
-    counts: Tensor | None = None
-    for images, labels in batches:
-        found = confusion(labels, teacher(images))
-        counts = found if counts is None else counts + found
-    assert counts is not None, "no batches to count"
-    return counts
-
-
-def confusion(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels int64 [N] and logits [N, classes] -> counts int64 [classes, classes], row: label, column: answer."""
-    classes = logits.shape[1]
-    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
-
-
-def judge(teacher: Teacher, counts: Tensor, *, min_accuracy: float | None) -> float:
-    """The accuracy (0 to 1) in `counts` (see `confusion`), if it is at least `min_accuracy`; None: well above chance.
+def judge(teacher: Teacher, labels: Tensor, logits: Tensor, *, min_accuracy: float | None) -> float:
+    """The accuracy (0 to 1) of the teacher's `logits` if it is at least `min_accuracy`; None: well above chance.
 
     Chance is the share of the largest class, or 1 / classes if that is more. Well above is twice 1 / classes, or five
     standard deviations above chance where that is more, but never beyond half of the way from chance to perfect.
 
+    Args:
+        labels: int64 [N].
+        logits: [N, classes], what the teacher says to the N images.
+
     Raises:
         InputError: the teacher is worse; the message names the likely causes.
     """
+    counts = _confusion(labels, logits)
     total = int(counts.sum())
     accuracy = int(counts.diagonal().sum()) / total
     required = _well_above_chance(counts) if min_accuracy is None else min_accuracy
@@ -70,6 +46,12 @@ def judge(teacher: Teacher, counts: Tensor, *, min_accuracy: float | None) -> fl
         f"Likely causes: {'; '.join(f'({n}) {cause}' for n, cause in enumerate(causes, 1))}. "
         "If it really is no better, set teacher.min_accuracy lower."
     )
+
+
+def _confusion(labels: Tensor, logits: Tensor) -> Tensor:
+    """Counts int64 [classes, classes], row: label, column: answer."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
 def _well_above_chance(counts: Tensor) -> float:
