@@ -1,0 +1,286 @@
+"""The commands, from the ways to start one to what each prints and writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import distill.export
+from distill import pipeline
+from distill.cli import main
+from distill.recipe import load
+from tests.conftest import Command, Toy, environment
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "distill" / "train.py"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working directory; commands in this process leave its threads and its log as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill.export, "_compare_with_reloaded", lambda *args: None)
+    log = logging.getLogger("distill")
+    before = log.level, log.propagate, list(log.handlers), torch.get_num_threads()
+    yield
+    log.level, log.propagate, log.handlers = before[:3]
+    torch.set_num_threads(before[3])
+
+
+def start(*arguments: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, under the one thread that `accelerate launch` gives."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment(OMP_NUM_THREADS="1"), input=stdin,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def tree(*folders: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+
+
+# Ways to start
+
+
+def test_all_ways_to_start_lead_to_the_same_place(tmp_path: Path) -> None:
+    """`python -i` goes on behind the script: nothing in distill/ may be importable by its file name."""
+    look = "import importlib.util as u; print([n for n in ('inputs', 'run', 'trainer', 'optim') if u.find_spec(n)])\n"
+    ways = [("-i", SCRIPT), ("-i", "-m", "distill.train"), ("-i", "-m", "distill.cli", "train")]
+    for way in ways:
+        result = start(*way, "--out", "run", "nowhere.yaml", "seed=1", cwd=tmp_path, stdin=look)
+        assert "error: nowhere.yaml: cannot read the recipe: no such file" in result.stderr, result.stderr
+        assert "SystemExit: 2" in result.stderr
+        assert result.stdout.strip() == "[]"
+    script = Path(sys.executable).with_name("distill")
+    result = subprocess.run([script, "train", "nowhere.yaml"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("error: nowhere.yaml: cannot read")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{} seed=1 train.epochs=2 --out there --resume auto --dry-run",
+        "--dry-run --resume auto {} --out there seed=1 train.epochs=2",
+        "--out there {} seed=1 --dry-run train.epochs=2 --resume=auto",
+        "--out there seed=1 {} train.epochs=2 --resume auto --dry-run",
+    ],
+)
+def test_options_come_in_any_order(arguments: str, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline, "launch", lambda *args, **kwargs: seen.append((args, kwargs)))
+    assert main(["train", *arguments.format(toy.recipe).split()]) == 0
+    expected = {"out": Path("there"), "resume": "auto", "dry_run": True}
+    assert seen == [((toy.recipe, ["seed=1", "train.epochs=2"]), expected)]
+
+
+# A run by the real command, as a file, from another folder
+
+
+@pytest.fixture(scope="module")
+def launched(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    folder = tmp_path_factory.mktemp("launched")
+    result = start(SCRIPT, "--out", "run", toy.recipe, "train.max_steps=3", "control=true", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    result.args = folder / "run"
+    return result
+
+
+@pytest.fixture
+def finished(launched: subprocess.CompletedProcess[str], tmp_path: Path) -> Path:
+    """A copy of its run directory."""
+    shutil.copytree(launched.args, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def test_a_run_ends_with_its_table_and_its_paths(launched: subprocess.CompletedProcess[str], finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} - {".lock"} == {
+        "recipe.yaml", "resolved.yaml", "environment.json", "status.json", "metrics.jsonl", "train.log", "checkpoints",
+        "predictions.safetensors", "export", "report.html", "report.md", "report.json", "control",
+    }  # fmt: skip
+    for row in ("teacher", "student, both heads", "student, class head", "student, dist. head", "control, both heads"):
+        assert row in launched.stdout
+    for what, name in (("student", "run/export"), ("report", "run/report.html"), ("run", "run")):
+        assert re.search(rf"^{what} +{name}$", launched.stdout, re.MULTILINE)
+    log = (finished / "train.log").read_text()
+    assert "preflight: teacher top-1" in launched.stdout
+    assert all(f"step {step}  epoch" in log for step in (1, 2, 3))
+    assert "normal" not in launched.stderr
+    assert "Traceback" not in launched.stderr
+
+
+def test_the_process_takes_its_cores_whatever_the_launcher_set(finished: Path) -> None:
+    found = json.loads((finished / "environment.json").read_text())
+    assert found["processes"] == 1
+    assert found["threads"] == len(os.sched_getaffinity(0))
+
+
+def correct(run: Path, name: str) -> str:
+    found = load_file(run / "predictions.safetensors")
+    return f"{int((found[name].argmax(1) == found['labels']).sum())} of 50"
+
+
+def test_evaluate_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished / "predictions.safetensors"
+    before = load_file(file)
+    counts = {name: correct(finished, name) for name in before if name != "labels"}
+    file.unlink()
+    assert main(["evaluate", str(finished)]) == 0
+    after = load_file(file)
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5, msg=name)
+    printed = capsys.readouterr().out
+    for name, count in counts.items():
+        assert re.search(rf"{re.escape(name)} .*{count}", printed), printed
+
+
+def test_evaluating_keeps_what_predictions_say_of_their_origin(finished: Path) -> None:
+    def metadata() -> dict[str, str]:
+        with safe_open(finished / "predictions.safetensors", "pt") as file:
+            return file.metadata()
+
+    before = metadata()
+    assert before.keys() >= {"step", "weights", "run", "teacher"}
+    assert main(["evaluate", str(finished)]) == 0
+    assert metadata() == before
+
+
+def test_evaluate_a_teacher_by_its_name_and_by_a_recipe(
+    finished: Path, toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["data.name=toy.safetensors", f"data.root={toy.root}"]
+    assert main(["evaluate", data[0], "cifar_resnet20", data[1], f"teacher.weights={toy.teacher}"]) == 2
+    assert "data.name=toy.safetensors" in capsys.readouterr().err  # the target comes first
+    assert main(["evaluate", "cifar_resnet20", *data, f"teacher.weights={toy.teacher}"]) == 0
+    named = capsys.readouterr().out
+    assert correct(finished, "teacher") in named
+    assert "inputs" in named, "the input contract is printed"
+    assert main(["evaluate", str(toy.recipe)]) == 0
+    assert capsys.readouterr().out == named
+    assert main(["evaluate", str(toy.recipe), "teacher=null", "distill=[]"]) == 2
+    assert "has no teacher to evaluate" in capsys.readouterr().err
+    shutil.copy(toy.recipe, "cnn.yaml")
+    overrides = ["teacher={recipe: cnn.yaml}"]
+    assert main(["evaluate", str(toy.recipe), *overrides]) == 2
+    assert "cnn.yaml is not trained yet" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_export(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "new" / "student"
+    assert main(["export", str(finished), "--to", str(to)]) == 0
+    images = torch.randn(3, 3, 8, 8)
+    models = [timm.create_model(f"local-dir:{path}", pretrained=True).eval() for path in (finished / "export", to)]
+    assert torch.equal(models[0](images), models[1](images))
+    assert (to / "config.json").read_bytes() == (finished / "export" / "config.json").read_bytes()
+    assert main(["export", "--to", str(to), str(finished)]) == 2
+    assert f"--to {to}: exists already" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "other")]) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_second_export_has_the_card_of_the_first(finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished), "--to", str(tmp_path / "again")]) == 0
+    first, again = ((path / "README.md").read_text() for path in (finished / "export", tmp_path / "again"))
+    assert again.count("library_name: timm") == 1
+    assert again.count("## Load it") == 1
+    assert again == first
+
+
+def test_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "reports" / "both.html"
+    assert main(["compare", str(finished), "--out", str(report), str(finished / "control")]) == 0
+    assert sorted(path.name for path in report.parent.iterdir()) == ["both.html", "both.json", "both.md"]
+    printed = capsys.readouterr().out
+    assert str(report) in printed
+    rows = json.loads(report.with_suffix(".json").read_text())["rows"]
+    assert {(row["run"], row["model"]) for row in rows} == {
+        ("run", "teacher"), ("run", "student"), ("run", "control"), ("control", "student"),
+    }  # fmt: skip
+    (finished / "status.json").write_text(json.dumps({"state": "interrupted"}))
+    assert main(["compare", str(finished)]) == 2
+    assert "not finished" in capsys.readouterr().err
+
+
+def test_teachers_and_validate(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["teachers"]) == 0
+    assert re.search("cifar_resnet20 .*91.73.*measured", capsys.readouterr().out)
+    assert main(["teachers", "cifar_resnet56"]) == 0
+    assert "93.39" in capsys.readouterr().out
+    assert main(["teachers", "resnet57"]) == 2
+    assert "resnet57: not in the zoo" in capsys.readouterr().err
+    assert main(["validate", str(toy.recipe), "seed=4"]) == 0
+    assert capsys.readouterr().out == load(toy.recipe, ["seed=4"]).to_yaml()
+
+
+# --dry-run
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(tmp_path, toy.root)
+    assert main(["train", str(toy.recipe), "--dry-run", "control=true"]) == 0
+    printed = capsys.readouterr().out
+    assert tree(tmp_path, toy.root) == before
+    assert load(toy.recipe, ["control=true"]).to_yaml() in printed
+    student = timm.create_model("area_vit_nano", num_classes=4, img_size=8, patch_size=4, distilled=True)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    teacher = sum(parameter.numel() for parameter in timm.create_model("cifar_resnet20", num_classes=4).parameters())
+    assert f"student {parameters:,}, teacher {teacher:,}" in printed
+    assert re.search(r"FLOPs +0\.0\d\d G", printed)
+    assert re.search(r"memory +[\d,]+ MiB", printed)
+    assert re.search(r"steps +18, 6 an epoch", printed)
+    assert re.search(r"loss \d\.\d{4}$", printed, re.MULTILINE)
+
+
+def test_names_in_brackets_are_printed_as_they_are(
+    toy: Toy, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich takes [old] for markup unless told otherwise."""
+    shutil.copytree(toy.root, tmp_path / "data [old]")
+    assert main(["train", str(toy.recipe), "--dry-run", "data.root=data [old]"]) == 0
+    assert "root: data [old]" in capsys.readouterr().out
+    assert main(["export", str(finished), "--to", "student [new]"]) == 0
+    assert "student [new]" in capsys.readouterr().out
+    assert main(["compare", str(finished), "--out", "report [new].html"]) == 0
+    assert "report [new].html" in capsys.readouterr().out
+
+
+def test_a_dry_run_does_without_a_teacher_that_is_not_trained(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = toy.mapping(teacher=None, student={}, distill=[], train={"epochs": 7})
+    teacher["student"] = {"model": "cifar_resnet20"}
+    Path("cnn.yaml").write_text(yaml.safe_dump(teacher))
+    overrides = ["teacher={recipe: cnn.yaml}"]
+    before = tree(tmp_path, toy.root)
+    assert main(["train", str(toy.recipe), "--dry-run", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert tree(tmp_path, toy.root) == before
+    assert "cnn.yaml is not trained yet" in printed
+    assert load("cnn.yaml").to_yaml() in printed
+    assert re.search(r"steps +42, 6 an epoch", printed)
+    assert load(toy.recipe, overrides).to_yaml() in printed, "the recipe that a run would have, with its teacher"
+
+
+def test_a_dry_run_is_refused_as_a_run_would_be(toy: Toy, tmp_path: Path, command: Command) -> None:
+    result = command("train", "--dry-run", toy.recipe, "teacher.min_accuracy=0.99")
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1
+    assert "below the required 99.00%" in result.stderr
+    assert list(tmp_path.iterdir()) == []

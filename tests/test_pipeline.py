@@ -1,0 +1,315 @@
+"""What a whole run leaves behind: its files, the weights it chose, the teacher it trained first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+import distill.export
+from distill import checkpoint, run
+from distill.errors import InputError
+from distill.pipeline import Launch, execute, locate
+from distill.recipe import Recipe, from_mapping, load
+from distill.signals import Interrupted
+from distill.trainer import Trainer
+from tests.conftest import Toy
+from tests.test_resume import go, train_lines
+
+Mapping = dict[str, Any]
+PLAIN = {"label_weight": 1.0, "distill": []}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder_without_the_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers' runs stand in the working directory; tests/test_export.py is where the fresh process is tested."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill.export, "_compare_with_reloaded", lambda *args: None)
+
+
+def short(toy: Toy, **changes: Any) -> Recipe:
+    """The toy recipe for three steps, or as `changes` has it."""
+    train = {"max_steps": 3, "keep_checkpoints": 2} | changes.pop("train", {})
+    return from_mapping(toy.mapping(train=train, **changes), default_name="toy")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def exported(path: Path) -> str:
+    return sha256(path / "export" / "model.safetensors")
+
+
+def events(path: Path) -> list[str]:
+    return [json.loads(line)["event"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# The recipe that a run saves
+
+
+def test_the_resolved_recipe_reproduces_the_run(toy: Toy, tmp_path: Path) -> None:
+    recipe = load(toy.recipe, ["train.max_steps=3", "control=true", "seed=5", "label_weight=0.3"])
+    execute(recipe, locate(recipe, tmp_path / "run", None), Launch(Never(), threads=1), source=toy.recipe)  # type: ignore[arg-type]
+    go(load(tmp_path / "run" / "resolved.yaml"), tmp_path / "again", None)
+    go(load(tmp_path / "run" / "control" / "resolved.yaml"), tmp_path / "alone", None)
+    for one, other in (("run", "again"), ("run/control", "again/control"), ("run/control", "alone")):
+        assert (tmp_path / one / "resolved.yaml").read_text() == (tmp_path / other / "resolved.yaml").read_text()
+        assert train_lines(tmp_path / one) == train_lines(tmp_path / other)
+        assert same(*(load_file(tmp_path / name / "predictions.safetensors") for name in (one, other)))
+        assert exported(tmp_path / one) == exported(tmp_path / other)
+    assert exported(tmp_path / "run") != exported(tmp_path / "run" / "control")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == toy.recipe.read_text()
+    for line in train_lines(tmp_path / "alone"):  # without a teacher the labels have the weight of the whole loss
+        assert {key for key in line if key.startswith("loss")} == {"loss", "loss/label"}
+        assert line["loss"] == pytest.approx((0.3 + 0.25 + 0.25) * line["loss/label"], abs=1e-6)
+    assert "teacher" not in load_file(tmp_path / "alone" / "predictions.safetensors")
+
+
+class Never:
+    def reason(self) -> None:
+        return None
+
+
+# Its other files
+
+
+@pytest.fixture
+def finished(toy: Toy, tmp_path: Path) -> Path:
+    """Two epochs (12 steps) under weights that are all different."""
+    weights = {"label_weight": 0.3, "distill": [{"method": "hard", "weight": 0.2}, {"method": "soft", "weight": 0.9}]}
+    go(short(toy, **weights, train={"max_steps": 8, "epochs": 2}), tmp_path / "run", None)
+    return tmp_path / "run"
+
+
+def test_metrics(finished: Path) -> None:
+    assert events(finished)[:4] == ["start", "preflight", "epoch", "train"]
+    assert set(events(finished)) == {"start", "preflight", "epoch", "train", "eval", "checkpoint"}
+    for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines()):
+        assert {"event", "step", "epoch", "time"} <= line.keys()
+    (preflight,) = run.read_metrics(finished, "preflight")
+    assert (preflight["split"], preflight["samples"]) == ("validation", 32)
+    training = list(run.read_metrics(finished, "train"))
+    assert [line["step"] for line in training] == list(range(1, 9))
+    for line in training:
+        parts = 0.3 * line["loss/label"] + 0.2 * line["loss/hard"] + 0.9 * line["loss/soft"]
+        assert line["loss"] == pytest.approx(parts, abs=1e-6)
+        assert line["images_per_second"] > 0
+        assert line["epoch"] == pytest.approx(line["step"] / 6, abs=1e-4)
+    chosen = [line for line in run.read_metrics(finished, "eval") if line["split"] == "validation"]
+    assert [(line["step"], line["weights"]) for line in chosen] == [(6, "raw"), (6, "ema"), (8, "raw"), (8, "ema")]
+    assert all(line["student/top1"] * 32 % 100 == 0 for line in chosen)  # percent of 32 images
+    assert all(line["teacher/top1"] == preflight["teacher/top1"] for line in chosen)
+
+
+def test_predictions_are_those_of_the_export_and_accuracies_are_percent(finished: Path, toy: Toy) -> None:
+    found = load_file(finished / "predictions.safetensors")
+    assert found.keys() == {"labels", "student.cls", "student.dist", "student.fused", "teacher"}
+    data = load_file(toy.root / "toy.safetensors")
+    assert torch.equal(found["labels"], data["test.labels"])
+    assert all(found[key].dtype == torch.float32 and found[key].shape == (50, 4) for key in found if key != "labels")
+    model = timm.create_model(f"local-dir:{finished / 'export'}", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    images = data["train.images"].double().div(255)
+    assert model.pretrained_cfg["label_names"] == ["a", "b", "c", "d"]
+    assert (mean.flatten() - images.mean((0, 2, 3))).abs().max() < 0.02  # of the training part alone
+    with torch.no_grad():
+        logits = model((data["test.images"].float() / 255 - mean) / std)
+    torch.testing.assert_close(found["student.fused"], logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["student.fused"], (found["student.cls"] + found["student.dist"]) / 2)
+    (line,) = [line for line in run.read_metrics(finished, "eval") if line["split"] == "test"]
+    answers = {name: found[name].argmax(1) for name in found if name != "labels"}
+    keys = {
+        "student.fused": "student",
+        "student.cls": "student.cls",
+        "student.dist": "student.dist",
+        "teacher": "teacher",
+    }
+    for name, key in keys.items():
+        assert line[f"{key}/top1"] == 100 * int((answers[name] == found["labels"]).sum()) / 50
+        assert line[f"{key}/top5"] == 100  # of 4 classes
+    assert line["agreement"] == 100 * int((answers["student.fused"] == answers["teacher"]).sum()) / 50
+
+
+def test_environment_and_status(finished: Path, toy: Toy) -> None:
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment.keys() == {
+        "command", "python", "platform", "host", "versions", "commit", "processes", "precision", "device",
+        "device_name", "threads", "cores",
+    }  # fmt: skip
+    assert environment["versions"]["timm"] == timm.__version__
+    status = run.read_status(finished)
+    assert (status["state"], status["reason"], status["step"]) == ("finished", None, 8)
+    assert status["parameters"]["teacher"] == sum(value.numel() for name, value in torch.load(
+        toy.teacher, weights_only=True).items() if "running" not in name and "num_batches" not in name)  # fmt: skip
+    assert 0 <= status["metrics"]["student/top1"] <= 100
+
+
+class Watch:
+    """Looks at the run from outside after each step; fails at the one it is told to."""
+
+    def __init__(self, path: Path, fail_at: int) -> None:
+        self.path, self.left, self.states = path, fail_at, []  # type: ignore[var-annotated]
+
+    def reason(self) -> None:
+        self.states.append(run.read_status(self.path)["state"])
+        with pytest.raises(InputError, match="in use by process"):
+            run.check_free(self.path)
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of luck")
+
+
+def test_a_failed_run_says_why_and_starts_again_without_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
+    recipe, out = short(toy), tmp_path / "run"
+    watch = Watch(out, fail_at=2)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        execute(recipe, locate(recipe, out, None), Launch(watch, threads=1))  # type: ignore[arg-type]
+    assert watch.states == ["running", "running"]
+    status = run.read_status(out)
+    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: out of luck")
+    run.check_free(out)
+    go(recipe, out, None, resume="auto")
+    assert (run.read_status(out)["state"], run.read_status(out)["reason"]) == ("finished", None)
+    assert events(out).count("start") == 1
+    assert [line["step"] for line in run.read_metrics(out, "train")] == [1, 2, 3]
+
+
+# Which weights are exported
+
+
+def decide(monkeypatch: pytest.MonkeyPatch, correct: Callable[[str, int], bool]) -> None:
+    """Let the split that selects find raw or averaged weights all correct or all wrong."""
+    real = Trainer.predict_heads
+
+    def predict_heads(self: Trainer, student: Any, split: Any) -> dict[str, Tensor]:
+        candidates = {id(self.student): "raw", id(self.ema and self.ema.module): "ema"}
+        if (weights := candidates.get(id(student))) is None:  # the export, at the end
+            return real(self, student, split)
+        labels = self.dataset.labels(split)
+        answers = labels if correct(weights, self.progress.step) else (labels + 1) % 4
+        return {name: one_hot(answers, 4).float() for name in ("student.cls", "student.fused")}
+
+    monkeypatch.setattr(Trainer, "predict_heads", predict_heads)
+
+
+@pytest.mark.parametrize("better", ["raw", "ema"])
+def test_the_better_of_raw_and_averaged_weights_is_exported(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: str
+) -> None:
+    decide(monkeypatch, lambda weights, step: weights == better and step == 6)
+    out = tmp_path / "run"
+    go(short(toy, train={"max_steps": 13, "keep_checkpoints": 1}), out, None)
+    assert run.read_status(out)["exported"] == {"step": 6, "weights": better}
+    assert [path.name for path in checkpoint.existing(out / "checkpoints")] == ["step_00000006", "step_00000013"]
+    best = out / "checkpoints" / "best"
+    states = {name: checkpoint.read_tensors(best, name) for name in ("model", "ema")}
+    chosen = {f"model.{key}": value for key, value in load_file(out / "export" / "model.safetensors").items()}
+    assert same(chosen, states["ema" if better == "ema" else "model"])
+    assert not same(states["ema"], states["model"])
+    with safe_open(out / "predictions.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["step"], metadata["weights"], metadata["validation_top1"]) == ("6", better, "100.00")
+
+
+def test_without_validation_the_last_weights_are_exported(toy: Toy, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    go(short(toy, data={"validation": 0}, train={"max_steps": 9, "ema": None}), out, None)
+    (preflight,) = run.read_metrics(out, "preflight")
+    assert (preflight["split"], preflight["samples"]) == ("train", 128)
+    assert [line["split"] for line in run.read_metrics(out, "eval")] == ["test"]
+    assert run.read_status(out)["exported"] == {"step": 9, "weights": "raw"}
+    assert not (out / "checkpoints" / "best").exists()
+    last = checkpoint.read_tensors(out / "checkpoints" / "last", "model")
+    assert same({f"model.{key}": value for key, value in load_file(out / "export/model.safetensors").items()}, last)
+
+
+def test_selection_on_the_test_set_is_done_and_said(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill.report.comparison import compare
+    from distill.report.tables import render_markdown
+
+    decide(monkeypatch, lambda weights, step: step == 8)
+    out = tmp_path / "run"
+    go(short(toy, data={"validation": 0, "select_on": "test"}, train={"max_steps": 9, "ema": None}), out, None)
+    assert [(line["step"], line["split"]) for line in run.read_metrics(out, "eval")][:-1] == [(8, "test"), (9, "test")]
+    assert run.read_status(out)["exported"] == {"step": 8, "weights": "raw"}
+    assert "chosen on the test set" in render_markdown(compare([out]))
+
+
+# A teacher that comes as a recipe
+
+
+@pytest.fixture
+def with_recipe(toy: Toy, tmp_path: Path) -> Recipe:
+    """The toy recipe with a teacher that is to be trained for two steps first."""
+    data = toy.mapping()["data"] | {"augment": {}, "validation": 0.5}
+    teacher = {"data": data | {"root": "elsewhere"}, "student": {"model": "cifar_resnet20"}, **PLAIN}
+    teacher["train"] = {"epochs": 1, "batch_size": 16, "max_steps": 2, "log_every": 1}
+    (tmp_path / "cnn.yaml").write_text(yaml.safe_dump(teacher))
+    return short(toy, teacher={"recipe": "cnn.yaml", "model": None, "weights": None}, train={"max_steps": 1})
+
+
+def teachers_runs() -> list[Path]:
+    return sorted(Path("runs/teachers").glob("cnn-*"))
+
+
+def test_a_teachers_recipe_is_trained_once_and_again_when_it_changes(with_recipe: Recipe, tmp_path: Path) -> None:
+    go(with_recipe, tmp_path / "one", None)
+    (trained,) = teachers_runs()
+    assert run.read_status(trained)["state"] == "finished"
+    assert (trained / "recipe.yaml").read_text() == (tmp_path / "cnn.yaml").read_text()
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    go(with_recipe, tmp_path / "two", None)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    one, two = (next(run.read_metrics(tmp_path / name, "preflight")) for name in ("one", "two"))
+    assert one["teacher_sha256"] == two["teacher_sha256"]
+    assert same(
+        load_file(tmp_path / "one/predictions.safetensors"), load_file(tmp_path / "two/predictions.safetensors")
+    )
+    own, seen = (load_file(path / "predictions.safetensors") for path in (trained, tmp_path / "one"))
+    torch.testing.assert_close(own["student.fused"], seen["teacher"], rtol=0, atol=1e-5)
+
+    text = (tmp_path / "cnn.yaml").read_text()
+    (tmp_path / "cnn.yaml").write_text(text.replace("log_every: 1", "log_every: 2"))
+    go(with_recipe, tmp_path / "three", None)
+    assert teachers_runs() == [trained], "how often it logs changes nothing that it learns"
+    (tmp_path / "cnn.yaml").write_text(text.replace("max_steps: 2", "max_steps: 3"))
+    go(with_recipe, tmp_path / "four", None)
+    assert len(teachers_runs()) == 2
+    assert next(run.read_metrics(tmp_path / "four", "preflight"))["teacher_sha256"] != one["teacher_sha256"]
+
+
+def test_an_interrupted_teacher_is_resumed(with_recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        go(with_recipe, out, 1)
+    (teacher,) = teachers_runs()
+    assert (run.read_status(teacher)["state"], run.read_status(teacher)["step"]) == ("interrupted", 1)
+    assert not out.exists()
+    go(with_recipe, out, None, resume="auto")
+    assert events(teacher).count("start") == events(teacher).count("resume") == 1
+    assert [line["step"] for line in run.read_metrics(teacher, "train")] == [1, 2]
+    assert run.read_status(out)["state"] == run.read_status(teacher)["state"] == "finished"
+
+
+def test_a_teachers_recipe_of_other_data_is_refused(with_recipe: Recipe, tmp_path: Path) -> None:
+    text = (tmp_path / "cnn.yaml").read_text()
+    (tmp_path / "cnn.yaml").write_text(text.replace("name: toy.safetensors", "name: digits"))
+    with pytest.raises(InputError, match=r"cnn\.yaml trains on digits, the student on toy\.safetensors"):
+        go(with_recipe, tmp_path / "run", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cnn.yaml"]
