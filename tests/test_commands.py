@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import distill.export
 from distill import pipeline
 from distill.cli import main
+from distill.processes import set_threads
 from distill.recipe import load
 from tests.conftest import Command, Toy, environment
 
@@ -127,6 +128,14 @@ def test_the_process_takes_its_cores_whatever_the_launcher_set(finished: Path) -
     found = json.loads((finished / "environment.json").read_text())
     assert found["processes"] == 1
     assert found["threads"] == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 5), (2, 2), (8, 1)])
+def test_threads_are_cores_over_processes(monkeypatch: pytest.MonkeyPatch, processes: int, threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    torch.set_num_threads(3)
+    assert set_threads() == torch.get_num_threads() == threads
 
 
 def correct(run: Path, name: str) -> str:

@@ -1,0 +1,192 @@
+"""Whole runs of other kinds: other students, teachers, data and ways of training, in two or three steps each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import distill.export
+from distill import run
+from distill.data.packed import write_packed
+from distill.recipe import from_mapping
+from tests.conftest import Toy
+from tests.test_resume import go
+
+HEADS = {"student.cls", "student.dist", "student.fused"}
+PLAIN_VIT = {"model": "vit_nano", "patch_size": 4, "drop_path": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def without_the_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill.export, "_compare_with_reloaded", lambda *args: None)
+
+
+def finish(toy: Toy, out: Path, **changes: Any) -> list[dict[str, float]]:
+    """Run the toy recipe with `changes` to its end, two steps unless they say more; returns its lines of training."""
+    raw = toy.mapping()
+    train = raw["train"] | {"max_steps": 2, "ema": None, "gradient_accumulation": 1} | changes.pop("train", {})
+    for section in ("student", "teacher"):
+        raw[section] = changes.pop(section, raw[section])
+    raw["data"] |= changes.pop("data", {})
+    go(from_mapping(raw | {"train": train} | changes, default_name="toy"), out, None)
+    assert run.read_status(out)["state"] == "finished"
+    lines = list(run.read_metrics(out, "train"))
+    assert len(lines) == train["max_steps"]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    return lines
+
+
+def losses(lines: list[dict[str, float]]) -> list[float]:
+    return [line[key] for line in lines for key in ("loss", "loss/label", "loss/hard", "loss/soft")]
+
+
+# Teachers
+
+
+def test_an_ensemble(toy: Toy, tmp_path: Path) -> None:
+    weights = tmp_path / "other.pth"
+    torch.manual_seed(1)
+    torch.save(timm.create_model("cifar_resnet20", num_classes=4).state_dict(), weights)
+    one = toy.mapping()["teacher"]
+    two = one | {"weights": str(weights), "weight": 3.0, "size": 16}
+    finish(toy, tmp_path / "both", teacher=[one, two])
+    parts = []
+    for name, teacher in (("one", one), ("two", two)):
+        finish(toy, tmp_path / name, teacher=teacher, train={"max_steps": 1})
+        parts.append(load_file(tmp_path / name / "predictions.safetensors")["teacher"].double().softmax(1))
+    together = load_file(tmp_path / "both" / "predictions.safetensors")["teacher"].double().softmax(1)
+    torch.testing.assert_close(together, (parts[0] + 3 * parts[1]) / 4, rtol=0, atol=1e-6)
+    status, (preflight,) = run.read_status(tmp_path / "both"), run.read_metrics(tmp_path / "both", "preflight")
+    assert status["parameters"]["teacher"] == 2 * run.read_status(tmp_path / "one")["parameters"]["teacher"]
+    assert "ensemble of 2: 0.25 x" in preflight["teacher"]
+
+
+# Students
+
+
+def exported_answers(out: Path, images: torch.Tensor) -> torch.Tensor:
+    model = timm.create_model(f"local-dir:{out / 'export'}", pretrained=True).eval()
+    config = model.pretrained_cfg
+    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    size = config["input_size"][-1]
+    resized = torch.nn.functional.interpolate(images, (size, size), mode="bicubic").clamp(0, 1)
+    with torch.no_grad():
+        return model((resized - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("student", "resolution", "heads"),
+    [
+        ({"model": "cifar_resnet20"}, 8, {"student.cls", "student.fused"}),
+        ({"model": "vit_tiny_patch16_224", "drop_path": 0.1}, 32, {"student.cls", "student.fused"}),
+        ({"model": "levit_128s"}, 32, HEADS),
+        ({"model": "deit_tiny_distilled_patch16_224"}, 32, HEADS),
+    ],
+    ids=lambda value: value["model"] if isinstance(value, dict) else None,
+)
+def test_students_of_timm(toy: Toy, tmp_path: Path, student: dict[str, Any], resolution: int, heads: set[str]) -> None:
+    out = tmp_path / "run"
+    lines = finish(toy, out, student=student, data={"resolution": resolution}, train={"ema": 0.5})
+    assert all(line.keys() >= {"loss/label", "loss/hard", "loss/soft"} for line in lines)
+    found = load_file(out / "predictions.safetensors")
+    assert found.keys() == heads | {"labels", "teacher"}
+    if "student.dist" in heads:
+        assert not torch.equal(found["student.cls"], found["student.dist"])
+    images = load_file(toy.root / "toy.safetensors")["test.images"].float() / 255
+    torch.testing.assert_close(found["student.fused"], exported_answers(out, images), rtol=0, atol=1e-5)
+
+
+# Data
+
+
+def test_greyscale_data_with_a_teacher_of_colour(toy: Toy, tmp_path: Path) -> None:
+    colour = load_file(toy.root / "toy.safetensors")
+    grey = {key: value[:, :1].contiguous() if "images" in key else value for key, value in colour.items()}
+    write_packed(tmp_path / "grey.safetensors", name="grey", class_names=("a", "b", "c", "d"), tensors=grey)
+    finish(toy, tmp_path / "run", data={"name": "grey.safetensors", "root": str(tmp_path)})
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    assert model.pretrained_cfg["input_size"] == (1, 8, 8)
+    # The teacher sees the same channel three times, as if the images had been saved in colour.
+    repeated = {key: value.repeat(1, 3, 1, 1) if "images" in key else value for key, value in grey.items()}
+    write_packed(tmp_path / "three.safetensors", name="three", class_names=("a", "b", "c", "d"), tensors=repeated)
+    finish(toy, tmp_path / "again", data={"name": "three.safetensors", "root": str(tmp_path)}, train={"max_steps": 1})
+    one, three = (load_file(tmp_path / name / "predictions.safetensors")["teacher"] for name in ("run", "again"))
+    torch.testing.assert_close(one, three, rtol=0, atol=1e-5)
+
+
+def test_a_streamed_image_folder(toy: Toy, tmp_path: Path) -> None:
+    images = load_file(toy.root / "toy.safetensors")
+    for split in ("train", "test"):
+        for index in range(40 if split == "train" else 13):
+            label = int(images[f"{split}.labels"][index])
+            file = tmp_path / "set" / split / "abcd"[label] / f"{index:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[f"{split}.images"][index].permute(1, 2, 0).numpy()).save(file)
+    data = {"name": "folder", "root": str(tmp_path / "set"), "stream": True, "workers": 1}
+    streamed = finish(toy, tmp_path / "stream", data=data, train={"max_steps": 3, "batch_size": 8})
+    assert not list((tmp_path / "set").glob("*.safetensors")), "nothing is packed"
+    labels = load_file(tmp_path / "stream" / "predictions.safetensors")["labels"].tolist()
+    assert labels == sorted(images["test.labels"][:13].tolist())
+    assert len({line["loss"] for line in streamed}) == 3
+
+
+# Training
+
+
+def test_accumulation_and_checkpointing_change_no_loss(toy: Toy, tmp_path: Path) -> None:
+    ways = [{}, {"gradient_accumulation": 4}, {"gradient_checkpointing": True}]
+    found = [
+        losses(finish(toy, tmp_path / str(index), student=PLAIN_VIT, train={"max_steps": 8, **way}))
+        for index, way in enumerate(ways)
+    ]
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] == pytest.approx(found[0], abs=1e-5)
+    assert len(set(found[0])) > 8
+
+
+def test_checkpointing_draws_the_same_paths_to_drop(toy: Toy, tmp_path: Path) -> None:
+    student = toy.mapping()["student"] | {"drop_path": 0.5}
+    found = [
+        losses(finish(toy, tmp_path / str(on), student=student, train={"max_steps": 3, "gradient_checkpointing": on}))
+        for on in (False, True)
+    ]
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_layer_decay_slows_the_lower_layers(toy: Toy, tmp_path: Path) -> None:
+    optim = {"name": "adamw", "lr": 1e-3, "warmup_epochs": 0, "weight_decay": 0.0, "clip_grad": None}
+    moved = {}
+    for decay in (None, 0.1):
+        out = tmp_path / str(decay)
+        (line,) = finish(toy, out, optim=optim | {"layer_decay": decay}, train={"max_steps": 1})
+        assert line["lr"] == pytest.approx(1e-3), "the log has the peak, not a layer's"
+        weights = load_file(out / "export" / "model.safetensors")
+        moved[decay] = {name: weights[name] for name in ("patch_embed.proj.bias", "head.bias")}
+    # AdamW's first step moves each weight by its learning rate: 1e-3 at the head, and 0.1 ** 7 of it below 6 blocks.
+    assert moved[None]["head.bias"].abs().max() == pytest.approx(1e-3, rel=1e-3)
+    assert moved[0.1]["head.bias"].abs().max() == pytest.approx(1e-3, rel=1e-3)
+    assert moved[None]["patch_embed.proj.bias"].sub(moved[0.1]["patch_embed.proj.bias"]).abs().max() == pytest.approx(
+        1e-3, rel=1e-2
+    )
+
+
+def test_tensorboard(toy: Toy, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = finish(toy, tmp_path / "run", train={"trackers": ["tensorboard"], "ema": 0.9})
+    folders = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    scalars: dict[str, list[float]] = {}
+    for folder in folders:
+        events = EventAccumulator(str(folder)).Reload()
+        scalars |= {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for key in ("loss", "loss/label", "loss/hard", "loss/soft", "lr"):
+        assert scalars[key] == pytest.approx([line[key] for line in lines]), key
+    assert {"raw/student/top1", "ema/student/top1"} <= scalars.keys()
