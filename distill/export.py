@@ -30,6 +30,7 @@ from distill.students.saved import (
     read_export,
     weights_digest,
 )
+from distill.tensor_files import write_tensors
 
 TOLERANCE = 1e-6
 """Largest difference, absolute plus relative, between the logits here and those of the reloaded model."""
@@ -61,7 +62,7 @@ def write_export(
         config = student.timm_config(class_names)
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         digests = {WEIGHTS_DIGEST: weights_digest(weights), CONFIG_DIGEST: config_digest(staging)}
-        save_file(weights, staging / WEIGHTS_FILE, metadata={**metadata, "format": "pt", **digests})
+        write_tensors(staging / WEIGHTS_FILE, weights, {**metadata, "format": "pt", **digests})
         shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors lets nobody else read it
         (staging / "README.md").write_text(_readme(student, card), encoding="utf-8")
         _compare_with_reloaded(model, staging, config["pretrained_cfg"]["input_size"])

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.tensor_files import write_tensors
 
 
 class Expected(NamedTuple):
@@ -34,7 +33,6 @@ class Expected(NamedTuple):
 
 
 SPLIT_NAMES = ("train", "validation", "test")
-DTYPES = {torch.uint8: "U8", torch.int64: "I64"}
 PACK_AGAIN = "pack it again"
 
 
@@ -71,36 +69,9 @@ def write_packed(
     tensors: Mapping[str, Tensor],
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a packed file: whole or not at all, and the same bytes for the same content (safetensors' own writer
-    leaves the order of the metadata to chance).
-    """
-    ordered = {key: tensors[key].contiguous() for key in sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))}
+    """Write a packed file, with the digest of each tensor in its metadata."""
     metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": "uint8 NCHW", **(extra or {})}
-    metadata |= {f"sha256/{key}": sha256(tensor) for key, tensor in ordered.items()}
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for key, tensor in ordered.items():
-        header[key] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for tensor in ordered.values():
-                file.write(tensor.view(-1).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own mode is for its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_tensors(path, tensors, metadata | {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 
 
 def open_packed(path: Path, expected: Expected | None = None) -> Packed:

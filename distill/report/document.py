@@ -1,4 +1,4 @@
-"""The report as files: HTML in one piece, Markdown and JSON with the same numbers."""
+"""The report as files: HTML in one piece, Markdown with its curves as SVG, and JSON, all with the same numbers."""
 
 from __future__ import annotations
 
@@ -7,32 +7,47 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from distill.errors import InputError
 from distill.report import tables
 from distill.report.comparison import Comparison, Row
 from distill.report.curves import Curve
-from distill.report.plots import loss_figure, to_svg, top1_figure
+from distill.report.plots import loss_figure, to_svg, to_svg_file, top1_figure
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+class ReportFigure(NamedTuple):
+    """One plot of the report."""
+
+    name: str
+    """For file names and ids."""
+    title: str
+    caption: str
+    plot: Figure
+
+
 def write_report(comparison: Comparison, html: Path) -> list[Path]:
-    """Write `html` and, beside it, the same as .md and .json; each appears whole or not at all.
+    """Write `html` and, beside it, the same as .md, .json and one .svg a plot; each appears whole or not at all.
 
     Raises:
         InputError: `html` does not end in .html or is a folder.
     """
     if html.suffix != ".html" or html.is_dir():
         raise InputError(f"{html}: give the report a file name that ends in .html.")
+    figures = list(_figures(comparison))
+    images = {html.with_name(f"{html.stem}-{figure.name}.svg"): figure for figure in figures}
+    plots = "".join(f"\n![{figure.title}]({path.name})\n\n{figure.caption}\n" for path, figure in images.items())
     texts = {
-        html: render_html(comparison),
-        html.with_suffix(".md"): tables.render_markdown(comparison),
+        html: render_html(comparison, figures),
+        html.with_suffix(".md"): tables.render_markdown(comparison) + plots,
         html.with_suffix(".json"): json.dumps(to_json(comparison), indent=2, allow_nan=False) + "\n",
+        **{path: to_svg_file(figure.plot) for path, figure in images.items()},
     }
     html.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
@@ -45,7 +60,7 @@ def write_report(comparison: Comparison, html: Path) -> list[Path]:
     return list(texts)
 
 
-def render_html(comparison: Comparison) -> str:
+def render_html(comparison: Comparison, figures: list[ReportFigure]) -> str:
     """One file without a script that asks the network for nothing."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -60,7 +75,7 @@ def render_html(comparison: Comparison) -> str:
         body=tables.body(comparison),
         numeric=tables.numeric_columns(comparison),
         caption=tables.caption(comparison),
-        figures=list(_figures(comparison)),
+        figures=[(figure, to_svg(figure.plot, figure.name)) for figure in figures],
         recipes={
             name: yaml.safe_dump(dict(run.recipe), sort_keys=False)
             for name, run in comparison.runs.items()
@@ -113,15 +128,15 @@ def _curve(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
+def _figures(comparison: Comparison) -> Iterator[ReportFigure]:
     curves = comparison.curves
     if curves.loss:
         caption = (
             "Mean training loss of each epoch. Student and control minimise different losses, each on its own scale."
         )
-        yield {"title": "Training loss", "caption": caption, "svg": to_svg(loss_figure(curves), "loss")}
+        yield ReportFigure("loss", "Training loss", caption, loss_figure(curves))
     if curves.top1:
         caption = "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on."
         if curves.teacher:
             caption += " Dashed: the teacher."
-        yield {"title": "Accuracy", "caption": caption, "svg": to_svg(top1_figure(curves), "top1")}
+        yield ReportFigure("top1", "Accuracy", caption, top1_figure(curves))

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: text stays text, and what is not data takes the page's colour."""
+"""Curves as SVG. Inline, text stays text, and what is not data takes the page's colour."""
 
 from __future__ import annotations
 
@@ -58,14 +58,23 @@ def top1_figure(curves: Curves) -> Figure:
 
 def to_svg(figure: Figure, prefix: str) -> Markup:
     """An <svg> element; `prefix` keeps its ids apart from those of the page's other figures."""
-    buffer = io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    svg = _svg(figure, prefix, transparent=True)
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     # Scaled by the page's width, not fixed in points.
     return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)))
+
+
+def to_svg_file(figure: Figure) -> str:
+    """A file of its own, on white: it knows of no page."""
+    return _svg(figure, "file", transparent=False)
+
+
+def _svg(figure: Figure, salt: str, *, transparent: bool) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def _figure(label: str) -> tuple[Figure, Axes]:

@@ -52,11 +52,15 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
-def test_three_files_hold_the_same_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_files_hold_the_same_numbers(make_run: MakeRun, tmp_path: Path) -> None:
     comparison = compare([make_run(control=True, ema=True)])
     html = tmp_path / "new" / "report.html"
-    assert write_report(comparison, html) == [html, html.with_suffix(".md"), html.with_suffix(".json")]
-    assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json", "report.md"]
+    names = ["report.html", "report.md", "report.json", "report-loss.svg", "report-top1.svg"]
+    assert write_report(comparison, html) == [html.parent / name for name in names]
+    assert sorted(path.name for path in html.parent.iterdir()) == sorted(names)
+    for name in names[3:]:
+        assert f"]({name})" in html.with_suffix(".md").read_text()
+        assert ElementTree.parse(html.parent / name).getroot().tag.endswith("svg")
     data = json.loads(html.with_suffix(".json").read_text())
     page, markdown = " ".join(Page(html.read_text()).text), html.with_suffix(".md").read_text()
     assert len(data["rows"]) == 7
@@ -90,7 +94,7 @@ def test_the_page_is_one_file_and_well_formed(make_run: MakeRun, tmp_path: Path)
 
 def test_names_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("<script>alert(1)<"), make_run("a|b $x$ _c", seed=1)]
-    html, markdown, _ = write_report(compare(runs), tmp_path / "report.html")
+    html, markdown, *_ = write_report(compare(runs), tmp_path / "report.html")
     assert "<script" not in html.read_text()
     assert "&lt;script&gt;alert(1)&lt;" in html.read_text()
     assert "a\\|b $x$ _c" in markdown.read_text()
@@ -98,7 +102,7 @@ def test_names_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_choosing_on_the_test_set_stands_before_the_table(make_run: MakeRun, tmp_path: Path) -> None:
-    html, markdown, data = write_report(compare([make_run(select_on="test")]), tmp_path / "report.html")
+    html, markdown, data, *_ = write_report(compare([make_run(select_on="test")]), tmp_path / "report.html")
     for text, table in ((html.read_text(), "<table"), (markdown.read_text(), "| model")):
         assert 0 < text.index("chosen on the test set") < text.index(table)
     assert len(json.loads(data.read_text())["warnings"]) == 1
