@@ -160,36 +160,6 @@ def test_environment_and_status(finished: Path, toy: Toy) -> None:
     assert 0 <= status["metrics"]["student/top1"] <= 100
 
 
-class Watch:
-    """Looks at the run from outside after each step; fails at the one it is told to."""
-
-    def __init__(self, path: Path, fail_at: int) -> None:
-        self.path, self.left, self.states = path, fail_at, []  # type: ignore[var-annotated]
-
-    def reason(self) -> None:
-        self.states.append(run.read_status(self.path)["state"])
-        with pytest.raises(InputError, match="in use by process"):
-            run.check_free(self.path)
-        self.left -= 1
-        if not self.left:
-            raise RuntimeError("out of luck")
-
-
-def test_a_failed_run_says_why_and_starts_again_without_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
-    recipe, out = short(toy), tmp_path / "run"
-    watch = Watch(out, fail_at=2)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        execute(recipe, locate(recipe, out, None), Launch(watch, threads=1))  # type: ignore[arg-type]
-    assert watch.states == ["running", "running"]
-    status = run.read_status(out)
-    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: out of luck")
-    run.check_free(out)
-    go(recipe, out, None, resume="auto")
-    assert (run.read_status(out)["state"], run.read_status(out)["reason"]) == ("finished", None)
-    assert events(out).count("start") == 1
-    assert [line["step"] for line in run.read_metrics(out, "train")] == [1, 2, 3]
-
-
 # Which weights are exported
 
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 import distill.export
 from distill import run
 from distill.data.packed import write_packed
+from distill.errors import InputError
+from distill.pipeline import Launch, execute, locate
 from distill.recipe import from_mapping
 from tests.conftest import Toy
 from tests.test_resume import go
@@ -175,6 +177,42 @@ def test_layer_decay_slows_the_lower_layers(toy: Toy, tmp_path: Path) -> None:
     assert moved[None]["patch_embed.proj.bias"].sub(moved[0.1]["patch_embed.proj.bias"]).abs().max() == pytest.approx(
         1e-3, rel=1e-2
     )
+
+
+# What goes wrong
+
+
+class Watch:
+    """Looks at the run from outside after each step; fails at the one it is told to."""
+
+    def __init__(self, path: Path, fail_at: int) -> None:
+        self.path, self.left, self.states = path, fail_at, []  # type: ignore[var-annotated]
+
+    def reason(self) -> None:
+        self.states.append(run.read_status(self.path)["state"])
+        with pytest.raises(InputError, match="in use by process"):
+            run.check_free(self.path)
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of luck")
+
+
+def test_a_failed_run_says_why_and_starts_again_without_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
+    recipe, out = from_mapping(toy.mapping(train={"max_steps": 3}), default_name="toy"), tmp_path / "run"
+    watch = Watch(out, fail_at=2)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        execute(recipe, locate(recipe, out, None), Launch(watch, threads=1))  # type: ignore[arg-type]
+    assert watch.states == ["running", "running"]
+    status = run.read_status(out)
+    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: out of luck")
+    run.check_free(out)
+    go(recipe, out, None, resume="auto")
+    assert (run.read_status(out)["state"], run.read_status(out)["reason"]) == ("finished", None)
+    assert len(list(run.read_metrics(out, "start"))) == 1
+    assert [line["step"] for line in run.read_metrics(out, "train")] == [1, 2, 3]
+
+
+# Trackers
 
 
 def test_tensorboard(toy: Toy, tmp_path: Path) -> None:
