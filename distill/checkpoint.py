@@ -142,16 +142,25 @@ def point(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def discard_after(checkpoints: Path, kept: Path | None) -> None:
-    """Remove the checkpoints newer than `kept` (None: all): those that a resumption goes back behind."""
+    """Remove the checkpoints newer than `kept` (None: all), those that a resumption goes back behind, and stale links."""
     for path in existing(checkpoints):
         if kept is None or path.name > kept.name:
             shutil.rmtree(path)
+    for link in checkpoints.iterdir():
+        if link.is_symlink() and not link.exists():
+            link.unlink()
 
 
-def prune(checkpoints: Path, keep: int, best: Path | None) -> None:
-    """Remove all but the newest `keep` checkpoints and `best`."""
-    for path in existing(checkpoints)[:-keep]:
-        if path != best:
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those that one of them calls the best.
+
+    If the newest is damaged, a resumption falls back to an older one, which may know another best.
+    """
+    newest = existing(checkpoints)[-keep:]
+    best = {read_state(path)["progress"]["best_step"] for path in newest}
+    kept = {*newest, *(folder_of_step(checkpoints, step) for step in best if step is not None)}
+    for path in existing(checkpoints):
+        if path not in kept:
             try:
                 shutil.rmtree(path)
             except OSError as error:

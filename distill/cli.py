@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return function(options) or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or error.process is not None:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from rich.table import Table
+from safetensors import safe_open
 from torch import Tensor
 
 from distill import run
@@ -14,10 +16,11 @@ from distill.console import console
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
-from distill.export import load_export, write_export
+from distill.export import load_export
 from distill.processes import set_threads
 from distill.recipe import Recipe, from_mapping, load
 from distill.report.metrics import measure
+from distill.students.saved import WEIGHTS_FILE
 from distill.teaching import build_teacher, is_trained
 from teachers import Teacher
 
@@ -38,7 +41,9 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     if teacher is not None:
         predictions["teacher"] = _predict_teacher(teacher, dataset, accelerator)
     labels = dataset.labels("test")
-    save_predictions(path / "predictions.safetensors", predictions, labels, {"data": dataset.info.digest})
+    with safe_open(path / "export" / WEIGHTS_FILE, "pt") as file:
+        metadata = {"data": dataset.info.digest, **(file.metadata() or {})}
+    save_predictions(path / "predictions.safetensors", predictions, labels, metadata)
     _print_table(predictions, labels)
 
 
@@ -93,8 +98,9 @@ def export_run(path: Path, to: Path) -> None:
     """
     if to.exists():
         raise InputError(f"--to {to}: exists already. Choose another folder.")
-    student, class_names = load_export(path / "export")
-    recipe = run.read_recipe(path)
-    card = (path / "export" / "README.md").read_text(encoding="utf-8")
-    write_export(student, to, class_names=class_names, metadata={"run": recipe.name}, card=card)
+    load_export(path / "export")  # checked before it is passed on
+    staging = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(path / "export", staging)
+    staging.rename(to)
     console.print(str(to), soft_wrap=True)

@@ -25,6 +25,8 @@ def set_up_logging(*, is_main: bool) -> None:
         else:
             handler = logging.StreamHandler(console.file)
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        # What the progress display shows already goes to the run's log file alone.
+        handler.addFilter(lambda record: not getattr(record, "displayed", False))
         _log.addHandler(handler)
 
 
@@ -65,8 +67,7 @@ class TrainingDisplay:
         text = f"epoch {step / self._steps_per_epoch:.2f}  {parts}  {values['images_per_second']:.0f} img/s"
         if self._live:
             self._progress.update(self._task, text=f"{text}  {self._accuracy}")
-        else:
-            _log.info("step %d  %s", step, text)
+        _log.info("step %d  %s", step, text, extra={"displayed": self._live})
 
     def accuracy(self, text: str) -> None:
         """The newest evaluation, kept in view."""

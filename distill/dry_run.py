@@ -25,6 +25,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
             f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, this one does without it."
         )
         dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
+    asked = recipe
     if untrained:
         recipe = control_recipe(recipe)
     teacher = build_teacher(recipe, dataset, accelerator)
@@ -37,7 +38,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     counts = count_parameters(trainer.student, teacher)
-    console.print(recipe.to_yaml(), soft_wrap=True)
+    console.print(asked.to_yaml(), soft_wrap=True)
     console.print(
         f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else "")
     )
@@ -50,6 +51,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
 def _forward_flops(trainer: Trainer) -> int:
     info = trainer.dataset.info
     image = torch.rand(1, info.channels, trainer.recipe.data.resolution, trainer.recipe.data.resolution)
+    trainer.student.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         trainer.student.logits(image.to(trainer.accelerator.device))
     return counter.get_total_flops()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.data import Dataset, Split
+from distill.processes import marking_process
 from distill.report.metrics import measure
 from distill.students import Heads
 from distill.tensor_files import write_tensors
@@ -25,9 +26,10 @@ def predict(
     accelerator: Accelerator,
     *,
     batch_size: int,
-    limit: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> list[Tensor]:
-    """Run `forward` over the first `limit` (null: all) samples of a split, each sample exactly once.
+    """Run `forward` over samples `start` to `stop` - 1 (None: to the end) of a split, each exactly once.
 
     Args:
         forward: images [B, C, H, W] in [0, 1] -> logits, one [B, classes] per output.
@@ -36,14 +38,11 @@ def predict(
     Returns:
         One float32 [N, classes] on the CPU per output, in file order, the same on every process.
     """
-    size = dataset.info.sizes[split] if limit is None else min(limit, dataset.info.sizes[split])
+    size = (dataset.info.sizes[split] if stop is None else stop) - start
     share = -(-size // accelerator.num_processes)
-    start = min(size, share * accelerator.process_index)
-    stop = min(size, start + share)
-    rows: list[list[Tensor]] = [
-        [output.float() for output in forward(images)]
-        for images, _ in dataset.evaluation_batches(split, start, stop, batch_size)
-    ]
+    first = min(size, share * accelerator.process_index)
+    batches = dataset.evaluation_batches(split, start + first, start + min(size, first + share), batch_size)
+    rows = [[output.float() for output in forward(images)] for images, _ in marking_process(batches)]
     outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
     if accelerator.num_processes > 1:
         outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, dataset, accelerator)]

@@ -57,7 +57,7 @@ def write_export(
     staging = _beside(folder)
     staging.mkdir()
     try:
-        model = copy.deepcopy(student.model).cpu().eval()
+        model = copy.deepcopy(student.model).cpu().to(memory_format=torch.contiguous_format).eval()
         weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
         config = student.timm_config(class_names)
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

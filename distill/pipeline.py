@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from distill import checkpoint, run
 from distill.console import console, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
-from distill.processes import build_accelerator, on_main, set_threads
+from distill.processes import build_accelerator, on_main, set_threads, start_processes
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
@@ -34,6 +34,8 @@ class Place:
     directory: Path
     checkpoint: Path | None = None
     resumed: bool = False
+    named: bool = False
+    """Whether the user named this very checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
     """
     recipe = load(path, overrides)
     threads = set_threads()
-    set_up_logging(is_main=PartialState().is_main_process)
+    is_main = start_processes().is_main_process
+    set_up_logging(is_main=is_main)
     try:
         if dry_run:
             from distill.dry_run import dry_run_recipe
@@ -63,7 +66,7 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
         place = on_main(lambda: locate(recipe, out, resume))
         shared = Launch(StopRequest(recipe.train.max_minutes), threads)
         execute(recipe, place, shared, source=path)
-        if PartialState().is_main_process:
+        if is_main:
             show_result(place.directory)
     finally:
         if torch.distributed.is_initialized():
@@ -97,16 +100,20 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
         if is_checkpoint:
             run.check_resumable(directory, recipe)
             checkpoint.verify(target)
-            return Place(directory, target, resumed=True)
+            return Place(directory, target, resumed=True, named=True)
     run.check_resumable(directory, recipe)
     return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
 
 
-def execute(recipe: Recipe, place: Place, shared: Launch, *, source: Path | None = None) -> None:
+def execute(
+    recipe: Recipe, place: Place, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
+) -> None:
     """One run, from wherever it stands to `finished`; its teacher's and its control's run within."""
     accelerator = build_accelerator(recipe.train, place.directory)
-    dataset = open_data(recipe, accelerator)
-    if not all(is_trained(recipe, spec) for spec in recipe.teachers):
+    if dataset is None:
+        dataset = open_data(recipe, accelerator)
+    check_data(place, dataset)
+    if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
         Trainer(
             recipe, accelerator, dataset, None
         )  # what is wrong with the student shows before its teacher is trained
@@ -130,14 +137,14 @@ def execute(recipe: Recipe, place: Place, shared: Launch, *, source: Path | None
         directory.status(
             "running", data_digest=dataset.info.digest, parameters=count_parameters(trainer.student, teacher)
         )
-        if status.get("phase") != "control":
+        if status.get("phase") != "control" or place.named:
             _log.info("run directory: %s", place.directory)
             _train(trainer, directory, place, shared, preflight)
         if recipe.control:
             directory.status(phase="control")
+            accelerator.free_memory()
             del trainer
-            control = control_recipe(recipe)
-            execute(control, on_main(lambda: place_within(place.directory / "control", control)), shared)
+            execute_control(recipe, place, shared, dataset)
             on_main(lambda: check_control(place.directory, directory))
         directory.status("finished")
     except Interrupted as interruption:
@@ -147,8 +154,23 @@ def execute(recipe: Recipe, place: Place, shared: Launch, *, source: Path | None
         directory.status("failed", reason=f"{type(error).__name__}: {error}")
         raise
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training would end the process group, which other runs still need
+            tracker.finish()
         directory.close()
+
+
+def check_data(place: Place, dataset: Dataset) -> None:
+    """Raise InputError if a resumed run began on other data."""
+    digest = on_main(lambda: run.read_status(place.directory).get("data_digest"))
+    if place.resumed and digest not in (None, dataset.info.digest):
+        raise InputError(f"{place.directory}: this run began on other data than data.root and data.name now give.")
+
+
+def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Dataset) -> None:
+    """The control's run under `control/`, unless it is finished already."""
+    control, directory = control_recipe(recipe), place.directory / "control"
+    if not on_main(lambda: run.is_finished(directory)):
+        execute(control, on_main(lambda: place_within(directory, control)), shared, dataset=dataset)
 
 
 def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, preflight: dict[str, Any] | None) -> None:
@@ -194,7 +216,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
 def train_teachers(recipe: Recipe, shared: Launch) -> None:
     """Train each teacher that comes as a recipe and is not trained yet, or was interrupted."""
     for spec in recipe.teachers:
-        if spec.recipe is not None and not is_trained(recipe, spec):
+        if spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
             teacher = teacher_recipe(recipe, spec)
             directory = teacher_place(recipe, spec)
             _log.info("training the teacher %s first, in %s", teacher.name, directory)

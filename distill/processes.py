@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from distill.errors import InputError
 from distill.recipe.schema import Train
@@ -48,6 +49,17 @@ def _require_tracker(name: str) -> None:
         raise InputError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out.")
 
 
+def start_processes() -> PartialState:
+    """Join the processes of this launch; to be called before anything else asks accelerate.
+
+    accelerate itself looks at ACCELERATE_USE_CPU only when an Accelerator is built, too late for a group of CPU
+    processes.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    # Packing data, or checking an export, on the main process may take longer than the usual ten minutes.
+    return PartialState(cpu=cpu, timeout=timedelta(hours=2))
+
+
 def set_threads() -> int:
     """Give this process its share of the machine's cores and return it.
 
@@ -74,3 +86,12 @@ def on_main(action: Callable[[], T]) -> T:
     if problem is not None:
         raise InputError(problem)
     return result
+
+
+def marking_process(batches: Iterable[T]) -> Iterator[T]:
+    """The same batches; an InputError among them (an image that cannot be read) tells which process met it."""
+    try:
+        yield from batches
+    except InputError as error:
+        error.process = PartialState().process_index
+        raise

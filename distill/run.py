@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+from distill import __version__
 from distill.errors import InputError
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
 
@@ -51,6 +54,11 @@ class Run:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            self._status = read_status(self.path)
+            self.status("running")
+            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.checkpoints.glob(".*.tmp")):
+                # Of a process that was killed while it wrote.
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if source is not None:
                 _write(self.path / "recipe.yaml", source.read_text(encoding="utf-8"))
             _write(self.path / "resolved.yaml", recipe.to_yaml())
@@ -59,7 +67,6 @@ class Run:
             raise InputError(
                 f"{self.path}: cannot write the run directory: {error.strerror or error}. Choose another --out."
             ) from None
-        self._status = read_status(self.path)
         self._log_file = logging.FileHandler(self.path / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _log.addHandler(self._log_file)
@@ -73,11 +80,12 @@ class Run:
             self._lock.close()
 
     def _take_lock(self) -> None:
-        # The kernel drops the lock when its holder dies, however it dies: there are no stale locks.
+        # The kernel drops the lock when its holder dies, however it dies: there are no stale locks. A record lock, not
+        # flock: workers that are forked later do not hold it on.
         self._lock = (self.path / ".lock").open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             check_free(self.path)
             raise
         self._lock.truncate(0)
@@ -127,6 +135,11 @@ def read_status(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: unreadable ({error}). Repair or remove it.") from None
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a run stands at `path` and has come to its end."""
+    return read_status(path).get("state") == "finished"
+
+
 def read_metrics(path: Path, event: str) -> Iterator[dict[str, Any]]:
     """The lines of one kind in the `metrics.jsonl` of the run directory at `path`, in order."""
     file = path / "metrics.jsonl"
@@ -154,10 +167,10 @@ def check_free(path: Path) -> None:
     lock = path / ".lock"
     if not lock.exists():
         return
-    with lock.open() as file:
+    with lock.open("r+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             raise InputError(f"{path}: in use by {file.read()}. Wait for it or choose another --out.") from None
 
 
@@ -176,8 +189,10 @@ def check_new(path: Path) -> None:
 def check_resumable(path: Path, recipe: Recipe) -> None:
     """Raise InputError if the run at `path` is in use, finished, or of a recipe that has changed."""
     check_free(path)
-    if read_status(path).get("state") == "finished":
+    if is_finished(path):
         raise InputError(f"{path}: this run is finished; there is nothing to resume. Choose another --out.")
+    if not (path / "resolved.yaml").exists():
+        return  # killed before it had written down its recipe
     before, after = read_recipe(path).flat(), recipe.flat()
     changes = [
         f"  {key}: {before.get(key, '(absent)')!r} -> {after.get(key, '(absent)')!r}"
@@ -194,8 +209,11 @@ def check_resumable(path: Path, recipe: Recipe) -> None:
 
 def newest_unfinished(recipe: Recipe) -> Path | None:
     """The newest run directory under `runs/` that has this recipe's name and is not finished."""
+    named = re.compile(re.escape(recipe.name) + r"-\d{8}-\d{6}")
     candidates = [
-        path for path in RUNS.glob(f"{recipe.name}-*") if read_status(path).get("state", "finished") != "finished"
+        path
+        for path in RUNS.glob(f"{recipe.name}-*")
+        if named.fullmatch(path.name) and read_status(path).get("state", "finished") != "finished"
     ]
     return max(candidates, key=lambda path: path.name, default=None)
 
@@ -207,17 +225,14 @@ def new_path(recipe: Recipe) -> Path:
 
 def describe_environment(*, num_processes: int, precision: str, device: torch.device, threads: int) -> dict[str, Any]:
     """What else a result depends on: versions, machine, processes, precision, commit."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     packages = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "versions": {"distill": metadata.version("distill"), **{name: metadata.version(name) for name in packages}},
-        "commit": commit.stdout.strip() or None,
+        "versions": {"distill": __version__, **{name: metadata.version(name) for name in packages}},
+        "commit": _commit(),
         "processes": num_processes,
         "precision": precision,
         "device": str(device),
@@ -225,6 +240,15 @@ def describe_environment(*, num_processes: int, precision: str, device: torch.de
         "threads": threads,
         "cores": os.cpu_count(),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this code runs from; None where it is installed otherwise, or git is not."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _cpu_name() -> str:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from distill.recipe import Teacher as TeacherSpec
 from teachers import Ensemble, Teacher, judge, load_teacher
 
 PREFLIGHT_IMAGES = 5000
+PREFLIGHT_STRETCHES = 10
 _log = logging.getLogger("distill")
 
 
@@ -25,7 +27,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     """The recipe that trains this teacher, on the same data, wherever the student's recipe found them.
 
     Raises:
-        InputError: it cannot be read, is of other data, or is a distillation itself with a control.
+        InputError: it cannot be read, is of other data, or needs a teacher to be trained first itself.
     """
     assert spec.recipe is not None
     teacher = load(spec.recipe)
@@ -33,6 +35,11 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
         raise InputError(
             f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. "
             "Make data.name the same."
+        )
+    if any(its_teacher.recipe for its_teacher in teacher.teachers):
+        raise InputError(
+            f"teacher.recipe: {spec.recipe} needs a teacher trained by a recipe itself. Launch it on its own, then give
+            " "teacher.model=local-dir:ITS_EXPORT."
         )
     return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
 
@@ -45,13 +52,20 @@ def teacher_place(recipe: Recipe, spec: TeacherSpec) -> Path:
 
 def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
     """Whether this teacher needs no training first: it comes as a model, or its recipe's run is finished."""
-    return spec.recipe is None or run.read_status(teacher_place(recipe, spec)).get("state") == "finished"
+    return spec.recipe is None or run.is_finished(teacher_place(recipe, spec))
 
 
 def build_teacher(recipe: Recipe, dataset: Dataset, accelerator: Accelerator) -> Teacher | None:
     """The recipe's teacher or ensemble, frozen, on the device; those that recipes train come from their exports."""
     if not recipe.teachers:
         return None
+    for spec in recipe.teachers:
+        trained_on = run.read_status(teacher_place(recipe, spec)).get("data_digest") if spec.recipe else None
+        if trained_on not in (None, dataset.info.digest):
+            raise InputError(
+                f"teacher.recipe: {spec.recipe} was trained in {teacher_place(recipe, spec)} on other data than these. "
+                "Move that folder away to train it anew."
+            )
     specs = [
         spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_place(recipe, spec) / 'export'}"})
         if spec.recipe
@@ -68,7 +82,8 @@ def run_preflight(
 ) -> tuple[dict[str, Any], Tensor]:
     """Measure the teacher, and each member of an ensemble, through the very path it will be used on.
 
-    On the validation split; without one on the first 5,000 training images, unaugmented.
+    On the validation split; without one on 5,000 training images, unaugmented, from all over the split, since folders
+    are sorted by class.
 
     Returns:
         What `metrics.jsonl` says of it, and the teacher's logits [N, classes] on that split.
@@ -79,16 +94,23 @@ def run_preflight(
     split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
     # A good ensemble can hide a member that is fed wrongly, so each is judged; its last output is that of the whole.
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
-    outputs = predict(
-        lambda images: [model(images) for model in dict.fromkeys([*members, teacher])],
-        dataset,
-        split,
-        accelerator,
-        batch_size=SMALLEST_BATCH,
-        limit=None if split == "validation" else PREFLIGHT_IMAGES,
-    )
+    models = list(dict.fromkeys([*members, teacher]))
+    stretches = _stretches(dataset.info.sizes[split], whole=split == "validation")
+    parts = [
+        predict(
+            lambda images: [model(images) for model in models],
+            dataset,
+            split,
+            accelerator,
+            batch_size=SMALLEST_BATCH,
+            start=start,
+            stop=stop,
+        )
+        for start, stop in stretches
+    ]
+    outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
     logits = outputs[-1]
-    labels = dataset.labels(split)[: len(logits)]
+    labels = torch.cat([dataset.labels(split)[start:stop] for start, stop in stretches])
     for member, answers, spec in zip(members, outputs, recipe.teachers, strict=False):
         judge(member, labels, answers, min_accuracy=spec.min_accuracy)
     values = accuracies({"teacher": logits}, labels)
@@ -100,3 +122,12 @@ def run_preflight(
         "teacher_sha256": teacher.digest,
     }
     return described | values, logits
+
+
+def _stretches(size: int, *, whole: bool) -> list[tuple[int, int]]:
+    """(start, stop) of what preflight reads of a split: all of it, or stretches spread evenly over it."""
+    if whole or size <= PREFLIGHT_IMAGES:
+        return [(0, size)]
+    length = PREFLIGHT_IMAGES // PREFLIGHT_STRETCHES
+    starts = [(size - length) * part // (PREFLIGHT_STRETCHES - 1) for part in range(PREFLIGHT_STRETCHES)]
+    return [(start, start + length) for start in starts]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, s
 from distill.export import load_export, write_export
 from distill.objectives import training_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.processes import on_main
+from distill.processes import marking_process, on_main
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
@@ -122,12 +123,15 @@ class Trainer:
             is_main=self.accelerator.is_main_process,
         )
         with display:
+            display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
                 self.evaluate(run, display)  # the run was stopped between an epoch's last step and its evaluation
+            self.window.restart()
             while progress.step < self.total_steps:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
-                for micro_batches in self.dataset.training_batches(self.plan, epoch, first_step):
+                batches = self.dataset.training_batches(self.plan, epoch, first_step)
+                for micro_batches in marking_process(batches):
                     if progress.step % self.steps_per_epoch == 0:
                         run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(micro_batches[0]))
                     self.train_step(micro_batches)
@@ -204,6 +208,10 @@ class Trainer:
             return
         candidates = {"raw": self.student} if self.ema is None else {"raw": self.student, "ema": self.ema.module}
         for weights, student in candidates.items():
+            # Each process has batch statistics of its own shard; the main one's are saved, so they are what is
+            # measured.
+            for buffer in student.buffers():
+                broadcast(buffer)
             values = accuracies(self.predict_heads(student, split), self.dataset.labels(split))
             run.log("eval", step=progress.step, epoch=self.epoch, split=split, weights=weights, **values)
             run.status(metrics=values)
@@ -244,11 +252,10 @@ class Trainer:
             }
             checkpoint.write(folder, tensors, self.optimizer.state_dict(), state)
             checkpoint.point(run.checkpoints, "last", folder)
-            best = None
             if self.progress.best_step is not None:
                 best = checkpoint.folder_of_step(run.checkpoints, self.progress.best_step)
                 checkpoint.point(run.checkpoints, "best", best)
-            checkpoint.prune(run.checkpoints, self.recipe.train.keep_checkpoints, best)
+            checkpoint.prune(run.checkpoints, self.recipe.train.keep_checkpoints)
             run.log("checkpoint", step=self.progress.step, epoch=self.epoch, path=str(folder.relative_to(run.path)))
             run.status(step=self.progress.step, epoch=self.epoch)
 
@@ -265,6 +272,10 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        best = self.progress.best_step
+        if best is not None and not checkpoint.folder_of_step(run.checkpoints, best).exists():
+            _log.warning("%s: the best checkpoint so far is gone; the choice begins anew", folder)
+            self.progress = Progress(step=self.progress.step)
         run.cut_metrics(state["metrics_size"])
         _log.info("resumed from %s", folder)
 

@@ -20,7 +20,8 @@ def write(folder: Path, step: int) -> Path:
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    checkpoint.write(path, {"model": {"weight": weight}}, optimizer.state_dict(), {"step": step})
+    state = {"step": step, "progress": {"best_step": 2}}
+    checkpoint.write(path, {"model": {"weight": weight}}, optimizer.state_dict(), state)
     return path
 
 
@@ -28,7 +29,7 @@ def test_round_trip(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     checkpoint.verify(path)
     assert path.name == "step_00000007"
-    assert checkpoint.read_state(path) == {"step": 7}
+    assert checkpoint.read_state(path)["step"] == 7
     assert torch.equal(checkpoint.read_tensors(path, "model")["weight"], torch.full((3, 2), 7.0) - 1e-3 - 7e-5)
     assert checkpoint.read_optimizer(path)["state"][0]["step"] == 1
     assert [child.name for child in tmp_path.iterdir()] == [path.name]  # nothing temporary is left
@@ -84,11 +85,12 @@ def test_links_move_and_old_checkpoints_go(tmp_path: Path) -> None:
         checkpoint.point(tmp_path, "last", path)
     checkpoint.point(tmp_path, "best", paths[1])
     assert (tmp_path / "last").resolve() == paths[-1].resolve()
-    checkpoint.prune(tmp_path, 2, paths[1])
+    checkpoint.prune(tmp_path, 2)
     assert checkpoint.existing(tmp_path) == [paths[1], *paths[-2:]]
     checkpoint.verify(tmp_path / "best")
     checkpoint.discard_after(tmp_path, paths[3])
     assert checkpoint.existing(tmp_path) == [paths[1], paths[3]]
+    assert not (tmp_path / "last").is_symlink()  # it led to what is gone
 
 
 def test_a_pickle_in_the_optimizer_file_is_not_executed(tmp_path: Path) -> None:
