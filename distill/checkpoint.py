@@ -142,7 +142,7 @@ def point(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def discard_after(checkpoints: Path, kept: Path | None) -> None:
-    """Remove the checkpoints newer than `kept` (None: all), those that a resumption goes back behind, and stale links."""
+    """Remove the checkpoints newer than `kept` (None: all), which a resumption goes back behind; and stale links."""
     for path in existing(checkpoints):
         if kept is None or path.name > kept.name:
             shutil.rmtree(path)

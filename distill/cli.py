@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = argparse.ArgumentParser(prog=f"distill {command}", description=function.__doc__)
     add_arguments(own)
     options = own.parse_intermixed_args(rest)
+    if "arguments" in options:
+        _take_target(own, options)
     try:
         return function(options) or 0
     except InputError as error:
@@ -53,9 +56,23 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     return (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
 
 
+def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Tell the one RECIPE or TARGET from the key=value overrides, which may stand on either side of it."""
+    targets = [text for text in options.arguments if not re.match(r"[\w.]+=", text)]
+    if len(targets) != 1:
+        parser.error(f"give one {parser.get_default('target_name')}, not {len(targets)}: {' '.join(targets)}")
+    options.target = targets[0]
+    options.overrides = [text for text in options.arguments if text != targets[0]]
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces one value, such as train.epochs=10")
+    parser.set_defaults(target_name="RECIPE")
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="RECIPE key=value",
+        help="a YAML file, and what replaces single values in it, such as train.epochs=10; in any order",
+    )
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +94,7 @@ def train(options: argparse.Namespace) -> int:
     """Train the student of a recipe: what `accelerate launch distill/train.py` runs."""
     from distill.recipe import load
 
-    load(options.recipe, options.overrides)  # bad recipes are answered before torch is imported
+    load(options.target, options.overrides)  # bad recipes are answered before torch is imported
     import logging
     import traceback
 
@@ -85,7 +102,7 @@ def train(options: argparse.Namespace) -> int:
     from distill.signals import Interrupted
 
     try:
-        launch(Path(options.recipe), options.overrides, out=options.out, resume=options.resume, dry_run=options.dry_run)
+        launch(Path(options.target), options.overrides, out=options.out, resume=options.resume, dry_run=options.dry_run)
     except Interrupted as interruption:
         logging.getLogger("distill").info("interrupted (%s); continue with --resume auto", interruption)
         return EXIT_INTERRUPTED
@@ -101,7 +118,7 @@ def validate(options: argparse.Namespace) -> None:
     """Check a recipe and print it as a run would resolve it."""
     from distill.recipe import load
 
-    print(load(options.recipe, options.overrides).to_yaml(), end="")
+    print(load(options.target, options.overrides).to_yaml(), end="")
 
 
 def schema(options: argparse.Namespace) -> None:
@@ -112,10 +129,13 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(target_name="TARGET")
     parser.add_argument(
-        "target", metavar="TARGET", help="a run directory, a recipe (for its teacher), or a teacher's name"
+        "arguments",
+        nargs="+",
+        metavar="TARGET key=value",
+        help="a run directory, a recipe (for its teacher) or a teacher's name, and overrides such as data.root=DIR",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.root=DIR teacher.weights=FILE")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -136,7 +156,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Put teacher, student and control of one or more runs side by side."""
-    from distill.console import console
+    from distill.console import console, say
     from distill.report.comparison import compare as compare_runs
     from distill.report.document import write_report
     from distill.report.tables import render_console
@@ -145,7 +165,7 @@ def compare(options: argparse.Namespace) -> None:
     written = write_report(comparison, options.out)
     console.print(render_console(comparison))
     for path in written:
-        console.print(str(path), soft_wrap=True)
+        say(str(path))
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill import run
-from distill.console import console
+from distill.console import console, say
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
@@ -72,7 +72,7 @@ def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
 
 
 def _predict_teacher(teacher: Teacher, dataset: Dataset, accelerator: Accelerator) -> Tensor:
-    console.print(teacher.describe(), soft_wrap=True)
+    say(teacher.describe())
     return predict(lambda images: [teacher(images)], dataset, "test", accelerator, batch_size=SMALLEST_BATCH)[0]
 
 
@@ -99,8 +99,9 @@ def export_run(path: Path, to: Path) -> None:
     if to.exists():
         raise InputError(f"--to {to}: exists already. Choose another folder.")
     load_export(path / "export")  # checked before it is passed on
+    to.parent.mkdir(parents=True, exist_ok=True)
     staging = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(path / "export", staging)
     staging.rename(to)
-    console.print(str(to), soft_wrap=True)
+    say(str(to))

@@ -14,6 +14,11 @@ console = Console(highlight=False)
 _log = logging.getLogger("distill")
 
 
+def say(text: str) -> None:
+    """Print a line as it is, whatever brackets names from recipes and paths have in them."""
+    console.print(text, soft_wrap=True, markup=False, emoji=False)
+
+
 def set_up_logging(*, is_main: bool) -> None:
     """Send the project's log to the console of the main process, and silence the others below errors."""
     _log.setLevel(logging.INFO if is_main else logging.ERROR)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.console import console
+from distill.console import say
 from distill.pipeline import control_recipe, count_parameters, open_data
 from distill.recipe import Recipe
 from distill.teaching import build_teacher, is_trained, run_preflight, teacher_recipe
@@ -21,9 +21,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     dataset = open_data(recipe, accelerator)
     untrained = [spec for spec in recipe.teachers if not is_trained(recipe, spec)]
     for spec in untrained:
-        console.print(
-            f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, this one does without it."
-        )
+        say(f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, this one does without it.")
         dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
     asked = recipe
     if untrained:
@@ -38,14 +36,12 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
     counts = count_parameters(trainer.student, teacher)
-    console.print(asked.to_yaml(), soft_wrap=True)
-    console.print(
-        f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else "")
-    )
-    console.print(f"FLOPs       {_forward_flops(trainer) / 1e9:.3f} G for the student's forward pass of one image")
-    console.print(f"memory      {_peak_memory(accelerator.device) / 2**20:,.0f} MiB at its peak in this process")
-    console.print(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")
-    console.print(f"first step  loss {values['loss']:.4f}")
+    say(asked.to_yaml())
+    say(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
+    say(f"FLOPs       {_forward_flops(trainer) / 1e9:.3f} G for the student's forward pass of one image")
+    say(f"memory      {_peak_memory(accelerator.device) / 2**20:,.0f} MiB at its peak in this process")
+    say(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")
+    say(f"first step  loss {values['loss']:.4f}")
 
 
 def _forward_flops(trainer: Trainer) -> int:

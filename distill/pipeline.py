@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 
 from distill import checkpoint, run
-from distill.console import console, set_up_logging
+from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
-from distill.processes import build_accelerator, on_main, set_threads, start_processes
+from distill.processes import build_accelerator, on_main, set_threads, start_processes, with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
@@ -53,7 +53,7 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
         InputError: something the user gave cannot be used; nothing half-written is left.
         Interrupted: stopped early, resumable.
     """
-    recipe = load(path, overrides)
+    recipe = with_precision(load(path, overrides))
     threads = set_threads()
     is_main = start_processes().is_main_process
     set_up_logging(is_main=is_main)
@@ -277,4 +277,4 @@ def show_result(directory: Path) -> None:
     written = write_report(comparison, directory / "report.html")
     console.print(render_console(comparison))
     for label, path in (("student", directory / "export"), ("report", written[0]), ("run", directory)):
-        console.print(f"{label:8} {path}", soft_wrap=True)
+        say(f"{label:8} {path}")

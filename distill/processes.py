@@ -14,13 +14,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from distill.errors import InputError
-from distill.recipe.schema import Train
+from distill.recipe.schema import Recipe, Train
 
 T = TypeVar("T")
 
 
 def build_accelerator(train: Train, directory: Path) -> Accelerator:
-    """The accelerator of one run: the recipe's precision, or else the one accelerate was launched with.
+    """The accelerator of one run, in the recipe's precision.
 
     Raises:
         InputError: the precision does not exist on this device, or a tracker is not installed.
@@ -28,8 +28,7 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
     # One launch may run several recipes (the teacher's, the student's) of different precision; the process group stays.
     AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(train.precision or "", train.precision)
-    asked = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked == "fp16" and PartialState().device.type == "cpu":
+    if precision == "fp16" and PartialState().device.type == "cpu":
         raise InputError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32.")
     for tracker in train.trackers:
         _require_tracker(tracker)
@@ -39,6 +38,21 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
     # The loop divides by the accumulation itself; the environment must not make accelerate divide a second time.
     accelerator.gradient_accumulation_steps = 1
     return accelerator
+
+
+def with_precision(recipe: Recipe) -> Recipe:
+    """The recipe, with the precision that accelerate was launched with where it names none of its own.
+
+    Raises:
+        InputError: accelerate was launched with a precision that a recipe does not have.
+    """
+    if recipe.train.precision is not None:
+        return recipe
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = {"no": "fp32"}.get(launched, launched)
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise InputError(f"--mixed_precision {launched}: not supported; take no, bf16 or fp16, or set train.precision.")
+    return recipe.replace(train=recipe.train.model_copy(update={"precision": precision}))
 
 
 def _require_tracker(name: str) -> None:

@@ -59,8 +59,8 @@ class Run:
             for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.checkpoints.glob(".*.tmp")):
                 # Of a process that was killed while it wrote.
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            if source is not None:
-                _write(self.path / "recipe.yaml", source.read_text(encoding="utf-8"))
+            given = recipe.to_yaml() if source is None else source.read_text(encoding="utf-8")
+            _write(self.path / "recipe.yaml", given)
             _write(self.path / "resolved.yaml", recipe.to_yaml())
             _write(self.path / "environment.json", json.dumps(environment, indent=1))
         except OSError as error:

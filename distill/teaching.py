@@ -14,6 +14,7 @@ from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, accuracies, predict
+from distill.processes import with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
 from teachers import Ensemble, Teacher, judge, load_teacher
@@ -30,7 +31,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
         InputError: it cannot be read, is of other data, or needs a teacher to be trained first itself.
     """
     assert spec.recipe is not None
-    teacher = load(spec.recipe)
+    teacher = with_precision(load(spec.recipe))
     if teacher.data.name != recipe.data.name:
         raise InputError(
             f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. "
@@ -38,8 +39,8 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
         )
     if any(its_teacher.recipe for its_teacher in teacher.teachers):
         raise InputError(
-            f"teacher.recipe: {spec.recipe} needs a teacher trained by a recipe itself. Launch it on its own, then give
-            " "teacher.model=local-dir:ITS_EXPORT."
+            f"teacher.recipe: {spec.recipe} needs a teacher that a recipe trains. Launch it on its own, then give "
+            "teacher.model=local-dir:ITS_EXPORT."
         )
     return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
 

@@ -83,7 +83,7 @@ class Trainer:
         self.student.to(accelerator.device)
         self.initial_weights = state_digest(self.student)
         if train.gradient_checkpointing:
-            self.student.model.set_grad_checkpointing(True)  # type: ignore[operator]
+            self.student.checkpoint_gradients()
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
         if train.compile is True or (train.compile == "auto" and accelerator.device.type == "cuda"):
             self.student.compile()

@@ -111,7 +111,8 @@ def finished(launched: subprocess.CompletedProcess[str], tmp_path: Path) -> Path
 def test_a_run_ends_with_its_table_and_its_paths(launched: subprocess.CompletedProcess[str], finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} - {".lock"} == {
         "recipe.yaml", "resolved.yaml", "environment.json", "status.json", "metrics.jsonl", "train.log", "checkpoints",
-        "predictions.safetensors", "export", "report.html", "report.md", "report.json", "control",
+        "predictions.safetensors", "export", "report.html", "report.md", "report.json", "report-loss.svg",
+        "report-top1.svg", "control",
     }  # fmt: skip
     for row in ("teacher", "student, both heads", "student, class head", "student, dist. head", "control, both heads"):
         assert row in launched.stdout
@@ -173,10 +174,10 @@ def test_evaluate_a_teacher_by_its_name_and_by_a_recipe(
     finished: Path, toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["data.name=toy.safetensors", f"data.root={toy.root}"]
-    assert main(["evaluate", data[0], "cifar_resnet20", data[1], f"teacher.weights={toy.teacher}"]) == 2
-    assert "data.name=toy.safetensors" in capsys.readouterr().err  # the target comes first
     assert main(["evaluate", "cifar_resnet20", *data, f"teacher.weights={toy.teacher}"]) == 0
     named = capsys.readouterr().out
+    assert main(["evaluate", data[0], "cifar_resnet20", data[1], f"teacher.weights={toy.teacher}"]) == 0
+    assert capsys.readouterr().out == named
     assert correct(finished, "teacher") in named
     assert "inputs" in named, "the input contract is printed"
     assert main(["evaluate", str(toy.recipe)]) == 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from distill.errors import InputError
 from distill.inputs import InputAdapter, InputContract
 
 
@@ -51,6 +52,21 @@ class Student(nn.Module):
             if hasattr(module, "distilled_training"):
                 module.training = True
         return self
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass.
+
+        Raises:
+            InputError: timm has not built that into this model.
+        """
+        switch = getattr(self.model, "set_grad_checkpointing", None)
+        try:
+            assert switch is not None
+            switch(True)
+        except AssertionError:  # timm's own answer for models that define the switch without having it
+            raise InputError(
+                f"train.gradient_checkpointing: {self.architecture} does not support it; set it to false."
+            ) from None
 
     def logits(self, images: Tensor) -> Heads:
         output = self.model(self.adapter(images))
