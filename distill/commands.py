@@ -41,9 +41,10 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     if teacher is not None:
         predictions["teacher"] = _predict_teacher(teacher, dataset, accelerator)
     labels = dataset.labels("test")
-    with safe_open(path / "export" / WEIGHTS_FILE, "pt") as file:
-        metadata = {"data": dataset.info.digest, **(file.metadata() or {})}
-    save_predictions(path / "predictions.safetensors", predictions, labels, metadata)
+    earlier = path / "predictions.safetensors"
+    with safe_open(earlier if earlier.exists() else path / "export" / WEIGHTS_FILE, "pt") as file:
+        metadata = (file.metadata() or {}) | {"data": dataset.info.digest}
+    save_predictions(earlier, predictions, labels, metadata)
     _print_table(predictions, labels)
 
 

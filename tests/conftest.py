@@ -76,7 +76,8 @@ distill:
   - {{method: hard, weight: 0.25}}
   - {{method: soft, weight: 0.25, temperature: 2.0}}
 optim: {{warmup_epochs: 1}}
-train: {{epochs: 3, batch_size: 16, gradient_accumulation: 2, ema: 0.9, log_every: 1, keep_checkpoints: 100}}
+train: {{epochs: 3, batch_size: 16, gradient_accumulation: 2, precision: fp32, ema: 0.9, log_every: 1,
+        keep_checkpoints: 100}}
 """
 
 

@@ -216,7 +216,9 @@ def test_a_second_export_has_the_card_of_the_first(finished: Path, tmp_path: Pat
 def test_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "reports" / "both.html"
     assert main(["compare", str(finished), "--out", str(report), str(finished / "control")]) == 0
-    assert sorted(path.name for path in report.parent.iterdir()) == ["both.html", "both.json", "both.md"]
+    assert sorted(path.name for path in report.parent.iterdir()) == [
+        "both-loss.svg", "both-top1.svg", "both.html", "both.json", "both.md",
+    ]  # fmt: skip
     printed = capsys.readouterr().out
     assert str(report) in printed
     rows = json.loads(report.with_suffix(".json").read_text())["rows"]

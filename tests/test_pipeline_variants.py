@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from safetensors.torch import load_file
 import distill.export
 from distill import run
 from distill.data.packed import write_packed
-from distill.errors import InputError
 from distill.pipeline import Launch, execute, locate
 from distill.recipe import from_mapping
 from tests.conftest import Toy
@@ -190,8 +191,10 @@ class Watch:
 
     def reason(self) -> None:
         self.states.append(run.read_status(self.path)["state"])
-        with pytest.raises(InputError, match="in use by process"):
-            run.check_free(self.path)
+        # A record lock keeps out other processes, not the one that holds it.
+        take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        taken = subprocess.run([sys.executable, "-c", take, self.path / ".lock"], capture_output=True, check=False)
+        assert taken.returncode != 0
         self.left -= 1
         if not self.left:
             raise RuntimeError("out of luck")
