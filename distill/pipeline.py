@@ -127,7 +127,7 @@ def execute(
     directory = Run(place.directory, is_main=accelerator.is_main_process)
     environment = run.describe_environment(
         num_processes=accelerator.num_processes,
-        precision=accelerator.mixed_precision,
+        precision=recipe.train.precision,
         device=accelerator.device,
         threads=shared.threads,
     )
@@ -188,7 +188,7 @@ def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, prefl
     _log.info(
         "%s: %d steps (%d an epoch), %d process(es) of %d thread(s) on %s, precision %s",
         recipe.name, trainer.total_steps, trainer.steps_per_epoch, accelerator.num_processes, shared.threads,
-        accelerator.device, accelerator.mixed_precision,
+        accelerator.device, recipe.train.precision,
     )  # fmt: skip
     accelerator.init_trackers(recipe.name, config={key: str(value) for key, value in recipe.flat().items()})
     trainer.fit(directory, shared.stop)

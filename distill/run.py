@@ -223,7 +223,9 @@ def new_path(recipe: Recipe) -> Path:
     return RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def describe_environment(*, num_processes: int, precision: str, device: torch.device, threads: int) -> dict[str, Any]:
+def describe_environment(
+    *, num_processes: int, precision: str | None, device: torch.device, threads: int
+) -> dict[str, Any]:
     """What else a result depends on: versions, machine, processes, precision, commit."""
     packages = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
     return {
