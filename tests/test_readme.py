@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from distill.cli import COMMANDS
 from distill.recipe import Recipe
+from distill.run import read_metrics, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,3 +50,17 @@ def test_commands_that_are_named_exist(document: str) -> None:
 def test_the_readme_names_every_section_of_a_recipe() -> None:
     rows = "".join(re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE))
     assert {key for key in Recipe.model_fields if f"`{key}`" not in rows} == set()
+
+
+def test_the_results_are_those_of_the_run_files() -> None:
+    folder = ROOT / "results" / "cifar10-nano"
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    table = [line for line in report.splitlines() if line.startswith("|")]
+    assert "\n".join(table) in README
+    shown = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in table[2:]}
+    rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert [f"{row['top1']:.2f}" for row in rows] == list(shown.values())
+    for path, model in ((folder, "student"), (folder / "control", "control")):
+        (test,) = [line for line in read_metrics(path, "eval") if line["split"] == "test"]
+        assert f"{test['student/top1']:.2f}" == shown[f"{model}, both heads"]
+        assert read_status(path)["state"] == "finished"
