@@ -60,7 +60,8 @@ def build_student(
             std.
 
     Raises:
-        InputError: no such model, or weights that are missing, foreign or cannot be fetched.
+        InputError: no such model, or one that cannot take such images, or weights that are missing, foreign or cannot
+            be fetched.
     """
     images = _Images(resolution, num_classes, channels, tuple(mean), tuple(std))
     saved = read_export(spec.weights) if spec.weights else None
@@ -71,7 +72,10 @@ def build_student(
         load_saved_weights(built.model, saved, str(spec.weights))
         mean, std = saved.config["pretrained_cfg"]["mean"], saved.config["pretrained_cfg"]["std"]
     contract = InputContract(tuple(mean), tuple(std), resolution)
-    return Student(built.model, contract, architecture=built.architecture, model_args=built.model_args)
+    student = Student(built.model, contract, architecture=built.architecture, model_args=built.model_args)
+    if spec.model not in VIT_SIZES:
+        _try_out(student, images)
+    return student
 
 
 def register_models() -> None:
@@ -150,6 +154,21 @@ def _inputs(spec: Spec, images: _Images) -> tuple[int, tuple[Sequence[float], Se
     if spec.pretrained and images.channels in (1, 3):
         return 3, None
     return images.channels, (images.mean, images.std)
+
+
+def _try_out(student: Student, images: _Images) -> None:
+    """InputError if the model cannot take its inputs: some of timm's are made for one size, or for large ones."""
+    blank = torch.zeros(1, images.channels, images.resolution, images.resolution)
+    student.eval()
+    try:
+        with torch.no_grad():
+            student.logits(blank)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(
+            f"student.model: {student.architecture} cannot take images of {images.resolution} px ({error}). "
+            "Choose another model or data.resolution."
+        ) from error
+    student.train()
 
 
 @contextmanager

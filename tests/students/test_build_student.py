@@ -262,3 +262,10 @@ def test_config_describes_the_model_to_timm():
         build("vit_small", resolution=64).timm_config(["a"] * 10)["architecture"] == "deit_small_distilled_patch16_224"
     )
     assert Heads(torch.zeros(1, 2), None).fused.shape == (1, 2)
+
+
+def test_a_model_that_cannot_take_the_resolution_is_refused():
+    with pytest.raises(
+        InputError, match=r"student\.model: inception_v3 cannot take images of 32 px .*data\.resolution"
+    ):
+        build("inception_v3", resolution=32)
