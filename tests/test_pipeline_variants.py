@@ -115,7 +115,7 @@ def test_greyscale_data_with_a_teacher_of_colour(toy: Toy, tmp_path: Path) -> No
     write_packed(tmp_path / "grey.safetensors", name="grey", class_names=("a", "b", "c", "d"), tensors=grey)
     finish(toy, tmp_path / "run", data={"name": "grey.safetensors", "root": str(tmp_path)})
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
-    assert model.pretrained_cfg["input_size"] == (1, 8, 8)
+    assert tuple(model.pretrained_cfg["input_size"]) == (1, 8, 8)
     # The teacher sees the same channel three times, as if the images had been saved in colour.
     repeated = {key: value.repeat(1, 3, 1, 1) if "images" in key else value for key, value in grey.items()}
     write_packed(tmp_path / "three.safetensors", name="three", class_names=("a", "b", "c", "d"), tensors=repeated)
