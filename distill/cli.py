@@ -65,14 +65,15 @@ def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     options.overrides = [text for text in options.arguments if text != targets[0]]
 
 
+def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str) -> None:
+    """One target of that name and its overrides; `_take_target` tells them apart."""
+    parser.set_defaults(target_name=name)
+    parser.add_argument("arguments", nargs="+", metavar=f"{name} key=value", help=explanation)
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(target_name="RECIPE")
-    parser.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="RECIPE key=value",
-        help="a YAML file, and what replaces single values in it, such as train.epochs=10; in any order",
-    )
+    explanation = "a YAML file, and what replaces single values in it, such as train.epochs=10; in any order"
+    _target_arguments(parser, "RECIPE", explanation)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,13 +130,8 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(target_name="TARGET")
-    parser.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="TARGET key=value",
-        help="a run directory, a recipe (for its teacher) or a teacher's name, and overrides such as data.root=DIR",
-    )
+    explanation = "a run directory, a recipe (for its teacher) or a teacher's name, and overrides such as data.root=DIR"
+    _target_arguments(parser, "TARGET", explanation)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -88,7 +88,6 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
         directory = out or run.newest_unfinished(recipe) or run.new_path(recipe)
         if not run.read_status(directory):
             run.check_new(directory)
-            return Place(directory)
     else:
         target = Path(resume).resolve()
         is_checkpoint = target.parent.name == "checkpoints"
@@ -101,6 +100,17 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
             run.check_resumable(directory, recipe)
             checkpoint.verify(target)
             return Place(directory, target, resumed=True, named=True)
+    return newest_place(directory, recipe)
+
+
+def newest_place(directory: Path, recipe: Recipe) -> Place:
+    """A run at `directory`, continued where it stopped, or from its beginning where there is none yet.
+
+    Raises:
+        InputError: it cannot be continued.
+    """
+    if not run.read_status(directory):
+        return Place(directory)
     run.check_resumable(directory, recipe)
     return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
 
@@ -114,9 +124,8 @@ def execute(
         dataset = open_data(recipe, accelerator)
     check_data(place, dataset)
     if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
-        Trainer(
-            recipe, accelerator, dataset, None
-        )  # what is wrong with the student shows before its teacher is trained
+        # What is wrong with the student shows before its teacher is trained.
+        Trainer(recipe, accelerator, dataset, None)
         train_teachers(recipe, shared)
         accelerator = build_accelerator(recipe.train, place.directory)
     teacher = build_teacher(recipe, dataset, accelerator)
@@ -170,7 +179,7 @@ def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Datas
     """The control's run under `control/`, unless it is finished already."""
     control, directory = control_recipe(recipe), place.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
-        execute(control, on_main(lambda: place_within(directory, control)), shared, dataset=dataset)
+        execute(control, on_main(lambda: newest_place(directory, control)), shared, dataset=dataset)
 
 
 def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, preflight: dict[str, Any] | None) -> None:
@@ -220,16 +229,8 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
             teacher = teacher_recipe(recipe, spec)
             directory = teacher_place(recipe, spec)
             _log.info("training the teacher %s first, in %s", teacher.name, directory)
-            place = on_main(partial(place_within, directory, teacher))
+            place = on_main(partial(newest_place, directory, teacher))
             execute(teacher, place, shared, source=Path(spec.recipe))
-
-
-def place_within(directory: Path, recipe: Recipe) -> Place:
-    """The place of a run that belongs to another one: always continued where it stopped."""
-    if not run.read_status(directory):
-        return Place(directory)
-    run.check_resumable(directory, recipe)
-    return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
