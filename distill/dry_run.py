@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.console import say
 from distill.pipeline import control_recipe, count_parameters, open_data
 from distill.recipe import Recipe
+from distill.teacher_cache import open_cache
 from distill.teaching import build_teacher, is_trained, run_preflight, teacher_recipe
 from distill.trainer import Trainer
 
@@ -30,6 +31,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     if teacher is not None:
         run_preflight(recipe, teacher, dataset, accelerator)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
+    trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
     trainer.model.train()
     trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
     values = trainer.window.read(recipe.train.batch_size)
@@ -41,6 +43,9 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     say(f"FLOPs       {_forward_flops(trainer) / 1e9:.3f} G for the student's forward pass of one image")
     say(f"memory      {_peak_memory(accelerator.device) / 2**20:,.0f} MiB at its peak in this process")
     say(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")
+    if trainer.cache is not None:
+        file = trainer.cache.file
+        say(f"cache       {file.path}, {file.size / 1e6:,.1f} MB, of which {file.missing / 1e6:,.1f} MB are to be made")
     say(f"first step  loss {values['loss']:.4f}")
 
 

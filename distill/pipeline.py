@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from distill import checkpoint, run
 from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
+from distill.data.sequential import SequentialDataset
 from distill.errors import InputError
 from distill.processes import build_accelerator, on_main, set_threads, start_processes, with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
+from distill.teacher_cache import open_cache
 from distill.teaching import build_teacher, is_trained, run_preflight, teacher_place, teacher_recipe
 from distill.trainer import Trainer
 from teachers import Teacher
@@ -132,6 +134,7 @@ def execute(
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
     trainer.teacher_logits = teacher_logits
+    trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
 
     directory = Run(place.directory, is_main=accelerator.is_main_process)
     environment = run.describe_environment(
@@ -199,6 +202,8 @@ def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, prefl
         recipe.name, trainer.total_steps, trainer.steps_per_epoch, accelerator.num_processes, shared.threads,
         accelerator.device, recipe.train.precision,
     )  # fmt: skip
+    if trainer.cache is not None:
+        trainer.cache.start()
     accelerator.init_trackers(recipe.name, config={key: str(value) for key, value in recipe.flat().items()})
     trainer.fit(directory, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
@@ -206,7 +211,11 @@ def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, prefl
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
-    """The recipe's data on this process's device; downloads and packing happen once, on the main process."""
+    """The recipe's data on this process's device; downloads and packing happen once, on the main process.
+
+    Raises:
+        InputError: they cannot be had, or have no order of ours that a teacher's cache could go by.
+    """
 
     def open_it() -> Dataset:
         return open_dataset(
@@ -219,7 +228,13 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
 
     if accelerator.num_processes > 1:
         on_main(lambda: open_it() and None)
-    return open_it()
+    dataset = open_it()
+    if isinstance(dataset, SequentialDataset) and any(spec.cache for spec in recipe.teachers):
+        raise InputError(
+            f"teacher.cache: '{recipe.data.name}' is read in its reader's order, which changes with the number of "
+            "processes; set teacher.cache=false"
+        )
+    return dataset
 
 
 def train_teachers(recipe: Recipe, shared: Launch) -> None:

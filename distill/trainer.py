@@ -28,6 +28,7 @@ from distill.recipe import Recipe
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
 from distill.students import Student, build_student
+from distill.teacher_cache import TeacherCache
 from distill.window import Window
 from teachers import Teacher
 
@@ -92,6 +93,7 @@ class Trainer:
         self.progress = Progress()
         self.window = Window(accelerator)
         self.teacher_logits: Tensor | None = None
+        self.cache: TeacherCache | None = None
 
     @property
     def epoch(self) -> float:
@@ -170,8 +172,7 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 teacher_logits = None
                 if self.teacher is not None and recipe.distill:
-                    with self.accelerator.autocast():
-                        teacher_logits = self.teacher(batch.images)
+                    teacher_logits = self.teach(self.teacher, batch.images, index)
                 heads = self.model(batch.images)
                 loss, parts = training_loss(
                     heads,
@@ -191,9 +192,26 @@ class Trainer:
             self.ema.update(self.student, step=step)
         self.window.steps += 1
 
+    def teach(self, teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
+        """The teacher's logits float32 [B, classes] on a micro-batch of the step at hand, from the cache where it has
+        them.
+        """
+
+        def ask() -> Tensor:
+            with self.accelerator.autocast():
+                return teacher(images)
+
+        if self.cache is None:
+            return ask()
+        epoch, step = divmod(self.progress.step, self.steps_per_epoch)
+        return self.cache.logits(epoch, self.plan.slices(step)[micro_batch], ask)
+
     def log(self, run: Run, display: TrainingDisplay) -> None:
         """Global means since the last line, to metrics.jsonl, the console and the trackers."""
         values = self.window.read(self.plan.batch_size)
+        if self.cache is not None:
+            values["teacher_cache/hits"] = self.cache.take_hits()
+            self.cache.flush()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
         run.log("train", step=self.progress.step, epoch=self.epoch, **values, lr=rate)
         run.status(step=self.progress.step, epoch=self.epoch, metrics=values)
@@ -238,6 +256,8 @@ class Trainer:
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; returns on all processes when it stands."""
+        if self.cache is not None:
+            self.cache.flush()
 
         def write() -> None:
             folder = checkpoint.folder_of_step(run.checkpoints, self.progress.step)

@@ -144,4 +144,5 @@ def load_teacher(spec: Spec | Sequence[Spec], num_classes: int) -> Teacher:
 
 
 def _plain(spec: Spec) -> dict[str, Any]:
-    return dict(spec) if isinstance(spec, Mapping) else spec.model_dump()
+    plain = dict(spec) if isinstance(spec, Mapping) else spec.model_dump()
+    return plain | {"cache": False}  # whoever asks the teacher stores its answers

@@ -60,6 +60,10 @@ def _teacher(recipe: Recipe) -> Iterator[Combination]:
             yield Combination(((*path, "mean"), (*path, "std")), "mean and std differ in their number of channels")
         if teacher.std is not None and min(teacher.std, default=0.0) <= 0:
             yield Combination(((*path, "std"),), "deviations are above 0")
+        if teacher.cache and not recipe.distill:
+            yield Combination(((*path, "cache"), ("distill",)), "without distillation there is nothing to store")
+        if teacher.cache != recipe.teachers[0].cache:
+            yield Combination(((*path, "cache"),), "the logits of an ensemble are stored as a whole: the same for all")
 
 
 def _student(recipe: Recipe) -> Iterator[Combination]:

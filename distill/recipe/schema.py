@@ -101,6 +101,11 @@ class Teacher(Section):
     interpolation: Interpolation | None = Field(
         None, description="How images are resized to its size; null: the model's own."
     )
+    cache: bool = Field(
+        False,
+        description="Store its logits (float16, under runs/teacher-cache) and learn from the stored ones; in an "
+        "ensemble the same for all.",
+    )
 
 
 class StandardAttention(Section):
