@@ -188,9 +188,25 @@ def teachers(options: argparse.Namespace) -> None:
     console.print(render(options.name))
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", nargs="?", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--size", choices=("nano", "micro", "tiny", "small"), help="only this student, vit_SIZE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, and the table beside it")
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure speed and memory on this machine, as ratios; all suites together take some ten minutes on two cores."""
+    from distill.bench import bench as measure
+
+    measure([options.suite] if options.suite else SUITES, device=options.device, size=options.size, output=options.json)
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
+
+SUITES = ("startup", "attention", "augment", "teacher", "step", "pipeline", "inference", "memory")
 
 COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]
@@ -201,6 +217,7 @@ COMMANDS: dict[
     "evaluate": ("measure a run's student, or a teacher alone", _evaluate_arguments, evaluate),
     "compare": ("put runs side by side in a report", _compare_arguments, compare),
     "export": ("write a run's student as a timm folder", _export_arguments, export),
+    "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
     "teachers": ("list the known teachers", _teachers_arguments, teachers),
 }
 

@@ -23,6 +23,7 @@ import torch
 from distill import __version__
 from distill.errors import InputError
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
+from distill.text_files import write_text
 
 RUNS = Path("runs")
 _log = logging.getLogger("distill")
@@ -60,9 +61,9 @@ class Run:
                 # Of a process that was killed while it wrote.
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             given = recipe.to_yaml() if source is None else source.read_text(encoding="utf-8")
-            _write(self.path / "recipe.yaml", given)
-            _write(self.path / "resolved.yaml", recipe.to_yaml())
-            _write(self.path / "environment.json", json.dumps(environment, indent=1))
+            write_text(self.path / "recipe.yaml", given)
+            write_text(self.path / "resolved.yaml", recipe.to_yaml())
+            write_text(self.path / "environment.json", json.dumps(environment, indent=1))
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot write the run directory: {error.strerror or error}. Choose another --out."
@@ -101,7 +102,7 @@ class Run:
             self._status["state"] = state
             self._status["reason"] = values.get("reason")
         self._status["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        _write(self.path / "status.json", json.dumps(self._status, indent=1))
+        write_text(self.path / "status.json", json.dumps(self._status, indent=1))
 
     def log(self, event: str, *, step: int, epoch: float, **values: Any) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -260,8 +261,3 @@ def _cpu_name() -> str:
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
 
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from distill.report import tables
 from distill.report.comparison import Comparison, Row
 from distill.report.curves import Curve
 from distill.report.plots import loss_figure, to_svg, to_svg_file, top1_figure
+from distill.text_files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -51,12 +51,7 @@ def write_report(comparison: Comparison, html: Path) -> list[Path]:
     }
     html.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, text)
     return list(texts)
 
 

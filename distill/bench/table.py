@@ -1,0 +1,60 @@
+"""The table of a benchmark, for the console and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from distill.bench.measure import Row, Unmeasured
+
+COLUMNS = ("what", "arm A", "arm B", "A / B", "spread", "speeds (A, B)", "share of rate", "goal", "met")
+VERDICTS = {True: "yes", False: "no", None: ""}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row's cells in the order of COLUMNS."""
+    details = row.details or {}
+    speeds = " ".join(
+        f"{speed:,.3g}/s" if speed < 100 else f"{speed:,.0f}/s" for speed in details.get("per_second", ())
+    )
+    if "bytes" in details:
+        speeds = " ".join(f"{size / 2**20:,.0f} MiB" for size in details["bytes"])
+    shares = " ".join(f"{share:.0%}" for share in details.get("share_of_matrix_rate", ()))
+    if "waiting_for_data" in details:
+        shares += f", {details['waiting_for_data']:.1%} waiting for data"
+    low, high = row.spread
+    goal = "" if row.goal is None else str(row.goal)
+    spread = f"{low:.3f} to {high:.3f}"
+    return row.name, row.arm_a, row.arm_b, f"{row.ratio:.3f}", spread, speeds, shares, goal, VERDICTS[row.met]
+
+
+def render_console(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> Group:
+    """The table, and below it what this machine cannot show."""
+    table = Table(*COLUMNS)
+    for row in rows:
+        style = {True: "green", False: "yellow", None: ""}[row.met]
+        table.add_row(*cells(row), style=style)
+    return Group(table, *(Text(line) for line in _left_out(unmeasured)))
+
+
+def render_markdown(machine: Mapping[str, Any], rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
+    """The same with a line on the machine."""
+    rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in machine["matrix_gflops"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    head = f"{machine['device_name']}, {machine['threads']} threads; matrix products {rates}; {versions}."
+    lines = [head, "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *(_line(cells(row)) for row in rows)]
+    if unmeasured:
+        lines += ["", *(f"- {line}" for line in _left_out(unmeasured))]
+    return "\n".join(lines) + "\n"
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _left_out(unmeasured: Sequence[Unmeasured]) -> list[str]:
+    return [f"not measured: {one.name}, {one.goal}: {one.reason}" for one in unmeasured]
