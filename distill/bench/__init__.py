@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from rich.console import Console
 
 from distill.bench.machine import Machine
 from distill.bench.measure import Row, Unmeasured
+from distill.bench.scaling import computed
 from distill.bench.suites import run_suite
 from distill.bench.table import render_console, render_markdown
 from distill.console import console, say
@@ -53,12 +56,13 @@ def bench(suites: Sequence[str], *, device: str | None, size: str | None, output
                 else:
                     rows.append(found)
                     say(f"{found.name}: {found.arm_a} over {found.arm_b} {found.ratio:.3f}")
-    console.print(render_console(rows, unmeasured))
+    Console(width=max(console.width, 160), highlight=False).print(render_console(rows, unmeasured))
     if output is not None:
         content = {
             "machine": described,
             "rows": [row.as_json() for row in rows],
-            "unmeasured": [one.__dict__ for one in unmeasured],
+            "unmeasured": [asdict(one) for one in unmeasured],
+            "computed": computed(),
         }
         write_text(output, json.dumps(content, indent=1) + "\n")
         write_text(output.with_suffix(".md"), render_markdown(described, rows, unmeasured))

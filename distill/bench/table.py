@@ -11,38 +11,36 @@ from rich.text import Text
 
 from distill.bench.measure import Row, Unmeasured
 
-COLUMNS = ("what", "arm A", "arm B", "A / B", "spread", "speeds (A, B)", "share of rate", "goal", "met")
+COLUMNS = ("what", "A over B", "ratio", "spread", "goal", "met", "A, B", "share of the matrix rate")
 VERDICTS = {True: "yes", False: "no", None: ""}
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """One row's cells in the order of COLUMNS."""
     details = row.details or {}
-    speeds = " ".join(
-        f"{speed:,.3g}/s" if speed < 100 else f"{speed:,.0f}/s" for speed in details.get("per_second", ())
-    )
+    each = [f"{speed:,.3g}/s" if speed < 100 else f"{speed:,.0f}/s" for speed in details.get("per_second", ())]
     if "bytes" in details:
-        speeds = " ".join(f"{size / 2**20:,.0f} MiB" for size in details["bytes"])
-    shares = " ".join(f"{share:.0%}" for share in details.get("share_of_matrix_rate", ()))
+        each = [f"{size / 2**20:,.0f} MiB" for size in details["bytes"]]
+    share = ", ".join(f"{share:.0%}" for share in details.get("share_of_matrix_rate", ()))
     if "waiting_for_data" in details:
-        shares += f", {details['waiting_for_data']:.1%} waiting for data"
-    low, high = row.spread
+        share += f"; {details['waiting_for_data']:.1%} of the time waiting for data"
     goal = "" if row.goal is None else str(row.goal)
-    spread = f"{low:.3f} to {high:.3f}"
-    return row.name, row.arm_a, row.arm_b, f"{row.ratio:.3f}", spread, speeds, shares, goal, VERDICTS[row.met]
+    spread = f"{row.spread[0]:.3f} to {row.spread[1]:.3f}"
+    over = f"{row.arm_a} over {row.arm_b}"
+    return row.name, over, f"{row.ratio:.3f}", spread, goal, VERDICTS[row.met], ", ".join(each), share
 
 
 def render_console(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> Group:
-    """The table, and below it what this machine cannot show."""
-    table = Table(*COLUMNS)
+    """The table, and below it what this machine cannot show; the last columns are left to the files."""
+    table = Table(*COLUMNS[:-1])
     for row in rows:
         style = {True: "green", False: "yellow", None: ""}[row.met]
-        table.add_row(*cells(row), style=style)
+        table.add_row(*cells(row)[:-1], style=style)
     return Group(table, *(Text(line) for line in _left_out(unmeasured)))
 
 
 def render_markdown(machine: Mapping[str, Any], rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> str:
-    """The same with a line on the machine."""
+    """The whole table, with a line on the machine above it."""
     rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in machine["matrix_gflops"].items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     head = f"{machine['device_name']}, {machine['threads']} threads; matrix products {rates}; {versions}."

@@ -35,6 +35,7 @@ def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
         for student in _students(machine, precision):
             yield from _area_over_plain(machine, accelerator, student)
         accelerator.free_memory()
+    yield from _growth(machine)
     if cuda:
         yield from _compiled_over_eager(machine)
     else:
@@ -77,6 +78,31 @@ def _area_over_plain(machine: Machine, accelerator: Accelerator, student: arms.S
     # Both arms in FLOP/s: the ratio of their speeds is the share of the rate, taken round by round.
     per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, product)}
     yield compare(f"share of the matrix rate, {where}", per_flop, plain, product, of="speed", goal=goal)
+
+
+def _growth(machine: Machine) -> Iterator[Row]:
+    """Images per second at other batch sizes and resolutions over those of one student."""
+    cuda = machine.device.type == "cuda"
+    precision = machine.precisions[-1]
+    student = arms.Student(machine.sizes[0], precision=precision, batch_size=1024 if cuda else 128)
+    accelerator = arms.accelerator(precision)
+    batches = [replace(student, batch_size=student.batch_size * factor // 4) for factor in (1, 4, 16)]
+    shapes = [
+        replace(student, patch_size=8),
+        student,
+        replace(student, resolution=64, batch_size=student.batch_size // 4),
+    ]
+    for what, students in (("batch", batches), ("tokens", shapes)):
+        measured = [
+            step_arm(f"{one.resolution} px, patch {one.patch_size}, batch {one.batch_size}", one, accelerator, ORDINARY)
+            for one in students
+        ]
+        times = interleave(measured, machine.device, repetitions=machine.repetitions, warm_up=2)
+        rate = machine.matrix_rates[precision]
+        for arm in (measured[0], measured[2]):
+            name = f"growth with {what}, {student.model} {precision}"
+            yield compare(name, times, arm, measured[1], of="speed", matrix_rate=rate)
+    accelerator.free_memory()
 
 
 def _compiled_over_eager(machine: Machine) -> Iterator[Row]:

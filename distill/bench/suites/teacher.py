@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,9 @@ from distill.bench import arms
 from distill.bench.flops import TRAINING, cifar_resnet_forward, vit_forward
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave
+from distill.data import Batch
+from distill.teacher_cache import open_cache
+from distill.trainer import Trainer
 from teachers.cifar_resnet import CifarResNet
 
 DEPTH = 56
@@ -29,19 +34,36 @@ def _distilling(machine: Machine, student: arms.Student) -> Iterator[Row]:
     accelerator = arms.accelerator(student.precision)
     teacher = arms.build_teacher(DEPTH, machine.device)
     alone = arms.build_trainer(student.recipe(), accelerator)
-    taught = arms.build_trainer(student.recipe(**arms.distilling(f"cifar_resnet{DEPTH}")), accelerator, teacher=teacher)
+    name = f"cifar_resnet{DEPTH}"
+    taught = arms.build_trainer(student.recipe(**arms.distilling(name)), accelerator, teacher=teacher)
+    replaying = arms.build_trainer(student.recipe(**arms.distilling(name, cache=True)), accelerator, teacher=teacher)
     flops = TRAINING * vit_forward(alone.recipe.student, resolution=student.resolution, num_classes=arms.NUM_CLASSES)
     batch = arms.fixed_batch(alone)
     plain = Arm("not distilling", lambda: alone.train_step(batch), student.batch_size, flops)
     distilled = Arm(
         "distilling", lambda: taught.train_step(batch), student.batch_size, flops + cifar_resnet_forward(DEPTH)
     )
-    times = interleave([distilled, plain], machine.device, repetitions=machine.repetitions, warm_up=2)
+    cached = Arm("distilling, teacher cached", lambda: replaying.train_step(batch), student.batch_size, flops)
+    _record(replaying, batch, machine.scratch)
+    times = interleave([distilled, cached, plain], machine.device, repetitions=machine.repetitions, warm_up=2)
     where = f"{student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
     cuda = machine.device.type == "cuda"
     rate = machine.matrix_rates[student.precision]
     goal = Goal("<=", 1.12) if cuda else None
     yield compare(f"step, {where}", times, distilled, plain, of="time", goal=goal, matrix_rate=rate)
+    yield compare(f"step, {where}", times, cached, plain, of="time", goal=Goal("<=", 1.02), matrix_rate=rate)
+
+
+def _record(trainer: Trainer, batch: list[Batch], folder: Path) -> None:
+    """Give the trainer a cache in `folder` that has the batch already."""
+    with chdir(folder):
+        trainer.cache = open_cache(
+            trainer.recipe, trainer.teacher, trainer.dataset, trainer.accelerator, steps=1, plan=trainer.plan
+        )
+        assert trainer.cache is not None
+        trainer.cache.start()
+    trainer.train_step(batch)
+    trainer.cache.flush()
 
 
 def _own_path(machine: Machine) -> Row:
