@@ -115,7 +115,8 @@ def test_rooms_do_not_reach_where_they_must_not(package: str) -> None:
 
 
 # What stands above the trainer: the commands, and what they run.
-ENTRANCES = {"distill.train", "distill.cli", "distill.pipeline", "distill.dry_run", "distill.bench.arms", "distill.bench.suites.pipeline", "distill.bench.suites.teacher"}
+BENCH = {name for name in MODULES if within(name, "distill.bench")}
+ENTRANCES = {"distill.train", "distill.cli", "distill.pipeline", "distill.dry_run", *BENCH}
 
 
 def test_only_the_entrances_import_the_trainer() -> None:

@@ -126,7 +126,8 @@ def interleave(
     the same other one.
     """
     for arm in arms:
-        _round(arm, device, warm_up)
+        if warm_up:
+            _round(arm, device, warm_up)
     measured: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(repetitions):
         for arm in arms if turn % 2 == 0 else reversed(arms):
