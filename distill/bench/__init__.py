@@ -58,11 +58,12 @@ def bench(suites: Sequence[str], *, device: str | None, size: str | None, output
                     say(f"{found.name}: {found.arm_a} over {found.arm_b} {found.ratio:.3f}")
     Console(width=max(console.width, 160), highlight=False).print(render_console(rows, unmeasured))
     if output is not None:
+        growth = computed()
         content = {
             "machine": described,
             "rows": [row.as_json() for row in rows],
             "unmeasured": [asdict(one) for one in unmeasured],
-            "computed": computed(),
+            "computed": growth,
         }
         write_text(output, json.dumps(content, indent=1) + "\n")
-        write_text(output.with_suffix(".md"), render_markdown(described, rows, unmeasured))
+        write_text(output.with_suffix(".md"), render_markdown(described, rows, unmeasured, growth))

@@ -96,13 +96,20 @@ def test_the_table_has_a_line_for_all_that_was_found() -> None:
         Row("one", "a", "b", 1.25, (1.2, 1.3), 5, Goal(">=", 1.3), {"per_second": [12.5, 1234.0]}),
         Row("two", "c", "d", 0.5, (0.4, 0.6), 5, None, {"bytes": [2**20, 2**21], "waiting_for_data": 0.123}),
     ]
-    text = render_markdown(machine, rows, [Unmeasured("three", ">= 3", "needs CUDA")])
+    growth = {
+        "what": "x",
+        "assumptions": {"flops": 1e14},
+        "rows": [{"gpus": 2, "speed": 1.9876, "all_reduce_share": 0.0062}],
+    }
+    text = render_markdown(machine, rows, [Unmeasured("three", ">= 3", "needs CUDA")], growth)
     lines = text.splitlines()
     assert lines[0] == "C, 2 threads; matrix products 1,234 GFLOP/s in fp32; torch 9.9."
     assert lines[4] == "| one | a over b | 1.250 | 1.200 to 1.300 | >= 1.3 | no | 12.5/s, 1,234/s |  |"
     assert "1 MiB, 2 MiB" in lines[5]
     assert "12.3% of the time waiting for data" in lines[5]
-    assert lines[-1] == "- not measured: three, >= 3: needs CUDA"
+    assert lines[7] == "- not measured: three, >= 3: needs CUDA"
+    assert lines[-3] == "| 2 | 1.99 | 0.6% |"
+    assert lines[-1] == "Assumed: flops 1e+14."
 
 
 def test_growth_beyond_one_machine_follows_the_ring() -> None:
