@@ -69,10 +69,8 @@ class LogitFile:
                 if not self.missing:
                     return
                 self.check_space()
-                is_new = not self.path.exists()
-                verb = "making" if is_new else "lengthening"
-                _log.info("teacher cache: %s %s by %.1f MB", verb, self.path, self.missing / 1e6)
-                if is_new:
+                _log.info("teacher cache: taking %.1f MB for %s", self.missing / 1e6, self.path)
+                if not self.path.exists():
                     self.path.with_suffix(".json").write_text(description, encoding="utf-8")
                     temporary = self.path.with_name(f".{self.path.name}.tmp")
                     temporary.write_bytes(b"")
@@ -101,9 +99,9 @@ class LogitFile:
             rows = np.array(self._records[epoch, part])  # a copy: what is checked is what is used
         logits, written = rows["logits"], rows["check"] != 0
         found = written & (rows["check"] == self._checks(logits, epoch, part.start))
-        if not self._warned and (damaged := (written | logits.view("<u2").any(1)) & ~found).any():
+        if not self._warned and ((written | logits.view("<u2").any(1)) & ~found).any():
             self._warned = True
-            _log.warning("%s: damaged in epoch %d (%d records); computed anew", self.path, epoch, damaged.sum())
+            _log.warning("%s: damaged, first seen in epoch %d; such records are computed anew", self.path, epoch)
         return logits, found
 
     def write(self, stretches: Iterable[tuple[int, int, np.ndarray]]) -> None:

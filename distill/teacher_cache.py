@@ -68,7 +68,7 @@ class TeacherCache:
         """
         on_main(lambda: self.file.make(json.dumps(self.description, indent=1)))
         self.file.open()
-        _log.info("teacher cache: %s, about %.0f %% of this run are there", self.file.path, 100 * self.recorded())
+        _log.info("teacher cache: %s has about %.0f %% of this run", self.file.path, 100 * self.recorded())
 
     def recorded(self) -> float:
         """Share of this run's records that are there, from up to 1,000 of them spread evenly."""
