@@ -8,6 +8,7 @@ counts as missing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -63,21 +64,25 @@ class LogitFile:
 
         `description`, beside it as .json, says what the key is made of. Raises InputError where there is no room.
         """
+        if not self.missing:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             with one_at_a_time(self.path):
                 if not self.missing:
                     return
                 self.check_space()
                 _log.info("teacher cache: taking %.1f MB for %s", self.missing / 1e6, self.path)
-                if not self.path.exists():
-                    self.path.with_suffix(".json").write_text(description, encoding="utf-8")
-                    temporary = self.path.with_name(f".{self.path.name}.tmp")
-                    temporary.write_bytes(b"")
-                    _lengthen(temporary, self.size)
-                    temporary.replace(self.path)
-                else:
+                if self.path.exists():
                     _lengthen(self.path, self.size)
+                    return
+                temporary = self.path.with_name(f".{self.path.name}.tmp")
+                temporary.write_bytes(b"")
+                _lengthen(temporary, self.size)
+                temporary.replace(self.path)
+                self.path.with_suffix(".json").write_text(description, encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"teacher.cache: {self.path} of {self.size:,} bytes cannot be made ({error.strerror or error}). Launch "

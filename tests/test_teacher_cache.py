@@ -499,6 +499,20 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_half_file(
     assert not file.path.exists()
 
 
+def test_a_folder_that_cannot_be_written_serves_what_it_has(
+    full: tuple[LogitFile, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    file, logits = full
+    again = LogitFile(file.path, "key", epochs=4, samples=100, classes=CLASSES)
+    again.make("")
+    again.open()
+    assert found_in(again, logits).all()
+    longer = LogitFile(file.path, "key", epochs=5, samples=100, classes=CLASSES)
+    with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
+        longer.make("")
+
+
 # What is learned from
 
 
