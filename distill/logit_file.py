@@ -79,9 +79,12 @@ class LogitFile:
                     _lengthen(self.path, self.size)
                     return
                 temporary = self.path.with_name(f".{self.path.name}.tmp")
-                temporary.write_bytes(b"")
-                _lengthen(temporary, self.size)
-                temporary.replace(self.path)
+                try:
+                    temporary.write_bytes(b"")
+                    _lengthen(temporary, self.size)
+                    temporary.replace(self.path)
+                finally:
+                    temporary.unlink(missing_ok=True)
                 self.path.with_suffix(".json").write_text(description, encoding="utf-8")
         except OSError as error:
             raise InputError(
