@@ -83,7 +83,7 @@ def cached(toy: Toy, steps: int = 8, **changes: Any) -> Recipe:
 
 
 def lines(path: Path) -> list[Mapping]:
-    apart = ("time", "images_per_second", "teacher_cache/hits")
+    apart = ("time", "images_per_second", "data_wait", "teacher_cache/hits")
     return [{k: v for k, v in line.items() if k not in apart} for line in run.read_metrics(path, "train")]
 
 
