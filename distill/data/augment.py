@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from distill.data import photometric
+from distill.data.affine import mirror, resample
 from distill.data.geometry import (
     BOX_DRAWS,
     RESIZED_CROP_DRAWS,
+    Boxes,
     crop_boxes,
     inside,
     random_boxes,
@@ -17,7 +21,9 @@ from distill.data.geometry import (
     shift_and_flip,
 )
 from distill.data.mixing import PAIR_DRAWS, SAMPLE_DRAWS, mix_pairs, one_hot
+from distill.data.policies import Operations
 from distill.data.randomness import GOLDEN, MASK, beta_table, hashes, integers, keys, mix, normal_table, uniform
+from distill.data.rows import update
 from distill.recipe import Augment
 
 ERASED_AREA = (0.02, 1 / 3)
@@ -36,9 +42,16 @@ class Augmenter:
     indices).
 
     What happens to a sample depends on its own index and, when pairs are mixed, on that of the pair's first sample:
-    never on the batch around it. Order: pad-and-crop or random resized crop, flip, erasing, mixup or CutMix. `mean`
-    and `std` (per channel, of images in [0, 1]) shape the noise of the erasing. `cropped`: the images come out of a
-    random resized crop already.
+    never on the batch around it. Order: pad-and-crop or random resized crop, flip, RandAugment or TrivialAugment,
+    colour jitter, erasing, mixup or CutMix. `mean` and `std` (per channel, of images in [0, 1]) shape the noise of the
+    erasing; `mean` is also what rotations, shears and translations uncover. `cropped`: the images come out of a random
+    resized crop already.
+
+    Where operations are drawn, all that moves the pixels of a sample is one resampling, and then come those that change
+    colours, in the order drawn, on uint8. So what timm does in the order drawn differs where a colour operation is
+    drawn before a move: equalize, autocontrast, contrast and sharpness see the moved image with what the move
+    uncovered, which keeps its colour no longer. Of two moves, the second brings back what the first pushed out of the
+    frame, where timm has the fill colour, and pixels are interpolated once, not twice.
     """
 
     def __init__(
@@ -56,6 +69,8 @@ class Augmenter:
         self.device = device
         self.paired = bool(spec.mixup or spec.cutmix)
         self._crop = None if cropped else spec.random_resized_crop
+        self._fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=device)
+        self._operations = Operations(spec, device)
         self._mixup = beta_table(spec.mixup).to(device) if spec.mixup else None
         self._cutmix = beta_table(spec.cutmix).to(device) if spec.cutmix else None
         normal = normal_table(NOISE_BITS)
@@ -66,6 +81,7 @@ class Augmenter:
         self._name("crop", ("crop/y", "crop/x"), when=bool(spec.crop_padding))
         self._name("resized-crop", RESIZED_CROP_DRAWS, when=self._crop is not None)
         self._name("flip", ("flip",), when=spec.hflip)
+        self._name("operations", self._operations.draws, when=bool(self._operations.draws))
         self._name("erase", ERASE_DRAWS, when=bool(spec.random_erasing))
         self._name("sample", SAMPLE_DRAWS, when=self.paired)
         self._name("pair", PAIR_DRAWS, when=self.paired)
@@ -89,18 +105,13 @@ class Augmenter:
         hashed = hashes(key, indices)
         rows = self._rows
         flip = uniform(hashed[rows["flip"]][0]) < 0.5 if "flip" in rows else None
-        top = left = None
-        padding = self.spec.crop_padding
-        if padding:
-            top, left = integers(hashed[rows["crop"]], 2 * padding + 1)
-        # A crop is resized in floats, and mirroring its box's pixels afterwards is mirroring the result.
-        if self._crop is not None:
-            boxes = crop_boxes(
-                hashed[rows["resized-crop"]], images.shape[2], images.shape[3], self._crop.scale, self._crop.ratio
-            )
-            floats = shift_and_flip(resized_crop(to_float(images), boxes), None, None, 0, flip)
+        boxes = self._boxes(hashed, images.shape[2], images.shape[3])
+        if "operations" in rows:
+            floats = to_float(self._operated(images, boxes, flip, hashed[rows["operations"]]))
+        elif self._crop is not None:
+            floats = resized_crop(to_float(images), boxes, flip)
         else:
-            floats = to_float(shift_and_flip(images, top, left, padding, flip))
+            floats = to_float(shift_and_flip(images, boxes, self.spec.crop_padding, flip))
         if "erase" in rows:
             floats = self._erase(floats, hashed[rows["erase"]])
         targets = one_hot(labels, self.num_classes)
@@ -118,6 +129,34 @@ class Augmenter:
             )
         return floats, targets
 
+    def _boxes(self, hashed: Tensor, height: int, width: int) -> Boxes:
+        """What is cut out of each image; with padding, also from the black around it."""
+        if self._crop is not None:
+            return crop_boxes(hashed[self._rows["resized-crop"]], height, width, self._crop.scale, self._crop.ratio)
+        start = hashed.new_zeros(2, hashed.shape[1])
+        padding = self.spec.crop_padding
+        if padding:
+            start = integers(hashed[self._rows["crop"]], 2 * padding + 1) - padding
+        return Boxes(start[0], start[1], torch.full_like(start[0], height), torch.full_like(start[0], width))
+
+    def _operated(self, images: Tensor, boxes: Boxes, flip: Tensor | None, hashed: Tensor) -> Tensor:
+        """Crop, flip and the operations drawn: uint8 [B, C, H, W] -> the same, not in place."""
+        layers, moves, moving = self._operations.draw(hashed, *images.shape[2:])
+        moved = moves if flip is None else mirror(moves, flip, images.shape[3])
+        resampled = partial(resample, fill=self._fill)
+        if self._crop is not None:
+            result = torch.empty_like(images)
+            update(result, None, resampled, images, moved, *boxes)
+        else:
+            # Whole pixels are gathered, which is cheaper and comes to the same.
+            result = shift_and_flip(images, boxes, self.spec.crop_padding, flip)
+            result = result.clone() if result is images else result
+            if moving is not None:
+                update(result, moving, resampled, images, moved, *boxes)
+        for layer in layers:
+            photometric.apply(result, layer)
+        return result
+
     def _erase(self, images: Tensor, hashed: Tensor) -> Tensor:
         """In place: noise in a random box (Zhong et al. 2017, with the areas and ratios of timm's 'pixel' mode)."""
         height, width = images.shape[-2:]
@@ -125,8 +164,12 @@ class Augmenter:
             hashed[: len(BOX_DRAWS)], height, width, area=ERASED_AREA, ratio=ERASED_RATIO, smaller_by=1
         )
         erased = found & (uniform(hashed[-2]) < self.spec.random_erasing)
-        mask = inside(boxes, height, width) & erased[:, None, None, None]
-        return images.lerp_(self._pixels(hashed[-1], images.shape), mask.to(images.dtype))
+        update(images, erased, self._noisy, images, hashed[-1], *boxes)
+        return images
+
+    def _noisy(self, images: Tensor, hashed: Tensor, *boxes: Tensor) -> Tensor:
+        mask = inside(Boxes(*boxes), *images.shape[-2:])
+        return torch.where(mask, self._pixels(hashed, images.shape), images)
 
     def _pixels(self, hashed: Tensor, shape: torch.Size) -> Tensor:
         """Noise for every pixel, float32 of `shape` in [0, 1]. One 32-bit hash of (sample, place) serves three

@@ -79,13 +79,12 @@ def inside(boxes: Boxes, height: int, width: int) -> Tensor:
     return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
-def shift_and_flip(
-    images: Tensor, top: Tensor | None, left: Tensor | None, padding: int, flip: Tensor | None
-) -> Tensor:
-    """Zero-pad, cut the original size at (top, left) of the padded image, then mirror where `flip`; all exact.
+def shift_and_flip(images: Tensor, boxes: Boxes, padding: int, flip: Tensor | None) -> Tensor:
+    """Cut boxes of the images' own size out of the images zero-padded on each side, then mirror where `flip`; all
+    exact.
 
-    Images [B, C, H, W] of any dtype, top and left int64 [B] in 0 .. 2 * padding (None without padding), flip bool [B]
-    or None. One gather does both: cheapest on uint8, before the conversion to floats.
+    Images [B, C, H, W] of any dtype; boxes begin at -padding .. padding; flip bool [B] or None. One gather does both:
+    cheapest on uint8, before the conversion to floats.
     """
     if not padding and flip is None:
         return images
@@ -95,17 +94,16 @@ def shift_and_flip(
     if flip is not None:
         columns = torch.where(flip[:, None], width - 1 - columns, columns)
     if padding:
-        assert top is not None
-        assert left is not None
         images = F.pad(images, (padding, padding, padding, padding))
-        rows, columns = rows + top[:, None], columns + left[:, None]
+        rows, columns = rows + (boxes.top + padding)[:, None], columns + (boxes.left + padding)[:, None]
     flat = (rows[:, :, None] * images.shape[-1] + columns[:, None, :]).view(batch, 1, height * width)
     gathered = images.reshape(batch, channels, -1).gather(2, flat.expand(-1, channels, -1))
     return gathered.view(batch, channels, height, width)
 
 
-def resized_crop(images: Tensor, boxes: Boxes) -> Tensor:
-    """Each sample's box, resized bilinearly to the size of the images: float32 [B, C, H, W] -> the same.
+def resized_crop(images: Tensor, boxes: Boxes, flip: Tensor | None) -> Tensor:
+    """Each sample's box, resized bilinearly to the size of the images, then mirrored where `flip` (bool [B] or None):
+    float32 [B, C, H, W] -> the same.
 
     A box is never larger than the image, so nothing shrinks and antialiasing has nothing to do. Coordinates are
     clamped to the box before sampling: no pixel outside it has a say, as when it is cut out first (torchvision's
@@ -118,6 +116,9 @@ def resized_crop(images: Tensor, boxes: Boxes) -> Tensor:
         pixels = centres.clamp_min(0.0).minimum((length - 1)[:, None].to(centres.dtype)) + start[:, None]
         return pixels * (2 / size) + (1 / size - 1)
 
+    x = coordinates(boxes.left, boxes.width, width)
+    if flip is not None:  # mirrored coordinates give the mirrored image
+        x = torch.where(flip[:, None], x.flip(1), x)
     y = coordinates(boxes.top, boxes.height, height)[:, :, None].expand(-1, -1, width)
-    x = coordinates(boxes.left, boxes.width, width)[:, None, :].expand(-1, height, -1)
-    return F.grid_sample(images, torch.stack((x, y), -1), mode="bilinear", padding_mode="border", align_corners=False)
+    grid = torch.stack((x[:, None, :].expand(-1, height, -1), y), -1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

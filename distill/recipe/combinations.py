@@ -42,6 +42,11 @@ def _data(recipe: Recipe) -> Iterator[Combination]:
                 (("data", "augment", "crop_padding"), ("data", "augment", "random_resized_crop")),
                 "crop_padding and random_resized_crop exclude each other; set one of them to 0 or null",
             )
+    if data.augment.rand_augment is not None and data.augment.trivial_augment:
+        yield Combination(
+            (("data", "augment", "rand_augment"), ("data", "augment", "trivial_augment")),
+            "rand_augment and trivial_augment exclude each other; set one of them to null or false",
+        )
 
 
 def _teacher(recipe: Recipe) -> Iterator[Combination]:

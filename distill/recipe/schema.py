@@ -30,6 +30,20 @@ class RandomResizedCrop(Section):
     )
 
 
+class RandAugment(Section):
+    num_ops: int = Field(2, ge=1, le=8, description="Operations a sample, drawn with replacement from 15.")
+    magnitude: float = Field(9.0, ge=0.0, le=10.0, description="Mean strength of the operations, 0 to 10.")
+    magnitude_std: float = Field(0.5, ge=0.0, description="Standard deviation of the strength, which stays in 0 to 10.")
+    probability: Probability = Field(0.5, description="Probability that an operation that was drawn is carried out.")
+
+
+class ColorJitter(Section):
+    brightness: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
+    contrast: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
+    saturation: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
+    hue: float = Field(0.0, ge=0.0, le=0.5, description="Turns of the colour circle from -x to x; 0 is off.")
+
+
 class Augment(Section):
     """Every part is drawn per sample from (seed, epoch, sample index)."""
 
@@ -40,6 +54,21 @@ class Augment(Section):
         None, description="Cut a box of random area and aspect ratio and resize it back (Szegedy et al. 2015)."
     )
     hflip: bool = Field(False, description="Mirror left to right with probability 1/2.")
+    rand_augment: RandAugment | None = Field(
+        None,
+        description="RandAugment (Cubuk et al. 2020) as timm's 'rand-m9-mstd0.5-inc1', which {} means; what a move "
+        "uncovers gets the data's mean colour.",
+    )
+    trivial_augment: bool = Field(
+        False,
+        description="TrivialAugment (Müller and Hutter 2021): one operation a sample, torchvision's wide ranges; what "
+        "a move uncovers gets the data's mean colour.",
+    )
+    color_jitter: ColorJitter | None = Field(
+        None,
+        description="torchvision's ColorJitter; after rand_augment or trivial_augment where both are given (timm then "
+        "leaves it out, unless forced).",
+    )
     random_erasing: Probability = Field(
         0.0, description="Probability of overwriting a random box with noise (Zhong et al. 2017; timm's 'pixel' mode)."
     )

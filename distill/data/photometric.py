@@ -1,0 +1,140 @@
+"""Operations on the colours of uint8 images, another one for each sample of a batch.
+
+What depends on a pixel's own value alone is a table of 256 entries a channel, whatever the operation, and takes one
+look-up; saturation and sharpness are one blend. Results are PIL's own (ImageOps, ImageEnhance), byte for byte, but for
+autocontrast, where PIL's floating-point table is now and then one level short of the exact quotient, and for hue, which
+PIL takes through 8-bit HSV; here it is within one level of torchvision's on tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.data.policies import Layer, Operation
+from distill.data.rows import update
+
+TABLES = range(Operation.INVERT, Operation.EQUALIZE + 1)
+BLENDS = range(Operation.COLOR, Operation.SHARPNESS + 1)
+LUMA = (19595, 38470, 7471)  # of R, G and B in 2**-16, as in PIL
+
+
+def apply(images: Tensor, layer: Layer) -> None:
+    """Each sample's operation with its argument, in place on uint8 [B, C, H, W]."""
+    operation, argument, possible = layer
+    if not possible.isdisjoint(TABLES):
+        wanted = (operation >= TABLES.start) & (operation < TABLES.stop)
+        update(images, wanted, _through_tables, images, operation, argument)
+    if not possible.isdisjoint(BLENDS):
+        wanted = (operation >= BLENDS.start) & (operation < BLENDS.stop)
+        update(images, wanted, _blended, images, operation, argument)
+    if Operation.HUE in possible and images.shape[1] == 3:
+        update(images, operation == Operation.HUE, _shift_hue, images, argument)
+
+
+def _blend(degenerate: Tensor, values: Tensor, factor: Tensor) -> Tensor:
+    """uint8: from `degenerate` (factor 0) over `values` (1) to beyond them, cut off at black and white, as in PIL."""
+    return (degenerate + factor * (values - degenerate)).clamp_(0, 255).to(torch.uint8)
+
+
+def _through_tables(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
+    entries = images.flatten(2)
+    return tables(images, operation, argument).gather(2, entries.long()).view_as(images)
+
+
+def tables(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
+    """uint8 [B, C, 256]: what each value becomes; for an operation that is no table, the value itself."""
+
+    def given(which: Operation, otherwise: float) -> Tensor:
+        return torch.where(operation == which, argument, otherwise)[:, None]
+
+    level = torch.arange(256, device=images.device, dtype=torch.float32)
+    base = torch.zeros_like(argument)
+    update(base, operation == Operation.CONTRAST, _mean_grey, images)
+    brightness = given(Operation.BRIGHTNESS, 1.0)
+    factor = torch.where((operation == Operation.CONTRAST)[:, None], argument[:, None], brightness)
+    added = level + given(Operation.SOLARIZE_ADD, 0.0) * (level < 128)
+    table = _blend(base[:, None], added, factor)
+    threshold = given(Operation.SOLARIZE, 256.0).masked_fill((operation == Operation.INVERT)[:, None], 0.0)
+    table = torch.where(level >= threshold, 255 - table, table)
+    dropped = 8 - given(Operation.POSTERIZE, 8.0).to(torch.int32)
+    table = (table >> dropped) << dropped
+    table = table[:, None].expand(-1, images.shape[1], -1).to(torch.uint8, memory_format=torch.contiguous_format)
+    update(table, operation == Operation.AUTOCONTRAST, _stretched, images)
+    update(table, operation == Operation.EQUALIZE, _equalized, images)
+    return table
+
+
+def _grey(images: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] -> int32 [B, 1, H, W] in 0 .. 255: PIL's luma of RGB, the mean of any other channels."""
+    if images.shape[1] != 3:
+        return images.sum(1, keepdim=True, dtype=torch.int32) // images.shape[1]
+    red, green, blue = (images[:, channel : channel + 1].int() * share for channel, share in enumerate(LUMA))
+    return (red + green + blue + (1 << 15)) >> 16
+
+
+def _mean_grey(images: Tensor) -> Tensor:
+    """float32 [B], whole numbers: the mean of the grey image, rounded."""
+    pixels = images[0, 0].numel()
+    return ((2 * _grey(images).sum((1, 2, 3)) + pixels) // (2 * pixels)).float()
+
+
+def _stretched(images: Tensor) -> Tensor:
+    """Tables of autocontrast: each channel's range to 0 .. 255; a channel of one value is left as it is."""
+    low, high = (extreme.int()[:, :, None] for extreme in torch.aminmax(images.flatten(2), dim=2))
+    level = torch.arange(256, device=images.device, dtype=torch.int32)
+    table = (level - low).clamp_(min=0) * 255 // (high - low).clamp_(min=1)
+    return torch.where(high > low, table.clamp_(max=255), level).to(torch.uint8)
+
+
+def _equalized(images: Tensor) -> Tensor:
+    """Tables of histogram equalization; a channel with too few pixels beside its brightest value is left as it is."""
+    entries = images.flatten(2).long()
+    histogram = torch.zeros((*images.shape[:2], 256), dtype=torch.int64, device=images.device)
+    histogram.scatter_add_(2, entries, torch.ones_like(entries))
+    upto = histogram.cumsum(2)
+    brightest = (histogram * (upto == entries.shape[2])).sum(2, keepdim=True)
+    step = (entries.shape[2] - brightest) // 255
+    table = (upto - histogram + step // 2) // step.clamp(min=1)
+    level = torch.arange(256, device=images.device)
+    return torch.where(step > 0, table.clamp_(max=255), level).to(torch.uint8)
+
+
+def _blended(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
+    """Colour balance between the grey image and this one, or sharpness between the smoothed image and this one."""
+    values = images.float()
+    # An image that is not RGB has no colour to change.
+    degenerate = _grey(images).float().repeat(1, 3, 1, 1) if images.shape[1] == 3 else values.clone()
+    update(degenerate, operation == Operation.SHARPNESS, _smooth, values)
+    return _blend(degenerate, values, argument[:, None, None, None])
+
+
+def _smooth(values: Tensor) -> Tensor:
+    """PIL's ImageFilter.SMOOTH, a mean with the pixel itself counted five times, rounded; the border is kept."""
+    sums = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
+    sums = sums[..., :-2] + sums[..., 1:-1] + sums[..., 2:]
+    smooth = values.clone()
+    smooth[:, :, 1:-1, 1:-1] = ((sums + 4 * values[:, :, 1:-1, 1:-1]) / 13).round_()
+    return smooth
+
+
+def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """RGB images with the hue turned by `shift` full circles; saturation and value (of HSV) stay."""
+    red, green, blue = images.float().unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    safe = chroma.clamp(min=1)
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    hue = hue + 6 * shift[:, None, None]
+    channels = [value - chroma * _ramp(hue + offset) for offset in (5, 3, 1)]
+    return torch.stack(channels, 1).round_().to(torch.uint8)
+
+
+def _ramp(hue: Tensor) -> Tensor:
+    """How much of the chroma a channel lacks, in [0, 1], by its hue in sixths of a circle."""
+    sixths = hue.remainder(6)
+    return torch.minimum(sixths, 4 - sixths).clamp_(0, 1)

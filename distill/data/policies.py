@@ -1,0 +1,266 @@
+"""Which operation a sample gets, and how strongly: RandAugment, TrivialAugment and colour jitter.
+
+A policy is a table of equally likely cells, each an operation with its argument, so that one hash draws both, and all
+of the arithmetic from magnitudes to arguments is done once, in float64 on the CPU, alike for every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.affine import compose, fixed
+from distill.data.randomness import integers, normal_table, uniform
+from distill.recipe.schema import Augment, ColorJitter, RandAugment
+
+MAGNITUDE_BITS = 10
+FACTOR_BITS = 12
+
+
+class Operation(IntEnum):
+    """With what its argument means; those that need none ignore it."""
+
+    IDENTITY = 0
+    SHEAR_X = 1  # x of the image = x + argument * y, about the top left corner
+    SHEAR_Y = 2
+    TRANSLATE_X = 3  # x of the image = x + argument, in pixels
+    TRANSLATE_Y = 4
+    ROTATE = 5  # degrees, counter-clockwise, about the centre
+    INVERT = 6
+    POSTERIZE = 7  # bits kept, 1 to 8
+    SOLARIZE = 8  # values from here on are inverted, 0 to 256
+    SOLARIZE_ADD = 9  # is added to values below 128
+    BRIGHTNESS = 10  # this and the next: 0 is black (the mean grey), 1 the image
+    CONTRAST = 11
+    AUTOCONTRAST = 12
+    EQUALIZE = 13
+    COLOR = 14  # this and the next: 0 is the grey (the smoothed) image, 1 the image
+    SHARPNESS = 15
+    HUE = 16  # circles
+
+
+MOVES = range(Operation.SHEAR_X, Operation.ROTATE + 1)
+
+
+class Layer(NamedTuple):
+    """One operation for each sample of a batch."""
+
+    operation: Tensor
+    """int64 [B]"""
+    argument: Tensor
+    """float32 [B]"""
+    possible: frozenset[Operation]
+
+
+class Policy(NamedTuple):
+    """N equally likely cells, and after them the identity: [N + 1] each, and [N + 1, 2, 3] moves (`affine`)."""
+
+    operations: Tensor
+    arguments: Tensor
+    moves: Tensor
+    possible: frozenset[Operation]
+
+    def to(self, device: torch.device) -> Policy:
+        return Policy(self.operations.to(device), self.arguments.to(device), self.moves.to(device), self.possible)
+
+    def draw(self, hashed: Tensor, probability: float) -> tuple[list[Layer], Tensor]:
+        """L layers and their moves [L, B, 2, 3] from hashes [2 * L, B]: of each layer's cell, and of whether it comes
+        to pass.
+        """
+        identity = len(self.operations) - 1
+        cells = torch.where(uniform(hashed[1::2]) < probability, integers(hashed[::2], identity), identity)
+        layers = [Layer(self.operations[cell], self.arguments[cell], self.possible) for cell in cells]
+        return layers, self.moves[cells]
+
+
+def rand_augment(spec: RandAugment, height: int, width: int) -> Policy:
+    """One layer of RandAugment (Cubuk et al. 2020) as timm's `rand-m{magnitude}-mstd{magnitude_std}-inc1` has it.
+
+    The 15 operations and their ranges are those of timm's "increasing" set. The magnitude is normal, cut off to
+    0 .. 10, from 2**MAGNITUDE_BITS quantiles. Two things differ: posterize keeps at least one bit (timm's magnitude
+    10 keeps none, which Pillow 13 refuses with an error), and images are resampled bilinearly (timm takes bilinear or
+    bicubic by chance, or what its `interpolation` says).
+    """
+    normal = normal_table(MAGNITUDE_BITS).double().numpy()
+    share = np.clip(spec.magnitude + spec.magnitude_std * normal, 0.0, 10.0) / 10.0
+    signed, share = np.concatenate([share, -share]), np.concatenate([share, share])
+    enhanced = np.maximum(0.1, 1.0 + 0.9 * signed)
+    return _policy(
+        {
+            Operation.AUTOCONTRAST: None,
+            Operation.EQUALIZE: None,
+            Operation.INVERT: None,
+            Operation.ROTATE: 30.0 * signed,
+            Operation.POSTERIZE: np.maximum(1, 4 - np.floor(share * 4)),
+            Operation.SOLARIZE: 256 - np.floor(share * 256),
+            Operation.SOLARIZE_ADD: np.floor(share * 110),
+            Operation.COLOR: enhanced,
+            Operation.CONTRAST: enhanced,
+            Operation.BRIGHTNESS: enhanced,
+            Operation.SHARPNESS: enhanced,
+            Operation.SHEAR_X: 0.3 * signed,
+            Operation.SHEAR_Y: 0.3 * signed,
+            Operation.TRANSLATE_X: 0.45 * signed * width,
+            Operation.TRANSLATE_Y: 0.45 * signed * height,
+        },
+        height,
+        width,
+    )
+
+
+def trivial_augment(height: int, width: int) -> Policy:
+    """The one layer of TrivialAugment (Müller and Hutter 2021) with the ranges and 31 magnitudes of torchvision's
+    TrivialAugmentWide.
+    """
+    share = torch.linspace(0.0, 1.0, 31, dtype=torch.float64).numpy()
+    signed, share = np.concatenate([share, -share]), np.concatenate([share, share])
+    pixels = np.trunc(32.0 * signed)
+    return _policy(
+        {
+            Operation.IDENTITY: None,
+            Operation.SHEAR_X: 0.99 * signed,
+            Operation.SHEAR_Y: 0.99 * signed,
+            Operation.TRANSLATE_X: pixels,
+            Operation.TRANSLATE_Y: pixels,
+            Operation.ROTATE: 135.0 * signed,
+            Operation.BRIGHTNESS: 1.0 + 0.99 * signed,
+            Operation.COLOR: 1.0 + 0.99 * signed,
+            Operation.CONTRAST: 1.0 + 0.99 * signed,
+            Operation.SHARPNESS: 1.0 + 0.99 * signed,
+            Operation.POSTERIZE: np.rint(8.0 - 6.0 * share),
+            Operation.SOLARIZE: np.ceil(255.0 * (1.0 - share) - 1e-9),
+            Operation.AUTOCONTRAST: None,
+            Operation.EQUALIZE: None,
+        },
+        height,
+        width,
+    )
+
+
+_ENTRIES = {
+    Operation.SHEAR_X: (0, 1),
+    Operation.SHEAR_Y: (1, 0),
+    Operation.TRANSLATE_X: (0, 2),
+    Operation.TRANSLATE_Y: (1, 2),
+}  # of the matrix, that the argument is
+
+
+def _policy(arguments: Mapping[Operation, np.ndarray | None], height: int, width: int) -> Policy:
+    """All operations equally likely, and the arguments of each; all arrays are of one size."""
+    (count,) = {len(values) for values in arguments.values() if values is not None}
+    columns = [np.zeros(count) if values is None else values for values in arguments.values()]
+    moves = [matrices(operation, column, height, width) for operation, column in zip(arguments, columns, strict=True)]
+    identity = matrices(Operation.IDENTITY, np.zeros(1), height, width)
+    return Policy(
+        torch.tensor([*np.repeat(list(arguments), count), Operation.IDENTITY]),
+        torch.from_numpy(np.concatenate([*columns, np.zeros(1)])).float(),
+        fixed(np.concatenate([*moves, identity])),
+        frozenset(arguments),
+    )
+
+
+def matrices(operation: Operation, arguments: np.ndarray, height: int, width: int) -> np.ndarray:
+    """float64 [N, 2, 3]: from places of the result to those of the image; the identity for what moves nothing."""
+    result = np.tile(np.eye(2, 3), (len(arguments), 1, 1))
+    if operation in _ENTRIES:
+        result[(slice(None), *_ENTRIES[operation])] = arguments
+    elif operation == Operation.ROTATE:
+        angles = np.deg2rad(arguments)
+        cosine, sine = np.cos(angles), np.sin(angles)
+        turned = np.array([[cosine, -sine], [sine, cosine]]).transpose(2, 0, 1)
+        centre = np.array([width / 2, height / 2])
+        result = np.concatenate([turned, (centre - turned @ centre)[:, :, None]], 2)
+    return result
+
+
+JITTERED = {
+    Operation.BRIGHTNESS: "brightness",
+    Operation.CONTRAST: "contrast",
+    Operation.COLOR: "saturation",
+    Operation.HUE: "hue",
+}
+
+
+class Jitter(NamedTuple):
+    """The K operations of a colour jitter, int64 [K], all their orders [K!, K], float32 [K, 2**FACTOR_BITS] factors."""
+
+    operations: Tensor
+    orders: Tensor
+    factors: Tensor
+    possible: frozenset[Operation]
+
+    def to(self, device: torch.device) -> Jitter:
+        return Jitter(self.operations.to(device), self.orders.to(device), self.factors.to(device), self.possible)
+
+    def draw(self, hashed: Tensor) -> list[Layer]:
+        """K layers from hashes [1 + K, B]: of the order, and of each operation's factor."""
+        orders = self.orders[integers(hashed[0], len(self.orders))].T
+        factors = self.factors.gather(1, integers(hashed[1:], self.factors.shape[1]))
+        return [Layer(self.operations[order], factors.gather(0, order[None])[0], self.possible) for order in orders]
+
+
+def color_jitter(spec: ColorJitter) -> Jitter:
+    """As torchvision's ColorJitter: factors uniform in [max(0, 1 - x), 1 + x], for hue in [-x, x], the operations in
+    an order of each sample's own.
+    """
+    on = {operation: getattr(spec, name) for operation, name in JITTERED.items() if getattr(spec, name)}
+    middles = (np.arange(1 << FACTOR_BITS) + 0.5) / (1 << FACTOR_BITS)
+    factors = []
+    for operation, extent in on.items():
+        low, high = (-extent, extent) if operation == Operation.HUE else (max(0.0, 1.0 - extent), 1.0 + extent)
+        factors.append(low + middles * (high - low))
+    return Jitter(
+        torch.tensor(list(on)),
+        torch.tensor(list(permutations(range(len(on))))),
+        torch.from_numpy(np.array(factors)).float(),
+        frozenset(on),
+    )
+
+
+class Operations:
+    """The operations that a recipe's `augment` section asks for, layer by layer; `draws` are the names of its draws,
+    none where it asks for none.
+    """
+
+    def __init__(self, spec: Augment, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self._layers = 1 if spec.trivial_augment else 0 if spec.rand_augment is None else spec.rand_augment.num_ops
+        jitter = spec.color_jitter
+        self._jitter = None if jitter is None or not any(dict(jitter).values()) else color_jitter(jitter).to(device)
+        self._policy: tuple[tuple[int, int], Policy] | None = None
+        self._still = fixed(np.eye(2, 3)).to(device)
+        self.draws = [f"policy/{layer}{draw}" for layer in range(self._layers) for draw in ("", "/whether")]
+        if self._jitter is not None:
+            self.draws += ["color-jitter/order"]
+            self.draws += [f"color-jitter/{name}" for key, name in JITTERED.items() if key in self._jitter.possible]
+
+    def _sized_policy(self, height: int, width: int) -> Policy:
+        if self._policy is None or self._policy[0] != (height, width):
+            spec = self.spec.rand_augment
+            policy = trivial_augment(height, width) if spec is None else rand_augment(spec, height, width)
+            self._policy = (height, width), policy.to(self.device)
+        return self._policy[1]
+
+    def draw(self, hashed: Tensor, height: int, width: int) -> tuple[list[Layer], Tensor, Tensor | None]:
+        """What happens to a batch of images of this size, from hashes [len(draws), B].
+
+        The layers in their order; all their moves in one, [B, 2, 3]; and which samples move, bool [B] (None: none, for
+        nothing that moves is asked for).
+        """
+        layers: list[Layer] = []
+        moves, moving = self._still.expand(hashed.shape[1], -1, -1), None
+        if self._layers:
+            probability = 1.0 if self.spec.rand_augment is None else self.spec.rand_augment.probability
+            policy = self._sized_policy(height, width)
+            layers, each = policy.draw(hashed[: 2 * self._layers], probability)
+            moves = compose(each)
+            moving = (moves != self._still).flatten(1).any(1)
+        if self._jitter is not None:
+            layers += self._jitter.draw(hashed[2 * self._layers :])
+        return layers, moves, moving
