@@ -17,7 +17,7 @@ from distill.data import Dataset, open_dataset
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
 from distill.export import load_export
-from distill.processes import set_threads
+from distill.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping, load
 from distill.report.metrics import measure
 from distill.students.saved import WEIGHTS_FILE
@@ -61,6 +61,7 @@ def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
 
 
 def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
+    start_processes()
     for spec in recipe.teachers:
         if not is_trained(recipe, spec):
             raise InputError(

@@ -55,11 +55,12 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
         InputError: something the user gave cannot be used; nothing half-written is left.
         Interrupted: stopped early, resumable.
     """
-    recipe = with_precision(load(path, overrides))
+    recipe = load(path, overrides)
     threads = set_threads()
     is_main = start_processes().is_main_process
     set_up_logging(is_main=is_main)
     try:
+        recipe = with_precision(recipe)
         if dry_run:
             from distill.dry_run import dry_run_recipe
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
 from distill.errors import InputError
 from distill.recipe.schema import Recipe, Train
 
 T = TypeVar("T")
+_log = logging.getLogger("distill")
+
+# Of mallopt(3), in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def build_accelerator(train: Train, directory: Path) -> Accelerator:
@@ -32,8 +40,15 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
         raise InputError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32.")
     for tracker in train.trackers:
         _require_tracker(tracker)
+    # Buffers need no broadcast in every forward pass: in training each process normalises by its own batch, and the
+    # main one's running statistics are the ones that are evaluated and saved. Gradients that live in the buckets are
+    # not copied there.
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=list(train.trackers) or None, project_dir=str(directory)
+        mixed_precision=precision,
+        log_with=list(train.trackers) or None,
+        project_dir=str(directory),
+        kwargs_handlers=[parallel],
     )
     # The loop divides by the accumulation itself; the environment must not make accelerate divide a second time.
     accelerator.gradient_accumulation_steps = 1
@@ -41,18 +56,47 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
 
 
 def with_precision(recipe: Recipe) -> Recipe:
-    """The recipe, with the precision that accelerate was launched with where it names none of its own.
+    """The recipe, with the precision that accelerate was launched with where it names none of its own, and fp32 in
+    place of bf16 on a CPU that would have to emulate it.
 
     Raises:
         InputError: accelerate was launched with a precision that a recipe does not have.
     """
-    if recipe.train.precision is not None:
-        return recipe
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = {"no": "fp32"}.get(launched, launched)
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise InputError(f"--mixed_precision {launched}: not supported; take no, bf16 or fp16, or set train.precision.")
+    precision = recipe.train.precision
+    if precision is None:
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched not in ("no", "fp32", "bf16", "fp16"):
+            raise InputError(
+                f"--mixed_precision {launched}: not supported; take no, bf16 or fp16, or set train.precision."
+            )
+        precision = "fp32" if launched == "no" else launched  # type: ignore[assignment]
+    if precision == "bf16" and PartialState().device.type == "cpu":
+        precision = _bf16_or_fp32()
     return recipe.replace(train=recipe.train.model_copy(update={"precision": precision}))
+
+
+@cache
+def _bf16_or_fp32() -> Literal["bf16", "fp32"]:
+    """Which of them this CPU is faster in; said once."""
+    found = bf16_instructions()
+    if found is None:
+        _log.info("precision: fp32 instead of bf16, for which this CPU has no instructions and would be slower")
+        return "fp32"
+    _log.info("precision: bf16, for which this CPU has %s", found)
+    return "bf16"
+
+
+def bf16_instructions() -> str | None:
+    """What this CPU multiplies matrices of bf16 with; None: with fp32 instructions, after converting."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        known = torch.cpu.get_capabilities()
+        return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16") if known.get(name)), None)
+    if platform.machine() in ("aarch64", "arm64"):
+        # On x86 the same question is answered with yes where the conversion is fast enough to be correct.
+        return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def _require_tracker(name: str) -> None:
@@ -71,7 +115,22 @@ def start_processes() -> PartialState:
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     # Packing data, or checking an export, on the main process may take longer than the usual ten minutes.
-    return PartialState(cpu=cpu, timeout=timedelta(hours=2))
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))
+    if state.device.type == "cpu":
+        keep_freed_memory()
+    return state
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep large blocks that are freed, where it is glibc's.
+
+    By default their pages go back to the system and are zeroed again for the next step's activations: 125,000 to
+    135,000 page faults and 0.3 s of system time in a step of ViT-Tiny/4 at batch 128 in bf16, on 2 cores. Without them
+    a step takes 0.88 to 0.95 of the time (ViT-Tiny and Nano, fp32 and bf16); the peak of resident memory stays.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def set_threads() -> int:

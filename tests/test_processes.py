@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+from accelerate import PartialState
+
+from distill import processes
 from distill.errors import InputError
-from distill.processes import with_precision
+from distill.processes import bf16_instructions, with_precision
 from distill.recipe import from_mapping
+from tests.conftest import environment
+
+
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    """What is asked and said once a process is asked and said in each test."""
+    processes._bf16_or_fp32.cache_clear()
+    yield
+    processes._bf16_or_fp32.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -15,6 +36,7 @@ from distill.recipe import from_mapping
 def test_the_resolved_recipe_has_the_launched_precision(
     monkeypatch: pytest.MonkeyPatch, launched: str | None, precision: str
 ) -> None:
+    monkeypatch.setattr(processes, "bf16_instructions", lambda: "avx512_bf16")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
@@ -26,3 +48,81 @@ def test_a_precision_that_no_recipe_has(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(InputError, match="--mixed_precision fp8"):
         with_precision(from_mapping({}))
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision", "said"),
+    [("amx_bf16", "bf16", "bf16, for which this CPU has amx_bf16"), (None, "fp32", "fp32 instead of bf16")],
+)
+@pytest.mark.parametrize("where", ["recipe", "launcher"])
+def test_bf16_on_a_cpu_is_for_those_that_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    instructions: str | None,
+    precision: str,
+    said: str,
+    where: str,
+) -> None:
+    monkeypatch.setattr(processes, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if where == "launcher" else "no")
+    recipe = from_mapping({"train": {"precision": "bf16"}} if where == "recipe" else {})
+    with caplog.at_level("INFO", "distill"):
+        assert with_precision(recipe).train.precision == precision
+        assert with_precision(recipe).train.precision == precision
+        assert with_precision(from_mapping({"train": {"precision": "fp32"}})).train.precision == "fp32"
+    (record,) = [record for record in caplog.records if record.name == "distill"]
+    assert said in record.getMessage()
+
+
+def test_a_gpu_has_bf16_whatever_its_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "bf16_instructions", lambda: None)
+    monkeypatch.setattr(PartialState(), "device", torch.device("cuda"))
+    assert with_precision(from_mapping({"train": {"precision": "bf16"}})).train.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("machine", "answers", "found"),
+    [
+        ("x86_64", {"_is_amx_tile_supported": True, "_is_avx512_bf16_supported": True}, "amx"),
+        ("x86_64", {"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": True}, "avx512_bf16"),
+        ("x86_64", {"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": False}, None),
+        ("x86_64", {"get_capabilities": {"avx512_f": True, "avx512_bf16": False}}, None),
+        ("x86_64", {"get_capabilities": {"avx512_f": True, "avx512_bf16": True}}, "avx512_bf16"),
+        ("aarch64", {"get_capabilities": {"neon": True, "bf16": True}}, "bf16"),
+    ],
+)
+def test_the_probe_knows_older_and_newer_torch(
+    monkeypatch: pytest.MonkeyPatch, machine: str, answers: dict[str, object], found: str | None
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    functions = {name: lambda value=value: value for name, value in answers.items()}
+    monkeypatch.setattr(torch, "cpu", SimpleNamespace(**functions))
+    assert bf16_instructions() == found
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo to compare with")
+def test_the_probe_agrees_with_the_kernel() -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    assert (bf16_instructions() is not None) == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+def test_freed_memory_stays_with_the_process() -> None:
+    code = """
+import resource, torch
+from distill.processes import start_processes
+start_processes()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), faults()
+print(faults())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True
+    )
+    pages = (64 << 20) // resource.getpagesize()
+    assert int(result.stdout) < pages  # each of the five touches as many anew if the memory was given back
