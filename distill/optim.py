@@ -21,18 +21,39 @@ def build_optimizer(spec: Optim, model: nn.Module) -> torch.optim.Optimizer:
     `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
 
     Raises:
-        InputError: no such optimizer.
+        InputError: no such optimizer, or only in a newer timm.
     """
     known = list_optimizers()
     if spec.name.lower() not in known:
         raise InputError(f"optim.name: timm has no optimizer '{spec.name}'; it has {', '.join(known)}")
+    parameters = inspect.signature(get_optimizer_class(spec.name, bind_defaults=False).__init__).parameters
     arguments: dict[str, Any] = {"momentum": spec.momentum}
     # Fused AdamW is one kernel a step, on CPU as on CUDA.
-    if "fused" in inspect.signature(get_optimizer_class(spec.name, bind_defaults=False).__init__).parameters:
+    if "fused" in parameters:
         arguments["fused"] = True
+    if "ns_steps" in parameters:
+        if "fallback_lr_scale" not in parameters:
+            raise InputError(
+                f"optim.name: {spec.name} needs timm 1.0.27 or newer; before, its AdamW part had no schedule."
+            )
+        arguments |= _muon_arguments(model)
     return create_optimizer_v2(
         model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments
     )
+
+
+def _muon_arguments(model: nn.Module) -> dict[str, Any]:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is for matrices between hidden layers: the first
+    projection, the heads, tokens and embeddings go to AdamW, as do, by timm's choice, vectors and matrices of extreme
+    shape.
+
+    timm scales Muon's updates to the size of AdamW's, 0.2 sqrt(larger side) (Liu et al. 2025, arXiv 2502.16982, section
+    2.2), so that one learning rate and weight decay serve both.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    ends = [config.get(key) or () for key in ("first_conv", "classifier")]
+    names = [name for end in ends for name in ([end] if isinstance(end, str) else end)]
+    return {"fallback_list": [f"{name}.*" for name in names], "fallback_no_weight_decay": True}
 
 
 def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: int) -> float:

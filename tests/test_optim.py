@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
 import pytest
 import timm
 import torch
+from timm.optim import get_optimizer_class
 from timm.scheduler import CosineLRScheduler
 
 from distill.errors import InputError
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.recipe.schema import Optim
+from distill.students import register_models
 
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
@@ -66,3 +69,75 @@ def test_decay_falls_on_matrices_only_and_layer_decay_scales() -> None:
 def test_an_unknown_optimizer_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"optim\.name.*'adamww'"):
         build_optimizer(Optim(name="adamww"), torch.nn.Linear(2, 2))
+
+
+needs_scheduled_muon = pytest.mark.skipif(
+    "fallback_lr_scale" not in inspect.signature(get_optimizer_class("muon", bind_defaults=False)).parameters,
+    reason=f"timm {timm.__version__}: Muon's AdamW part has no schedule before 1.0.27",
+)
+
+
+def _area_vit() -> torch.nn.Module:
+    register_models()
+    attention = {"max_area": 2, "blocks": [0], "key_mode": "concat"}
+    return timm.create_model(
+        "area_vit_nano", img_size=8, patch_size=4, depth=2, distilled=True, num_classes=3, attention=attention
+    )
+
+
+def _stepped(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By how much the optimizer moves each parameter where all gradients are ones and twos by turns."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        ones = torch.ones(parameter.numel())
+        ones[::2] += 1
+        parameter.grad = ones.view_as(parameter)
+    optimizer.step()
+    return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+
+
+@needs_scheduled_muon
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+@pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
+def test_muon_takes_the_matrices_between_hidden_layers(name: str, layer_decay: float | None) -> None:
+    model = _area_vit()
+    optimizer = build_optimizer(Optim(name=name, lr=0.01, momentum=0.95, layer_decay=layer_decay), model)
+    _stepped(optimizer, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_muon = {names[parameter] for parameter, state in optimizer.state.items() if state["use_muon"]}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    learned_keys = {"blocks.0.attn.key_mlp.0.weight", "blocks.0.attn.key_mlp.2.weight"}
+    assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers} | learned_keys
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            decayed = parameter.ndim > 1 and not names[parameter].endswith(("token", "pos_embed", "_embedding"))
+            assert (group["weight_decay"] > 0) == decayed, names[parameter]
+    assert len({group.get("lr_scale", 1.0) for group in optimizer.param_groups}) == (1 if layer_decay is None else 4)
+
+
+@needs_scheduled_muon
+@pytest.mark.parametrize("name", ["muon", "nmuon"])
+def test_one_learning_rate_schedules_muon_and_its_adamw(name: str) -> None:
+    """Both parts' updates have AdamW's size and follow the rate that is set: a fifth of it moves all a fifth as far."""
+    moves = []
+    for rate in (0.01, 0.002):
+        torch.manual_seed(0)
+        model = _area_vit()
+        optimizer = build_optimizer(Optim(name=name, lr=0.01, weight_decay=0.0), model)
+        set_learning_rate(optimizer, rate)
+        moves.append(_stepped(optimizer, model))
+    for key, move in moves[0].items():
+        torch.testing.assert_close(moves[1][key] * 5, move, rtol=1e-2, atol=1e-6, msg=key)
+        assert move.norm() > 0, key
+    matrix = moves[0]["blocks.1.mlp.fc1.weight"]
+    assert float(matrix.double().svd().S[0]) == pytest.approx(0.01 * 0.2 * 384**0.5, rel=0.3)  # Liu et al. 2025
+
+
+def test_a_timm_whose_muon_has_no_schedule_for_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Muon(torch.optim.SGD):
+        def __init__(self, params: object, lr: float = 0.02, ns_steps: int = 5, adamw_lr: float | None = None) -> None:
+            raise AssertionError("never built")
+
+    monkeypatch.setattr("distill.optim.get_optimizer_class", lambda name, bind_defaults: Muon)
+    with pytest.raises(InputError, match=r"optim\.name: muon needs timm 1\.0\.27"):
+        build_optimizer(Optim(name="muon"), torch.nn.Linear(8, 8))
