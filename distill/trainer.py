@@ -16,8 +16,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from distill import checkpoint
+from distill.compilation import Compilation
 from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
+from distill.data.dataset import ResidentDataset
 from distill.digests import batch_digest, state_digest
 from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, save_predictions, student_outputs
 from distill.export import load_export, write_export
@@ -32,6 +34,8 @@ from distill.teacher_cache import TeacherCache
 from distill.window import Window
 from teachers import Teacher
 
+LOADER_BOUND = 0.1
+"""Share of the time spent waiting for a stream, above which the log says so."""
 _log = logging.getLogger("distill")
 
 
@@ -86,14 +90,29 @@ class Trainer:
         if train.gradient_checkpointing:
             self.student.checkpoint_gradients()
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
-        if train.compile is True or (train.compile == "auto" and accelerator.device.type == "cuda"):
-            self.student.compile()
+        self.compilation = Compilation(train, accelerator.device)
+        self.compilation.apply(self.student)
+        self.training_teacher = self._training_teacher()
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model))
         self.model: nn.Module = accelerator.prepare(self.student)
         self.progress = Progress()
         self.window = Window(accelerator)
+        self.loader_bound = False
         self.teacher_logits: Tensor | None = None
         self.cache: TeacherCache | None = None
+
+    def _training_teacher(self) -> Teacher | None:
+        """The teacher as the steps ask it: in the recipe's precision, and compiled if the student is. None if no
+        objective needs it.
+        """
+        if self.teacher is None or not self.recipe.distill:
+            return None
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if precision is None and not self.compilation.enabled:
+            return self.teacher
+        copied = self.teacher.with_weights_in(precision or torch.float32)
+        self.compilation.apply(copied)
+        return copied
 
     @property
     def epoch(self) -> float:
@@ -133,7 +152,7 @@ class Trainer:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
-                for micro_batches in marking_process(batches):
+                for micro_batches in self.window.timed(marking_process(batches)):
                     if progress.step % self.steps_per_epoch == 0:
                         run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(micro_batches[0]))
                     self.train_step(micro_batches)
@@ -165,14 +184,15 @@ class Trainer:
         assert recipe.label_weight is not None, "a loaded recipe has it resolved"
         rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
+        self.compilation.begin_step()
         for index, batch in enumerate(micro_batches):
             # What the model draws (drop path) is a function of where we are, so that a resumed run draws the same.
             torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 teacher_logits = None
-                if self.teacher is not None and recipe.distill:
-                    teacher_logits = self.teach(self.teacher, batch.images, index)
+                if self.training_teacher is not None:
+                    teacher_logits = self.teach(self.training_teacher, batch.images, index)
                 heads = self.model(batch.images)
                 loss, parts = training_loss(
                     heads,
@@ -183,14 +203,14 @@ class Trainer:
                     label_smoothing=recipe.train.label_smoothing,
                 )
                 self.accelerator.backward(loss / len(micro_batches))
-            self.window.add(loss.detach(), parts)
+            self.window.add(loss, parts)
         if recipe.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.student, step=step)
-        self.window.steps += 1
+        self.window.step()
 
     def teach(self, teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
         """The teacher's logits float32 [B, classes] on a micro-batch of the step at hand, from the cache where it has
@@ -217,6 +237,14 @@ class Trainer:
         run.status(step=self.progress.step, epoch=self.epoch, metrics=values)
         self.accelerator.log(values | {"lr": rate}, step=self.progress.step)
         display.show(self.progress.step, values)
+        streamed = not isinstance(self.dataset, ResidentDataset)
+        if streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
+            self.loader_bound = True
+            _log.warning(
+                "step %d: %.0f %% of the time since the last line was spent waiting for data; with cores to spare, "
+                "raise data.workers",
+                self.progress.step, 100 * values["data_wait"],
+            )  # fmt: skip
 
     def evaluate(self, run: Run, display: TrainingDisplay) -> None:
         """Measure raw and averaged weights on the split that selects, and remember the best so far."""

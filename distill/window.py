@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Window:
@@ -16,12 +19,16 @@ class Window:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        # When the device has done the step before; None where it is the host itself, which then is done already.
+        self._step_done = torch.cuda.Event() if accelerator.device.type == "cuda" else None
         self.restart()
 
     def restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.names: tuple[str, ...] = ()
+        self.sums: Tensor | None = None
         self.micro_batches = 0
         self.steps = 0
+        self.waited = 0.0
         self.began = time.perf_counter()
 
     @contextmanager
@@ -31,15 +38,37 @@ class Window:
         yield
         self.began += time.perf_counter() - paused
 
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; counts how long the loop waits for each, unless the device is busy until it comes."""
+        asked = time.perf_counter()
+        for batch in batches:
+            if self._step_done is None or self._step_done.query():
+                self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
     def add(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        for key, value in {"loss": loss, **{f"loss/{name}": part for name, part in parts.items()}}.items():
-            self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value.detach()
+        """A micro-batch: its loss and the parts of it, scalars on the device."""
+        self.names = ("loss", *(f"loss/{name}" for name in parts))
+        values = torch.stack([loss.detach(), *parts.values()])
+        self.sums = values if self.sums is None else self.sums + values
         self.micro_batches += 1
 
+    def step(self) -> None:
+        """An optimizer step is under way."""
+        self.steps += 1
+        if self._step_done is not None:
+            self._step_done.record()
+
     def read(self, batch_size: int) -> dict[str, float]:
-        """Means over all processes, and images per second; then starts anew."""
-        means = self.accelerator.reduce(torch.stack(list(self.sums.values())) / self.micro_batches, "mean")
-        values = dict(zip(self.sums, means.tolist(), strict=True))
-        values["images_per_second"] = self.steps * batch_size / (time.perf_counter() - self.began)
+        """Means over all processes, images per second and the share of the time spent waiting for data; then starts
+        anew.
+        """
+        assert self.sums is not None, "a window is read after at least one step"
+        means = self.accelerator.reduce(self.sums / self.micro_batches, "mean")
+        values = dict(zip(self.names, means.tolist(), strict=True))
+        seconds = time.perf_counter() - self.began
+        values["images_per_second"] = self.steps * batch_size / seconds
+        values["data_wait"] = min(1.0, self.waited / seconds)
         self.restart()
         return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,17 @@ class Teacher(nn.Module):
         """Stays in eval mode."""
         super().train(False)
         return self
+
+    def with_weights_in(self, precision: torch.dtype) -> Teacher:
+        """A copy for use under autocast to `precision`: the same logits, bit for bit, without casting all weights in
+        each forward pass. Autocast remembers the casts of weights only if they are trained.
+        """
+        copied = copy.deepcopy(self)
+        for module in copied.modules():
+            # A subclass may compute with its weights before it uses them (weight standardisation).
+            if type(module) in (nn.Conv2d, nn.Linear):
+                module.to(precision)
+        return copied
 
     def describe(self) -> str:
         """One line: name, size, inputs, weights."""

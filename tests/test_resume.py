@@ -40,7 +40,7 @@ def go(recipe: Recipe, out: Path, steps: int | None, resume: str | None = None) 
 
 
 def train_lines(path: Path) -> list[dict[str, float]]:
-    timing = ("time", "images_per_second")
+    timing = ("time", "images_per_second", "data_wait")
     return [{k: v for k, v in line.items() if k not in timing} for line in run.read_metrics(path, "train")]
 
 
