@@ -199,13 +199,17 @@ Objective = Annotated[Hard | Soft, Discriminator("method")]
 
 
 class Optim(Section):
-    name: str = Field("adamw", min_length=1, description="Optimizer, by timm's factory name.")
+    name: str = Field(
+        "adamw",
+        min_length=1,
+        description="Optimizer, by timm's factory name; muon and nmuon leave all but the hidden matrices to AdamW.",
+    )
     lr: float = Field(1.0e-3, gt=0.0, description="Peak learning rate, as it is: never scaled by the batch size.")
     min_lr: float = Field(0.0, ge=0.0, description="Learning rate at the end of the schedule.")
     weight_decay: float = Field(
         0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none."
     )
-    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="For optimizers that have one.")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="For optimizers that have one; 0.95 for Muon.")
     warmup_epochs: float = Field(10.0, ge=0.0, description="Epochs of linear warm-up from 0.")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
@@ -226,10 +230,12 @@ class Train(Section):
         False, description="Recompute activations in the backward pass to save memory."
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
-        None, description="Of training; null: what accelerate was launched with."
+        None, description="Of training; null: what accelerate was launched with. On a CPU without bf16, fp32."
     )
     ema: float | None = Field(None, gt=0.0, lt=1.0, description="Decay of the weights' moving average; null: none.")
-    compile: Literal["auto"] | bool = Field("auto", description="torch.compile the student; auto: on CUDA.")
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="torch.compile the student and its teacher, on CUDA into CUDA graphs; auto: on CUDA."
+    )
     label_smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="Of the label loss.")
     max_steps: int | None = Field(
         None, gt=0, description="End the run properly after this many steps; the schedule stays."
