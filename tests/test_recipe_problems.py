@@ -141,6 +141,10 @@ def test_a_missing_choice_among_shapes_is_said_in_words_of_the_recipe(raw: dict[
         ("student.attention.kind=aera", ["aera", "'standard', 'area'"]),
         ("data.augment.random_erasing=1.5", ["less than or equal to 1"]),
         ("data.augment.random_resized_crop={scale: [0.1]}", ["at least 2"]),
+        ("data.augment.rand_augment.magnitude=11", ["less than or equal to 10"]),
+        ("data.augment.rand_augment.num_ops=0", ["greater than or equal to 1"]),
+        ("data.augment.color_jitter.hue=0.6", ["less than or equal to 0.5"]),
+        ("data.augment.trivial_augment=1", ["boolean", "1"]),
         ("student.drop_path=1", ["less than 1"]),
     ],
 )
@@ -168,6 +172,7 @@ def test_numbers_are_finite(key: str, value: str) -> None:
         (["data.validation=1.5"], "data.validation", "1.5"),
         (["data.select_on=test"], "data.select_on", "validation to 0"),
         (["data.augment={crop_padding: 4, random_resized_crop: {}}"], "data.augment.crop_padding", "exclude"),
+        (["data.augment={rand_augment: {}, trivial_augment: true}"], "data.augment.rand_augment", "exclude"),
         (
             ["data.augment.random_resized_crop.scale=[0.5, 0.2]"],
             "data.augment.random_resized_crop.scale",
@@ -223,6 +228,7 @@ def test_impossible_combinations_are_refused(overrides: list[str], path: str, wo
         ["train.batch_size=12", "train.gradient_accumulation=3", "data.augment.cutmix=1.0"],
         ["optim.lr=1", "optim.min_lr=1"],
         ["teacher=[{model: a}, {model: b, weight: 3}]"],
+        ["data.augment={rand_augment: {}, color_jitter: {hue: 0.5}, trivial_augment: false}"],
         ["distill=[{method: soft, temperature: 4}, {method: hard, weight: 0}]"],
     ],
 )

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from distill.data import geometry, mixing
+from distill.data import geometry, mixing, rows
 from distill.data import randomness as rnd
 from distill.data.augment import Augmenter
 from distill.recipe import Augment
@@ -241,6 +241,7 @@ def test_cutmix_boxes_have_their_area_in_the_middle_and_are_clipped_at_the_edge(
     ]
 
 
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
 FULL = {
     "crop_padding": 2,
     "hflip": True,
@@ -248,9 +249,21 @@ FULL = {
     "mixup": 0.8,
     "cutmix": 1.0,
 }
+RESIZED = {"crop_padding": 0, "random_resized_crop": {}}
+EACH_CROP_AND_POLICY = pytest.mark.parametrize(
+    "crop",
+    [
+        {},
+        RESIZED,
+        {"rand_augment": {}, "color_jitter": JITTER},
+        {"trivial_augment": True},
+        RESIZED | {"rand_augment": {}},
+        RESIZED | {"color_jitter": {"hue": 0.5}},
+    ],
+)
 
 
-@pytest.mark.parametrize("crop", [{}, {"crop_padding": 0, "random_resized_crop": {}}])
+@EACH_CROP_AND_POLICY
 def test_a_sample_does_not_depend_on_the_batch_around_it(crop: dict[str, object]) -> None:
     images, labels, indices = data = batch()
     whole, targets = augmented(data, **(FULL | crop))
@@ -276,3 +289,18 @@ def test_global_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
     augmented(batch(), **FULL)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@EACH_CROP_AND_POLICY
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_form_for_devices_that_must_not_wait_gives_the_same(
+    crop: dict[str, object], channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = batch(64, channels, 17, 23)
+    copy = data[0].clone()
+    picked, _ = augmented(data, **(FULL | crop))
+    monkeypatch.setattr(rows, "picks_rows", lambda device: False)
+    assert torch.equal(augmented(data, **(FULL | crop))[0], picked)
+    monkeypatch.setattr(rows, "DEVICE_PART", 20 * 3 * 17 * 23)
+    assert torch.equal(augmented(data, **(FULL | crop))[0], picked)
+    assert torch.equal(data[0], copy)  # what came in is left as it was
