@@ -24,6 +24,9 @@ class Compilation:
     moving average and a checkpoint change weights in place, where the graphs expect them. Under DistributedDataParallel
     gradients are copied into its buckets as they come.
 
+    The teacher has no stream of its own: two graphs take two launches a step, so there is little to hide behind the
+    other's work, and a second stream would have to be made safe against the memory that they share.
+
     There are no graphs, only compiled kernels, where they would not be safe or not pay:
     - gradient accumulation: autograd adds the second micro-batch to gradients in the first one's memory
       (github.com/pytorch/pytorch/issues/169545);

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill import run
+from distill.processes import bf16_instructions
 from tests.conftest import Toy, environment
 
 EVEN = (
@@ -119,6 +120,9 @@ def test_bf16_runs_on_the_cpu(toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = launch(2, toy.recipe, "--out", out, "train.precision=bf16", "train.max_steps=3", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads((out / "environment.json").read_text())["precision"] == "bf16"
+    chosen, why = ("bf16", "for which this CPU has") if bf16_instructions() else ("fp32", "instead of bf16")
+    assert json.loads((out / "environment.json").read_text())["precision"] == chosen
+    assert f"precision: {chosen}" in result.stdout + result.stderr
+    assert (result.stdout + result.stderr).count(why) == 1, "one process speaks"
     weights = load_file(out / "checkpoints" / "last" / "model.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
