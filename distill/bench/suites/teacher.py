@@ -23,7 +23,7 @@ DEPTH = 56
 def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
     cuda = machine.device.type == "cuda"
     for precision in ("bf16",) if cuda else machine.precisions:
-        student = arms.Student("vit_tiny", precision=precision, batch_size=1024 if cuda else 128)
+        student = arms.Student(machine.sizes[-1], precision=precision, batch_size=1024 if cuda else 128)
         yield from _distilling(machine, student)
     if not cuda:
         yield Unmeasured("distilling over not distilling", "<= 1.12", "the goal is for CUDA")
