@@ -101,7 +101,14 @@ class Augmenter:
         self, images: Tensor, labels: Tensor, indices: Tensor, *, seed: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
         """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
-        key = self._epoch_keys(seed, epoch)
+        self._operations.prepare(*images.shape[2:])
+        return self._augment(self._epoch_keys(seed, epoch), images, labels, indices)
+
+    def compile(self) -> None:
+        """Make a few kernels of the hundreds, when first called; for a GPU, and batches of one size."""
+        self._augment = torch.compile(self._augment, dynamic=False)  # type: ignore[method-assign]
+
+    def _augment(self, key: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         hashed = hashes(key, indices)
         rows = self._rows
         flip = uniform(hashed[rows["flip"]][0]) < 0.5 if "flip" in rows else None
@@ -141,7 +148,7 @@ class Augmenter:
 
     def _operated(self, images: Tensor, boxes: Boxes, flip: Tensor | None, hashed: Tensor) -> Tensor:
         """Crop, flip and the operations drawn: uint8 [B, C, H, W] -> the same, not in place."""
-        layers, moves, moving = self._operations.draw(hashed, *images.shape[2:])
+        layers, moves, moving = self._operations.draw(hashed)
         moved = moves if flip is None else mirror(moves, flip, images.shape[3])
         resampled = partial(resample, fill=self._fill)
         if self._crop is not None:

@@ -71,11 +71,8 @@ def mix_pairs(
 
 def _blend(values: Tensor, weight: Tensor) -> Tensor:
     """weight * own + (1 - weight) * partner's; exact where the weight is 0 or 1."""
-    blended = torch.empty_like(values)
-    first, second = values[::2], values[1::2]
-    torch.lerp(second, first, weight[::2], out=blended[::2])
-    torch.lerp(first, second, weight[1::2], out=blended[1::2])
-    return blended
+    partners = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return partners.lerp_(values, weight)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

@@ -14,22 +14,22 @@ from torch import Tensor
 from distill.data.policies import Layer, Operation
 from distill.data.rows import update
 
-TABLES = range(Operation.INVERT, Operation.EQUALIZE + 1)
-BLENDS = range(Operation.COLOR, Operation.SHARPNESS + 1)
+TABLES = range(Operation.INVERT.value, Operation.EQUALIZE.value + 1)
+BLENDS = range(Operation.COLOR.value, Operation.SHARPNESS.value + 1)
 LUMA = (19595, 38470, 7471)  # of R, G and B in 2**-16, as in PIL
 
 
 def apply(images: Tensor, layer: Layer) -> None:
     """Each sample's operation with its argument, in place on uint8 [B, C, H, W]."""
     operation, argument, possible = layer
-    if not possible.isdisjoint(TABLES):
+    if any(kind in possible for kind in TABLES):
         wanted = (operation >= TABLES.start) & (operation < TABLES.stop)
         update(images, wanted, _through_tables, images, operation, argument)
-    if not possible.isdisjoint(BLENDS):
+    if any(kind in possible for kind in BLENDS):
         wanted = (operation >= BLENDS.start) & (operation < BLENDS.stop)
         update(images, wanted, _blended, images, operation, argument)
     if Operation.HUE in possible and images.shape[1] == 3:
-        update(images, operation == Operation.HUE, _shift_hue, images, argument)
+        update(images, operation == Operation.HUE.value, _shift_hue, images, argument)
 
 
 def _blend(degenerate: Tensor, values: Tensor, factor: Tensor) -> Tensor:
@@ -46,22 +46,22 @@ def tables(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
     """uint8 [B, C, 256]: what each value becomes; for an operation that is no table, the value itself."""
 
     def given(which: Operation, otherwise: float) -> Tensor:
-        return torch.where(operation == which, argument, otherwise)[:, None]
+        return torch.where(operation == which.value, argument, otherwise)[:, None]
 
     level = torch.arange(256, device=images.device, dtype=torch.float32)
     base = torch.zeros_like(argument)
-    update(base, operation == Operation.CONTRAST, _mean_grey, images)
+    update(base, operation == Operation.CONTRAST.value, _mean_grey, images)
     brightness = given(Operation.BRIGHTNESS, 1.0)
-    factor = torch.where((operation == Operation.CONTRAST)[:, None], argument[:, None], brightness)
+    factor = torch.where((operation == Operation.CONTRAST.value)[:, None], argument[:, None], brightness)
     added = level + given(Operation.SOLARIZE_ADD, 0.0) * (level < 128)
     table = _blend(base[:, None], added, factor)
-    threshold = given(Operation.SOLARIZE, 256.0).masked_fill((operation == Operation.INVERT)[:, None], 0.0)
+    threshold = given(Operation.SOLARIZE, 256.0).masked_fill((operation == Operation.INVERT.value)[:, None], 0.0)
     table = torch.where(level >= threshold, 255 - table, table)
     dropped = 8 - given(Operation.POSTERIZE, 8.0).to(torch.int32)
     table = (table >> dropped) << dropped
     table = table[:, None].expand(-1, images.shape[1], -1).to(torch.uint8, memory_format=torch.contiguous_format)
-    update(table, operation == Operation.AUTOCONTRAST, _stretched, images)
-    update(table, operation == Operation.EQUALIZE, _equalized, images)
+    update(table, operation == Operation.AUTOCONTRAST.value, _stretched, images)
+    update(table, operation == Operation.EQUALIZE.value, _equalized, images)
     return table
 
 
@@ -81,7 +81,8 @@ def _mean_grey(images: Tensor) -> Tensor:
 
 def _stretched(images: Tensor) -> Tensor:
     """Tables of autocontrast: each channel's range to 0 .. 255; a channel of one value is left as it is."""
-    low, high = (extreme.int()[:, :, None] for extreme in torch.aminmax(images.flatten(2), dim=2))
+    # Not of uint8, of which torch 2.15, compiling for a CPU, takes every minimum to be 0.
+    low, high = torch.aminmax(images.flatten(2).int(), dim=2, keepdim=True)
     level = torch.arange(256, device=images.device, dtype=torch.int32)
     table = (level - low).clamp_(min=0) * 255 // (high - low).clamp_(min=1)
     return torch.where(high > low, table.clamp_(max=255), level).to(torch.uint8)
@@ -105,7 +106,7 @@ def _blended(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
     values = images.float()
     # An image that is not RGB has no colour to change.
     degenerate = _grey(images).float().repeat(1, 3, 1, 1) if images.shape[1] == 3 else values.clone()
-    update(degenerate, operation == Operation.SHARPNESS, _smooth, values)
+    update(degenerate, operation == Operation.SHARPNESS.value, _smooth, values)
     return _blend(degenerate, values, argument[:, None, None, None])
 
 
@@ -118,23 +119,24 @@ def _smooth(values: Tensor) -> Tensor:
     return smooth
 
 
-def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """RGB images with the hue turned by `shift` full circles; saturation and value (of HSV) stay."""
+def _shift_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """RGB images with the hue turned by `turn` circles (-1/2 to 1/2); saturation and value (of HSV) stay.
+
+    All hues are counted in sixths of a circle times the pixel's chroma, so that nothing is divided.
+    """
     red, green, blue = images.float().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    safe = chroma.clamp(min=1)
     hue = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+        value == red, green - blue, torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     )
-    hue = hue + 6 * shift[:, None, None]
-    channels = [value - chroma * _ramp(hue + offset) for offset in (5, 3, 1)]
-    return torch.stack(channels, 1).round_().to(torch.uint8)
-
-
-def _ramp(hue: Tensor) -> Tensor:
-    """How much of the chroma a channel lacks, in [0, 1], by its hue in sixths of a circle."""
-    sixths = hue.remainder(6)
-    return torch.minimum(sixths, 4 - sixths).clamp_(0, 1)
+    circle = 6 * chroma
+    hue = hue + circle * torch.where(turn < 0, turn + 1, turn)[:, None, None]  # from -chroma to 11 * chroma
+    channels = []
+    for offset in (5, 3, 1):
+        sixths = hue + offset * chroma
+        for _ in range(2):
+            sixths = torch.where(sixths >= circle, sixths - circle, sixths)
+        lacking = torch.minimum(torch.minimum(sixths, 4 * chroma - sixths), chroma).clamp_(min=0)
+        channels.append((value - lacking).round_())
+    return torch.stack(channels, 1).to(torch.uint8)

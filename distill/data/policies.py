@@ -21,6 +21,9 @@ from distill.recipe.schema import Augment, ColorJitter, RandAugment
 
 MAGNITUDE_BITS = 10
 FACTOR_BITS = 12
+# Arguments are multiples of 2**-ARGUMENT_BITS, turns of the hue of 2**-TURN_BITS: with grey levels of 8 bits all
+# arithmetic on them is exact in float32, whichever way a device or a compiler goes about it.
+ARGUMENT_BITS, TURN_BITS = 15, 12
 
 
 class Operation(IntEnum):
@@ -42,7 +45,7 @@ class Operation(IntEnum):
     EQUALIZE = 13
     COLOR = 14  # this and the next: 0 is the grey (the smoothed) image, 1 the image
     SHARPNESS = 15
-    HUE = 16  # circles
+    HUE = 16  # circles, -1/2 to 1/2
 
 
 MOVES = range(Operation.SHEAR_X, Operation.ROTATE + 1)
@@ -159,10 +162,14 @@ def _policy(arguments: Mapping[Operation, np.ndarray | None], height: int, width
     identity = matrices(Operation.IDENTITY, np.zeros(1), height, width)
     return Policy(
         torch.tensor([*np.repeat(list(arguments), count), Operation.IDENTITY]),
-        torch.from_numpy(np.concatenate([*columns, np.zeros(1)])).float(),
+        _rounded(np.concatenate([*columns, np.zeros(1)]), ARGUMENT_BITS),
         fixed(np.concatenate([*moves, identity])),
         frozenset(arguments),
     )
+
+
+def _rounded(values: np.ndarray, bits: int) -> Tensor:
+    return torch.from_numpy(np.ldexp(np.rint(np.ldexp(values, bits)), -bits)).float()
 
 
 def matrices(operation: Operation, arguments: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -213,12 +220,13 @@ def color_jitter(spec: ColorJitter) -> Jitter:
     middles = (np.arange(1 << FACTOR_BITS) + 0.5) / (1 << FACTOR_BITS)
     factors = []
     for operation, extent in on.items():
-        low, high = (-extent, extent) if operation == Operation.HUE else (max(0.0, 1.0 - extent), 1.0 + extent)
-        factors.append(low + middles * (high - low))
+        turns = operation == Operation.HUE
+        low, high = (-extent, extent) if turns else (max(0.0, 1.0 - extent), 1.0 + extent)
+        factors.append(_rounded(low + middles * (high - low), TURN_BITS if turns else ARGUMENT_BITS))
     return Jitter(
         torch.tensor(list(on)),
         torch.tensor(list(permutations(range(len(on))))),
-        torch.from_numpy(np.array(factors)).float(),
+        torch.stack(factors),
         frozenset(on),
     )
 
@@ -233,22 +241,23 @@ class Operations:
         self._layers = 1 if spec.trivial_augment else 0 if spec.rand_augment is None else spec.rand_augment.num_ops
         jitter = spec.color_jitter
         self._jitter = None if jitter is None or not any(dict(jitter).values()) else color_jitter(jitter).to(device)
-        self._policy: tuple[tuple[int, int], Policy] | None = None
+        self._size: tuple[int, int] | None = None
+        self._policy: Policy | None = None
         self._still = fixed(np.eye(2, 3)).to(device)
         self.draws = [f"policy/{layer}{draw}" for layer in range(self._layers) for draw in ("", "/whether")]
         if self._jitter is not None:
             self.draws += ["color-jitter/order"]
             self.draws += [f"color-jitter/{name}" for key, name in JITTERED.items() if key in self._jitter.possible]
 
-    def _sized_policy(self, height: int, width: int) -> Policy:
-        if self._policy is None or self._policy[0] != (height, width):
+    def prepare(self, height: int, width: int) -> None:
+        """Make the tables for images of this size; copies to the device."""
+        if self._layers and self._size != (height, width):
             spec = self.spec.rand_augment
             policy = trivial_augment(height, width) if spec is None else rand_augment(spec, height, width)
-            self._policy = (height, width), policy.to(self.device)
-        return self._policy[1]
+            self._size, self._policy = (height, width), policy.to(self.device)
 
-    def draw(self, hashed: Tensor, height: int, width: int) -> tuple[list[Layer], Tensor, Tensor | None]:
-        """What happens to a batch of images of this size, from hashes [len(draws), B].
+    def draw(self, hashed: Tensor) -> tuple[list[Layer], Tensor, Tensor | None]:
+        """What happens to a batch of images of the size prepared for, from hashes [len(draws), B].
 
         The layers in their order; all their moves in one, [B, 2, 3]; and which samples move, bool [B] (None: none, for
         nothing that moves is asked for).
@@ -257,8 +266,8 @@ class Operations:
         moves, moving = self._still.expand(hashed.shape[1], -1, -1), None
         if self._layers:
             probability = 1.0 if self.spec.rand_augment is None else self.spec.rand_augment.probability
-            policy = self._sized_policy(height, width)
-            layers, each = policy.draw(hashed[: 2 * self._layers], probability)
+            assert self._policy is not None, "prepare comes first"
+            layers, each = self._policy.draw(hashed[: 2 * self._layers], probability)
             moves = compose(each)
             moving = (moves != self._still).flatten(1).any(1)
         if self._jitter is not None:

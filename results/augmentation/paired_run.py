@@ -53,7 +53,8 @@ class OneByOne:
         hashed = hashes(keys(seed, epoch, ["crop/y", "crop/x", "flip", *self.operations.draws]), indices)
         starts = integers(hashed[:2], 2 * self.spec.crop_padding + 1) - self.spec.crop_padding
         flips = uniform(hashed[2]) < 0.5
-        layers, _, _ = self.operations.draw(hashed[3:], *images.shape[2:])
+        self.operations.prepare(*images.shape[2:])
+        layers, _, _ = self.operations.draw(hashed[3:])
         results = []
         for row, image in enumerate(images):
             drawn = [(Operation(int(layer.operation[row])), float(layer.argument[row])) for layer in layers]
