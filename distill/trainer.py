@@ -30,6 +30,7 @@ from distill.recipe import Recipe
 from distill.run import Run
 from distill.signals import Interrupted, StopRequest
 from distill.students import Student, build_student
+from distill.students.plain import train_on_cpu
 from distill.teacher_cache import TeacherCache
 from distill.window import Window
 from teachers import Teacher
@@ -86,6 +87,7 @@ class Trainer:
         # Faster for convolutions, on a CPU too; a plain ViT has only its patch projection to gain.
         self.student.to(memory_format=torch.channels_last)
         self.student.to(accelerator.device)
+        train_on_cpu(self.student)
         self.initial_weights = state_digest(self.student)
         if train.gradient_checkpointing:
             self.student.checkpoint_gradients()

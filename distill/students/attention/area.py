@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.students.attention.area_pooling import Areas, pool, standard_deviation
-from distill.students.attention.area_weights import attend_by_token_weights
 from distill.students.attention.base import PatchGrid, attention_kind
+from distill.students.attention.cpu import attend, eager_on_cpu
 
 PLAIN_KEY_MODES = ("mean", "max", "sample")
 LEARNED_KEY_MODES = ("concat", "max_concat", "sum", "sample_concat", "sample_sum")
@@ -59,13 +59,19 @@ def area_attention(
         raise ValueError(f"value modes are {', '.join(VALUE_MODES)}; got '{value_mode}'")
     if top_k < 0:
         raise ValueError(f"top_k counts areas, got {top_k}")
-    # The token-weight form is the faster in eager mode on a CPU; fused kernels never hold a token x token matrix, and
-    # a graph of standard operators is what compilers and exports want.
-    by_token_weights = key_mode == "mean" and value_mode != "max" and not top_k
-    if by_token_weights and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        return attend_by_token_weights(query, key, value, areas, mean_values=value_mode == "mean")
+    if _pools_logits(query.device, key_mode, value_mode, top_k):
+        return attend(query, key, value, areas=areas, mean_values=value_mode == "mean").transpose(1, 2)
     area_keys = _sampled(key, areas) if key_mode == "sample" else pool(key, areas, key_mode)
     return _attend(query, area_keys, pool(value, areas, value_mode), top_k)
+
+
+def _pools_logits(device: torch.device, key_mode: str, value_mode: str, top_k: int) -> bool:
+    """Whether areas are made of token logits: by far the cheapest in eager mode on a CPU.
+
+    Elsewhere keys and values are pooled: fused kernels never hold a token x token matrix, and a graph of standard
+    operators is what compilers and exports want.
+    """
+    return eager_on_cpu(device) and key_mode == "mean" and value_mode != "max" and not top_k
 
 
 def _sampled(key: Tensor, areas: Areas) -> Tensor:
@@ -74,8 +80,10 @@ def _sampled(key: Tensor, areas: Areas) -> Tensor:
 
 
 def _attend(query: Tensor, area_keys: Tensor, area_values: Tensor, top_k: int) -> Tensor:
-    """Query [..., Q, d], area keys and values [..., areas, d] -> [..., Q, d]."""
+    """Query [B, heads, Q, d], area keys and values [B, heads, areas, d] -> [B, heads, Q, d]."""
     if not top_k:
+        if eager_on_cpu(query.device):
+            return attend(query, area_keys, area_values, areas=Areas.of(area_keys.shape[-2], 1)).transpose(1, 2)
         return F.scaled_dot_product_attention(query, area_keys, area_values)
     logits = (query * query.shape[-1] ** -0.5) @ area_keys.transpose(-1, -2)
     smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -145,22 +153,25 @@ class AreaAttention(nn.Module):
         """Tokens [B, N, dim] -> [B, N, dim]; the other arguments come from timm's blocks and must be None and False."""
         if attn_mask is not None or is_causal:
             raise ValueError("area attention takes no mask")
-        batch, tokens, dim = x.shape
+        batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         grid = None if self.grid is None else (self.grid.height, self.grid.width)
-        if self.key_mode in LEARNED_KEY_MODES:
-            areas = Areas.of(tokens, self.max_area, grid, self.num_prefix_tokens)
+        areas = Areas.of(tokens, self.max_area, grid, self.num_prefix_tokens)
+        key_mode = "mean" if self.key_mode == "sample" and not self.training else self.key_mode
+        if _pools_logits(x.device, key_mode, self.value_mode, self.top_k):
+            attended = attend(qkv, areas=areas, mean_values=self.value_mode == "mean")
+            return self.proj_drop(self.proj(attended.flatten(2)))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if key_mode in LEARNED_KEY_MODES:
             keys = self.area_keys(key, areas).to(query.dtype)
             attended = _attend(query, keys, pool(value, areas, self.value_mode), self.top_k)
         else:
             attended = area_attention(
                 query, key, value,
                 max_area=self.max_area, grid=grid, num_prefix_tokens=self.num_prefix_tokens,
-                key_mode="mean" if self.key_mode == "sample" and not self.training else self.key_mode,
-                value_mode=self.value_mode, top_k=self.top_k,
+                key_mode=key_mode, value_mode=self.value_mode, top_k=self.top_k,
             )  # fmt: skip
-        return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
 
     def area_keys(self, key: Tensor, areas: Areas) -> Tensor:
         """The learned keys: [B, heads, tokens, head_dim] -> [B, heads, areas, head_dim]."""

@@ -7,7 +7,6 @@ box of h x (w - 1) and one more column. Summed-area tables would take difference
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,10 +85,6 @@ class Areas(NamedTuple):
                     box = combine(box.narrow(columns, 0, kept), tall.narrow(columns, w - 1, kept))
                 yield h, w, box
 
-    def larger_boxes(self, x: Tensor, dims: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
-        """The sums over all boxes of more than one token."""
-        return itertools.islice(self.boxes(x, dims), 1, None)
-
 
 def pool(x: Tensor, areas: Areas, mode: str) -> Tensor:
     """Tokens [..., tokens, d] -> areas [..., areas, d]; `mode` is 'mean', 'sum' or 'max' of an area's tokens."""
@@ -114,3 +109,42 @@ def standard_deviation(x: Tensor, areas: Areas) -> Tensor:
                 squares = squares + (grid[..., i : i + mean.shape[-3], j : j + mean.shape[-2], :] - mean).square()
         variances.append((squares / (h * w)).flatten(-3, -2))
     return (torch.cat(variances, -2) + STD_EPSILON).sqrt()
+
+
+def pool_rows(x: Tensor, areas: Areas, mean: bool) -> Tensor:
+    """Tokens [n, tokens, m] -> their mean or sum in every area [n, areas, m], without autograd."""
+    tokens = x.shape[1]
+    if areas.number == tokens:
+        return x
+    pooled = x.new_empty(x.shape[0], areas.number, x.shape[2])
+    pooled.narrow(1, 0, tokens).copy_(x)
+    for boxes, smaller, added, size in _made_of_smaller_boxes(pooled, areas):
+        if mean:
+            torch.lerp(smaller, added, 1 / size, out=boxes)
+        else:
+            torch.add(smaller, added, out=boxes)
+    return pooled
+
+
+def unpool_rows_(x: Tensor, areas: Areas, mean: bool) -> Tensor:
+    """The transpose of `pool_rows`: areas [n, areas, m] -> tokens [n, tokens, m], in x's memory."""
+    for boxes, smaller, added, size in reversed(list(_made_of_smaller_boxes(x, areas))):
+        smaller.add_(boxes, alpha=1 - 1 / size if mean else 1)
+        added.add_(boxes, alpha=1 / size if mean else 1)
+    return x.narrow(1, 0, areas.prefix + areas.height * areas.width)
+
+
+def _made_of_smaller_boxes(x: Tensor, areas: Areas) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Views of x [n, areas, m], in order: all boxes of one size [n, H', W', m]; the boxes that lack a last column (or,
+    one column wide, a last row); these columns (rows); and how many of them a box has."""
+    sizes: dict[tuple[int, int], Tensor] = {}
+    start = areas.prefix
+    for h, w, count in areas.sizes():
+        height, width = areas.height - h + 1, areas.width - w + 1
+        boxes = x.narrow(1, start, count).view(x.shape[0], height, width, x.shape[2])
+        if w > 1:
+            yield boxes, sizes[h, w - 1].narrow(2, 0, width), sizes[h, 1].narrow(2, w - 1, width), w
+        elif h > 1:
+            yield boxes, sizes[h - 1, 1].narrow(1, 0, height), sizes[1, 1].narrow(1, h - 1, height), h
+        sizes[h, w] = boxes
+        start += count
