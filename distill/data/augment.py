@@ -105,7 +105,7 @@ class Augmenter:
         return self._augment(self._epoch_keys(seed, epoch), images, labels, indices)
 
     def compile(self) -> None:
-        """Make a few kernels of the hundreds, when first called; for a GPU, and batches of one size."""
+        """From the next call on with a few kernels in place of hundreds: for a GPU, and batches of one size."""
         self._augment = torch.compile(self._augment, dynamic=False)  # type: ignore[method-assign]
 
     def _augment(self, key: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

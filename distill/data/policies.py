@@ -146,12 +146,13 @@ def trivial_augment(height: int, width: int) -> Policy:
     )
 
 
+# Where in the matrix the argument stands.
 _ENTRIES = {
     Operation.SHEAR_X: (0, 1),
     Operation.SHEAR_Y: (1, 0),
     Operation.TRANSLATE_X: (0, 2),
     Operation.TRANSLATE_Y: (1, 2),
-}  # of the matrix, that the argument is
+}
 
 
 def _policy(arguments: Mapping[Operation, np.ndarray | None], height: int, width: int) -> Policy:
@@ -169,6 +170,7 @@ def _policy(arguments: Mapping[Operation, np.ndarray | None], height: int, width
 
 
 def _rounded(values: np.ndarray, bits: int) -> Tensor:
+    """float64 -> float32, to the nearest multiples of 2**-bits."""
     return torch.from_numpy(np.ldexp(np.rint(np.ldexp(values, bits)), -bits)).float()
 
 
