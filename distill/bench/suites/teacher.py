@@ -62,8 +62,8 @@ def _record(trainer: Trainer, batch: list[Batch], folder: Path) -> None:
         )
         assert trainer.cache is not None
         trainer.cache.start()
-    trainer.train_step(batch)
-    trainer.cache.flush()
+        trainer.train_step(batch)
+        trainer.cache.flush()
 
 
 def _own_path(machine: Machine) -> Row:
