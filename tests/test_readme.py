@@ -64,3 +64,16 @@ def test_the_results_are_those_of_the_run_files() -> None:
         (test,) = [line for line in read_metrics(path, "eval") if line["split"] == "test"]
         assert f"{test['student/top1']:.2f}" == shown[f"{model}, both heads"]
         assert read_status(path)["state"] == "finished"
+
+
+def test_the_speeds_are_those_of_the_benchmark() -> None:
+    folder = ROOT / "results" / "bench"
+    section = README.split("## Speed\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 10
+    written = (folder / "cpu.md").read_text(encoding="utf-8")
+    assert set(shown) <= set(written.splitlines())
+    figures = json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
+    for row in figures["rows"]:
+        assert f"| {row['name']} | {row['arm_a']} over {row['arm_b']} | {row['ratio']:.3f} |" in written
+        assert row["repetitions"] >= 5

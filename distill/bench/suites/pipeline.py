@@ -25,7 +25,7 @@ from teachers.cifar_resnet import CifarResNet
 DEPTH = 20
 FIRST_STEPS = 3
 """In which a loader's processes fill their queue, before the time is taken."""
-SECONDS_A_ROUND = 3.0
+SECONDS_A_ROUND = 2.0
 FILES = 256
 
 
@@ -71,7 +71,7 @@ def _over_peer(machine: Machine, student: arms.Student, peers: Mapping[str, Goal
     ours = arm("pipeline", whole.run, before=whole.start, after=whole.stop)
     still = arm("one fixed batch", partial(_repeat, steps, lambda: trainer.train_step(batch)))
     others = [_peer_arm(machine, student, form, arm, steps) for form in peers]
-    times = interleave([ours, still, *others], machine.device, repetitions=machine.repetitions)
+    times = interleave([ours, still, *others], machine.device, repetitions=machine.repetitions, warm_up=0)
     where = f"pipeline, {student.model}/{student.patch_size} {student.resolution} px {student.precision}"
     rate = machine.matrix_rates[student.precision]
     for other, goal in zip(others, peers.values(), strict=True):
