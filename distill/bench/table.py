@@ -18,7 +18,7 @@ VERDICTS = {True: "yes", False: "no", None: ""}
 def cells(row: Row) -> tuple[str, ...]:
     """One row's cells in the order of COLUMNS."""
     details = row.details or {}
-    each = [f"{speed:,.3g}/s" if speed < 100 else f"{speed:,.0f}/s" for speed in details.get("per_second", ())]
+    each = [_speed(speed) for speed in details.get("per_second", ())]
     if "bytes" in details:
         each = [f"{size / 2**20:,.0f} MiB" for size in details["bytes"]]
     share = ", ".join(f"{share:.0%}" for share in details.get("share_of_matrix_rate", ()))
@@ -28,6 +28,12 @@ def cells(row: Row) -> tuple[str, ...]:
     spread = f"{row.spread[0]:.3f} to {row.spread[1]:.3f}"
     over = f"{row.arm_a} over {row.arm_b}"
     return row.name, over, f"{row.ratio:.3f}", spread, goal, VERDICTS[row.met], ", ".join(each), share
+
+
+def _speed(value: float) -> str:
+    if value >= 1e9:
+        return f"{value / 1e9:,.0f} G/s"
+    return f"{value:,.3g}/s" if value < 100 else f"{value:,.0f}/s"
 
 
 def render_console(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> Group:
