@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill import __version__
-from distill.errors import InputError
+from distill.errors import InputError, RunFailed
 
 # 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
@@ -109,6 +109,9 @@ def train(options: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     except InputError:
         raise
+    except RunFailed as failure:
+        print(f"failed: {failure}", file=sys.stderr)
+        return EXIT_FAILED
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED

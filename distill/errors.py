@@ -1,4 +1,4 @@
-"""The one exception for what a user did."""
+"""The two exceptions that end in a message instead of a stack trace."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,11 @@ class InputError(ValueError):
     """
 
     process: int | None = None
+
+
+class RunFailed(Exception):
+    """A run cannot go on, for no fault of its recipe: the disk or the memory is full, or its numbers are not finite.
+
+    The message, of one or two lines, says what happened and what to change; the commands add what is safe and how to
+    resume, and exit with code 3.
+    """

@@ -4,6 +4,7 @@ absent.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Counted = Callable[..., None]
 
 SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -121,3 +123,19 @@ def command(tmp_path: Path) -> Command:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Counted:
+    """Prints and records how often a promise of reliability held, for results/reliability; asserts that it always did.
+
+    `counted("a crash while saving", done=100, of=100)`; further figures by name.
+    """
+
+    def record(promise: str, *, done: int, of: int, **figures: float | str) -> None:
+        values = {"promise": promise, "done": done, "of": of, **figures}
+        print(f"\n{json.dumps(values)}")
+        record_property("reliability", json.dumps(values))
+        assert done == of > 0, values
+
+    return record
