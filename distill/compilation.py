@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from distill.data.augment import Augmenter
 from distill.recipe.schema import Train
 
 
@@ -34,9 +35,10 @@ class Compilation:
     """
 
     def __init__(self, train: Train, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
-        self.enabled = on_cuda if train.compile == "auto" else train.compile
-        self.graphs = self.enabled and on_cuda and train.gradient_accumulation == 1 and not train.gradient_checkpointing
+        self.on_cuda = device.type == "cuda"
+        self.enabled = self.on_cuda if train.compile == "auto" else train.compile
+        fixed = train.gradient_accumulation == 1 and not train.gradient_checkpointing
+        self.graphs = self.enabled and self.on_cuda and fixed
         if self.enabled:
             # What an earlier run of this process compiled (the teacher's, or the student's before its control's) holds
             # its memory, and would count against the limit of recompilations.
@@ -46,6 +48,11 @@ class Compilation:
         """Compile the module's calls, in place, when it is first called; or leave it."""
         if self.enabled:
             module.compile(dynamic=False, mode="reduce-overhead" if self.graphs else None)
+
+    def apply_to_augmentation(self, augmenter: Augmenter) -> None:
+        """Compile it where the networks are, on CUDA; on a CPU its eager form skips images that an operation leaves."""
+        if self.enabled and self.on_cuda:
+            augmenter.compile()
 
     def begin_step(self) -> None:
         """Let the graphs overwrite what they returned in the step before."""

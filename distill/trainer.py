@@ -94,6 +94,7 @@ class Trainer:
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
         self.compilation = Compilation(train, accelerator.device)
         self.compilation.apply(self.student)
+        self.compilation.apply_to_augmentation(dataset.augmenter)
         self.training_teacher = self._training_teacher()
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model))
         self.model: nn.Module = accelerator.prepare(self.student)

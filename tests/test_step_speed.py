@@ -180,6 +180,8 @@ def test_where_there_are_graphs(
     calls: list[dict[str, Any]] = []
     compilation.apply(SimpleNamespace(compile=lambda **options: calls.append(options)))  # type: ignore[arg-type]
     assert calls == ([{"dynamic": False, "mode": "reduce-overhead" if graphs else None}] if enabled else [])
+    compilation.apply_to_augmentation(SimpleNamespace(compile=lambda: calls.append({"augments": True})))  # type: ignore[arg-type]
+    assert ({"augments": True} in calls) == (enabled and device == "cuda")
     compilation.begin_step()
     assert len(marks) == int(graphs)
 
