@@ -1,10 +1,10 @@
-"""One attention layer with its projections, forward and backward: area attention over the paper's summed-area tables,
-and over ordinary attention.
+"""One attention layer, forward and backward, with its projections and without: area attention over the paper's
+summed-area tables, and over ordinary attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from distill.bench.machine import DTYPES, Machine
 from distill.bench.measure import Arm, Goal, Row, compare, interleave
 from distill.bench.summed_area import summed_area_attention
 from distill.recipe.sizes import VIT_SIZES
-from distill.students.attention.area import AreaAttention
+from distill.students.attention.area import AreaAttention, area_attention
 from distill.students.attention.base import PatchGrid
+from distill.students.plain import train_on_cpu
 
 SIDE, PREFIX = 8, 2
 """Of the patch grid of a student with patch 4 at 32 px, and its class and distillation tokens."""
@@ -44,6 +45,7 @@ def measure(machine: Machine) -> Iterator[Row]:
     batch = 1024 if machine.device.type == "cuda" else 128
     for model in machine.sizes:
         for precision in machine.precisions:
+            yield from _without_projections(machine, model, precision, batch)
             plain = layer_arm(machine, model, precision, batch, "ordinary attention", None)
             areas = [layer_arm(machine, model, precision, batch, name, AreaAttention, **AREAS[name]) for name in AREAS]
             tables = [
@@ -58,10 +60,33 @@ def measure(machine: Machine) -> Iterator[Row]:
                 yield compare(where, times, area, plain, of="time")
 
 
+def _without_projections(machine: Machine, model: str, precision: str, batch: int) -> Iterator[Row]:
+    size = VIT_SIZES[model]
+    shape = batch, size.heads, SIDE**2 + PREFIX, size.width // size.heads
+    sources = [torch.randn(shape, device=machine.device, dtype=DTYPES[precision]).requires_grad_() for _ in range(3)]
+
+    def arm(name: str, attention: Callable[..., Tensor], options: Mapping[str, Any]) -> Arm:
+        def forward_and_backward() -> None:
+            attention(*sources, grid=(SIDE, SIDE), num_prefix_tokens=PREFIX, **options).sum().backward()
+            for source in sources:
+                source.grad = None
+
+        return Arm(name, forward_and_backward, batch)
+
+    areas = [arm(name, area_attention, options) for name, options in AREAS.items()]
+    tables = [arm(f"{name} by tables", summed_area_attention, options) for name, options in AREAS.items()]
+    times = interleave([*areas, *tables], machine.device, repetitions=machine.repetitions, times=2)
+    for area, table in zip(areas, tables, strict=True):
+        where = f"attention of {model} without projections, {SIDE**2 + PREFIX} tokens, batch {batch}, {precision}"
+        yield compare(where, times, area, table, of="speed")
+
+
 def attention_layer(width: int, heads: int, kind: type[AreaAttention] | None, **options: Any) -> nn.Module:
-    """A layer of that width; None: timm's own."""
+    """A layer of that width; None: timm's own, as it is trained here."""
     if kind is None:
-        return Attention(width, heads, qkv_bias=True)
+        plain = Attention(width, heads, qkv_bias=True)
+        train_on_cpu(plain)
+        return plain
     return kind(width, heads, grid=PatchGrid(SIDE, SIDE), num_prefix_tokens=PREFIX, **options)
 
 
