@@ -1,32 +1,48 @@
-"""Writing .safetensors whole or not at all, and the same bytes for the same content."""
+"""Writing .safetensors whole or not at all, and the same bytes for the same content.
+
+The library's own writer leaves the order of the metadata to chance (a hash map), the file to its owner alone, and says
+of a full disk only that something went wrong.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+
+from distill.durable import NewFile, replacing
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` and `metadata` to `path`: under another name first, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-        with temporary.open("r+b") as file:
-            # safetensors leaves the order of the metadata to chance (a hash map); everything else has an order.
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-            assert len(encoded) == size, "the header has grown"
-            file.seek(8)
-            file.write(encoded)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        fill(file, tensors, metadata)
+
+
+def fill(file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` and `metadata` into a new file in the format of safetensors: the size of the header (8 bytes, the
+    least first), the header as JSON, the tensors' bytes.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    # Wide elements first, as the library does, so that each tensor begins where its elements may.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        described = {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape)}
+        header[name] = described | {"data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded = encoded.ljust(-len(encoded) // 8 * -8)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+    for name in names:
+        values = tensors[name].detach().cpu().contiguous()
+        file.write(values.reshape(-1).view(torch.uint8).numpy().data)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from distill.durable import replacing
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, under another name first, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `text` to `path` in UTF-8, under another name first, flushed to disk, then renamed."""
+    with replacing(path) as file:
+        file.write(text.encode())

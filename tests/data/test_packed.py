@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill import tensor_files
 from distill.data.packed import Expected, open_packed, write_packed
 from distill.data.torchvision_sets import KNOWN
 from distill.errors import InputError
@@ -83,7 +82,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was(path: Path, monkeypatc
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tensor_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write_packed(path, name="x", class_names=CLASSES, tensors=tensors(12))
     assert path.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -142,7 +143,7 @@ def test_a_failed_write_leaves_the_older_report(
     def full(*_: object, **__: object) -> int:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write_report(comparison, html)
     assert html.read_text() == "older"
