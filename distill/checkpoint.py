@@ -1,26 +1,31 @@
 """Checkpoints that are either whole or not there.
 
 A checkpoint is a folder `step_00001000` of safetensors, one `weights_only` archive, JSON, and a manifest with the
-SHA-256 of each file. It is written under a temporary name, flushed to disk and renamed, so that a crash leaves the
-older ones as they were.
+SHA-256 of each file. It is written under a temporary name, flushed to disk, read back and renamed, so that a crash
+leaves the older ones as they were; they are removed only then.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from distill import faults
+from distill.durable import NewFile, flush_folder, remove_folder
 from distill.errors import InputError
+from distill.tensor_files import fill
 
 MANIFEST = "manifest.json"
 _log = logging.getLogger("distill")
@@ -36,22 +41,51 @@ def write(
         tensors: file stem -> state dict; each becomes one safetensors file.
         optimizer: the optimizer's state dict.
         state: plain data.
+
+    Raises:
+        OSError: it cannot be written, or is not read back as it was written; nothing of it is left.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for stem, values in tensors.items():
-        save_file(
-            {key: value.detach().contiguous() for key, value in values.items()}, temporary / f"{stem}.safetensors"
-        )
-    torch.save(dict(optimizer), temporary / "optimizer.pt")
-    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(_manifest_text(digests), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    temporary.rename(folder)
-    _flush(folder.parent)
+    contents: dict[str, Callable[[NewFile], object]] = {
+        **{f"{stem}.safetensors": partial(fill, tensors=values) for stem, values in tensors.items()},
+        "optimizer.pt": partial(torch.save, dict(optimizer)),
+        "state.json": lambda file: file.write(json.dumps(state, indent=1).encode()),
+    }
+    digests: dict[str, str] = {}
+    contents[MANIFEST] = lambda file: file.write(_manifest_text(digests).encode())
+    try:
+        for name, write_content in contents.items():
+            with NewFile(temporary / name) as file:
+                write_content(file)
+            if name != MANIFEST:
+                digests[name] = file.sha256()
+        flush_folder(temporary)
+        try:
+            verify(temporary)
+        except InputError as damage:
+            raise OSError(errno.EIO, f"what was read back is not what was written: {damage}") from None
+        faults.point("checkpoint verified")
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    faults.point("checkpoint renamed")
+    flush_folder(folder.parent)
+
+
+def size(tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any]) -> int:
+    """Bytes that a checkpoint of these takes, less its few of structure."""
+    return sum(tensor.nbytes for tensor in _tensors_in([tensors, optimizer]))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part)
 
 
 def verify(path: str | Path) -> None:
@@ -81,7 +115,11 @@ def verify(path: str | Path) -> None:
             )
         if name not in present:
             raise InputError(f"{file}: missing from the checkpoint. Use another one.")
-        if _sha256(file) != digests[name]:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror}). Use another checkpoint.") from None
+        if found != digests[name]:
             raise InputError(f"{file}: damaged (its SHA-256 is not the one in {MANIFEST}). Use another checkpoint.")
 
 
@@ -111,25 +149,26 @@ def existing(checkpoints: Path) -> list[Path]:
 
 
 def newest_intact(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that verifies; a warning names each that does not. None where there is no checkpoint at
-    all.
+    """The newest checkpoint that verifies; one warning names it and those that do not. None where there is no
+    checkpoint at all.
 
     Raises:
         InputError: there are checkpoints and all of them are damaged.
     """
-    candidates = existing(checkpoints)
     damages = []
-    for path in reversed(candidates):
+    for path in reversed(existing(checkpoints)):
         try:
             verify(path)
         except InputError as damage:
             damages.append(str(damage))
             continue
-        for damage_text in damages:
-            _log.warning("%s Falling back to %s.", damage_text, path)
+        if damages:
+            _log.warning("%s Falling back to %s.", " ".join(damages), path)
         return path
     if damages:
-        raise InputError(f"{checkpoints}: no intact checkpoint is left: {' '.join(damages)}")
+        raise InputError(
+            f"{checkpoints}: no intact checkpoint is left: {' '.join(damages)} Start a new run with another --out."
+        )
     return None
 
 
@@ -138,33 +177,46 @@ def point(checkpoints: Path, name: str, target: Path) -> None:
     temporary = checkpoints / f".{name}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
+    faults.point(f"{name} made")
     os.replace(temporary, checkpoints / name)
+    faults.point(f"{name} linked")
 
 
 def discard_after(checkpoints: Path, kept: Path | None) -> None:
-    """Remove the checkpoints newer than `kept` (None: all), which a resumption goes back behind; and stale links."""
+    """Remove the checkpoints newer than `kept` (None: all), which a resumption goes back behind; and stale links.
+
+    Raises:
+        OSError: one of them cannot be taken away; a later resumption would find it.
+    """
     for path in existing(checkpoints):
         if kept is None or path.name > kept.name:
-            shutil.rmtree(path)
+            remove_folder(path)
     for link in checkpoints.iterdir():
         if link.is_symlink() and not link.exists():
             link.unlink()
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those that one of them calls the best.
+    """Remove all but the newest `keep` checkpoints and those that one of them calls the best; what cannot be removed is
+    a warning.
 
     If the newest is damaged, a resumption falls back to an older one, which may know another best.
     """
     newest = existing(checkpoints)[-keep:]
-    best = {read_state(path)["progress"]["best_step"] for path in newest}
-    kept = {*newest, *(folder_of_step(checkpoints, step) for step in best if step is not None)}
+    kept = {*newest, *(folder_of_step(checkpoints, step) for step in map(_best_step, newest) if step is not None)}
     for path in existing(checkpoints):
         if path not in kept:
             try:
-                shutil.rmtree(path)
+                remove_folder(path)
             except OSError as error:
-                _log.warning("%s: could not remove this old checkpoint: %s", path, error)
+                _log.warning("%s: this old checkpoint cannot be removed: %s", path, error.strerror)
+
+
+def _best_step(path: Path) -> int | None:
+    try:
+        return read_state(path)["progress"]["best_step"]
+    except (OSError, ValueError, LookupError, TypeError):  # damaged: a resumption passes over it
+        return None
 
 
 def _manifest_text(digests: Mapping[str, str]) -> str:
@@ -174,11 +226,3 @@ def _manifest_text(digests: Mapping[str, str]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
