@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -19,6 +20,22 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, emoji=False)
 
 
+class _OnFullDisk(logging.Handler):
+    """A full disk costs lines of the log, and not a stack trace for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class LogFile(_OnFullDisk, logging.FileHandler):
+    """`train.log`."""
+
+
+class _LogStream(_OnFullDisk, logging.StreamHandler):
+    """Standard output, which may lead to a file."""
+
+
 def set_up_logging(*, is_main: bool) -> None:
     """Send the project's log to the console of the main process, and silence the others below errors."""
     _log.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -28,7 +45,7 @@ def set_up_logging(*, is_main: bool) -> None:
         if console.is_terminal:
             handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
         else:
-            handler = logging.StreamHandler(console.file)
+            handler = _LogStream(console.file)
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         # What the progress display shows already goes to the run's log file alone.
         handler.addFilter(lambda record: not getattr(record, "displayed", False))

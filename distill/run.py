@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,10 @@ from typing import IO, Any
 import torch
 
 from distill import __version__
-from distill.errors import InputError
+from distill.console import LogFile
+from distill.durable import clear
+from distill.errors import InputError, RunFailed
+from distill.metrics_file import MetricsFile, read_lines
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
 from distill.text_files import write_text
 
@@ -37,12 +41,13 @@ class Run:
         self.is_main = is_main
         self.checkpoints = path / "checkpoints"
         self.export = path / "export"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = MetricsFile(path / "metrics.jsonl")
         self.predictions = path / "predictions.safetensors"
         self.report = path / "report.html"
         self._status: dict[str, Any] = {}
         self._lock: IO[str] | None = None
         self._log_file: logging.Handler | None = None
+        self._failing: set[Path] = set()
 
     def open(self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any]) -> None:
         """Create the directory (or take up an earlier run there), lock it, and say what runs in it.
@@ -56,19 +61,20 @@ class Run:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self._status = read_status(self.path)
-            self.status("running")
             for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.checkpoints.glob(".*.tmp")):
-                # Of a process that was killed while it wrote.
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                clear(leftover)  # of a process that was killed while it wrote
+            self.metrics.repair()
+            self.status("running")
             given = recipe.to_yaml() if source is None else source.read_text(encoding="utf-8")
             write_text(self.path / "recipe.yaml", given)
             write_text(self.path / "resolved.yaml", recipe.to_yaml())
             write_text(self.path / "environment.json", json.dumps(environment, indent=1))
+            self._log_file = LogFile(self.path / "train.log")
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot write the run directory: {error.strerror or error}. Choose another --out."
+                f"{self.path}: cannot write the run directory: {error.strerror or error}. Make it writable, with room, "
+                "or choose another --out."
             ) from None
-        self._log_file = logging.FileHandler(self.path / "train.log")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _log.addHandler(self._log_file)
 
@@ -76,7 +82,8 @@ class Run:
         """Release the lock and the log."""
         if self._log_file is not None:
             _log.removeHandler(self._log_file)
-            self._log_file.close()
+            with suppress(OSError):  # what a full disk refused until now
+                self._log_file.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -94,7 +101,12 @@ class Run:
         self._lock.flush()
 
     def status(self, state: str | None = None, **values: Any) -> None:
-        """Merge `values` into `status.json`, atomically; `state` is running, finished, interrupted or failed."""
+        """Merge `values` into `status.json`, atomically; `state` is running, finished, interrupted or failed.
+
+        Raises:
+            RunFailed: `finished` cannot be written, or the metrics before it. Anything else on a full disk is a
+            warning.
+        """
         if not self.is_main:
             return
         self._status.update(values)
@@ -102,23 +114,34 @@ class Run:
             self._status["state"] = state
             self._status["reason"] = values.get("reason")
         self._status["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_text(self.path / "status.json", json.dumps(self._status, indent=1))
+        text = json.dumps(self._status, indent=1)
+        if state == "finished":
+            self._write(self.metrics.path, self.metrics.sync, required=True)
+        status = self.path / "status.json"
+        self._write(status, lambda: write_text(status, text), required=state == "finished")
 
     def log(self, event: str, *, step: int, epoch: float, **values: Any) -> None:
-        """Append one line to `metrics.jsonl`."""
+        """Append one line to `metrics.jsonl`; on a full disk it waits in memory."""
         if self.is_main:
             line = {"event": event, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values}
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def metrics_size(self) -> int:
-        """Bytes of `metrics.jsonl` so far; a checkpoint remembers it."""
-        return self.metrics.stat().st_size if self.metrics.exists() else 0
+            self._write(self.metrics.path, lambda: self.metrics.append(line))
 
     def cut_metrics(self, size: int) -> None:
         """Cut `metrics.jsonl` back to what a checkpoint remembers."""
-        if self.is_main and self.metrics_size() > size:
-            os.truncate(self.metrics, size)
+        if self.is_main:
+            self.metrics.cut(size)
+
+    def _write(self, path: Path, action: Callable[[], None], *, required: bool = False) -> None:
+        try:
+            action()
+            self._failing.discard(path)
+        except OSError as error:
+            problem = f"{path}: cannot be written: {error.strerror}"
+            if required:
+                raise RunFailed(f"{problem}. Make room on the disk.") from None
+            if path not in self._failing:
+                self._failing.add(path)
+                _log.warning("%s. The run goes on and tries again with what follows.", problem)
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -133,7 +156,9 @@ def read_status(path: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: unreadable ({error}). Repair or remove it.") from None
+        raise InputError(
+            f'{file}: unreadable ({error}). Write {{"state": "interrupted"}} there to resume from its checkpoints.'
+        ) from None
 
 
 def is_finished(path: Path) -> bool:
@@ -143,12 +168,7 @@ def is_finished(path: Path) -> bool:
 
 def read_metrics(path: Path, event: str) -> Iterator[dict[str, Any]]:
     """The lines of one kind in the `metrics.jsonl` of the run directory at `path`, in order."""
-    file = path / "metrics.jsonl"
-    if file.exists():
-        for text in file.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if line["event"] == event:
-                yield line
+    return (line for line in read_lines(path / "metrics.jsonl") if line["event"] == event)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -168,7 +188,11 @@ def check_free(path: Path) -> None:
     lock = path / ".lock"
     if not lock.exists():
         return
-    with lock.open("r+") as file:
+    try:
+        file = lock.open("r+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write the run directory: {error.strerror}. Make it writable.") from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -183,7 +207,11 @@ def check_new(path: Path) -> None:
         state = status.get("state")
         advice = "" if state == "finished" else " Continue it with --resume auto, or"
         raise InputError(f"{path}: there is a run already, and it is {state}.{advice} choose another --out.")
-    if path.exists() and (not path.is_dir() or any(child.name != ".lock" for child in path.iterdir())):
+    # A run killed before its first status leaves a lock, a folder for checkpoints and half a status.
+    begun = {path / ".lock", path / "checkpoints", *path.glob(".*.tmp")}
+    if any((path / "checkpoints").glob("step_*")):
+        begun = set()
+    if path.exists() and (not path.is_dir() or any(child not in begun for child in path.iterdir())):
         raise InputError(f"{path}: exists and is no run directory. Choose another --out.")
 
 
