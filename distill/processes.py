@@ -17,7 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
-from distill.errors import InputError
+from distill.errors import InputError, RunFailed
 from distill.recipe.schema import Recipe, Train
 
 T = TypeVar("T")
@@ -145,19 +145,19 @@ def set_threads() -> int:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its result, or its InputError, reaches every process."""
+    """Run `action` on the main process; its result, or its InputError or RunFailed, reaches every process."""
     state = PartialState()
     outcome: list = [None, None]
     if state.is_main_process:
         try:
             outcome = [action(), None]
-        except InputError as error:
-            outcome = [None, str(error)]
+        except (InputError, RunFailed) as error:
+            outcome = [None, error]
     if state.num_processes > 1:
         broadcast_object_list(outcome)
     result, problem = outcome
     if problem is not None:
-        raise InputError(problem)
+        raise problem
     return result
 
 
