@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distill import faults
 from distill.durable import NewFile, flush_folder, remove_folder
-from distill.errors import InputError
+from distill.errors import InputError, RunFailed
 from distill.tensor_files import fill
 
 MANIFEST = "manifest.json"
@@ -186,11 +186,17 @@ def discard_after(checkpoints: Path, kept: Path | None) -> None:
     """Remove the checkpoints newer than `kept` (None: all), which a resumption goes back behind; and stale links.
 
     Raises:
-        OSError: one of them cannot be taken away; a later resumption would find it.
+        RunFailed: one of them cannot be taken away; a later resumption would find it.
     """
     for path in existing(checkpoints):
         if kept is None or path.name > kept.name:
-            remove_folder(path)
+            try:
+                remove_folder(path)
+            except OSError as error:
+                raise RunFailed(
+                    f"{path}: cannot be taken away ({error.strerror}), and the run goes back behind it. Make the folder "
+                    "writable."
+                ) from None
     for link in checkpoints.iterdir():
         if link.is_symlink() and not link.exists():
             link.unlink()

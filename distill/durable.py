@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from distill import faults
+from distill.errors import RunFailed
 
 _log = logging.getLogger("distill")
 
@@ -123,3 +124,16 @@ def describe_failure(path: Path, error: OSError, needed: int) -> str:
     """What could not be written, why, and the bytes it takes."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
     return f"{path}: cannot be written: {error.strerror or error} ({needed:,} bytes needed, {free:,} free)"
+
+
+@contextmanager
+def indispensable(path: Path, needed: int) -> Iterator[None]:
+    """A block that writes `path`, of about so many bytes, without which the run cannot end well.
+
+    Raises:
+        RunFailed: it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{describe_failure(path, error, needed)}. Make room on the disk.") from None

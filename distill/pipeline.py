@@ -159,7 +159,7 @@ def execute(
             del trainer
             execute_control(recipe, place, shared, dataset)
             on_main(lambda: check_control(place.directory, directory))
-        directory.status("finished")
+        on_main(lambda: directory.status("finished"))
     except Interrupted as interruption:
         directory.status("interrupted", reason=str(interruption))
         raise
@@ -188,8 +188,7 @@ def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Datas
 
 def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, preflight: dict[str, Any] | None) -> None:
     recipe, accelerator = trainer.recipe, trainer.accelerator
-    if directory.is_main:
-        checkpoint.discard_after(directory.checkpoints, place.checkpoint)
+    on_main(lambda: checkpoint.discard_after(directory.checkpoints, place.checkpoint))
     if place.checkpoint is not None:
         trainer.restore(place.checkpoint, directory)
         directory.log("resume", step=trainer.progress.step, epoch=trainer.epoch)

@@ -126,6 +126,11 @@ class Run:
             line = {"event": event, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values}
             self._write(self.metrics.path, lambda: self.metrics.append(line))
 
+    def metrics_size(self) -> int:
+        """Bytes of `metrics.jsonl` so far, all of them on the disk; a checkpoint remembers it."""
+        self._write(self.metrics.path, self.metrics.sync)
+        return self.metrics.size
+
     def cut_metrics(self, size: int) -> None:
         """Cut `metrics.jsonl` back to what a checkpoint remembers."""
         if self.is_main:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,19 +15,21 @@ from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from distill import checkpoint
 from distill.compilation import Compilation
 from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.digests import batch_digest, state_digest
-from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, save_predictions, student_outputs
-from distill.export import load_export, write_export
+from distill.errors import RunFailed
+from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, student_outputs
+from distill.export import load_export
+from distill.finishing import Chosen, export_chosen, write_predictions
 from distill.objectives import training_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.processes import marking_process, on_main
 from distill.recipe import Recipe
 from distill.run import Run
+from distill.saving import Parts, Progress, restore, save, settle
 from distill.signals import Interrupted, StopRequest
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
@@ -38,19 +40,6 @@ from teachers import Teacher
 LOADER_BOUND = 0.1
 """Share of the time spent waiting for a stream, above which the log says so."""
 _log = logging.getLogger("distill")
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers besides tensors. No random state: randomness is a function of the step."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    evaluated_at: int = 0
-    best_top1: float = -1.0
-    best_step: int | None = None
-    best_weights: str = "raw"
-    """'raw' or 'ema', whichever was better on the split that selects."""
 
 
 class Trainer:
@@ -99,6 +88,7 @@ class Trainer:
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model))
         self.model: nn.Module = accelerator.prepare(self.student)
         self.progress = Progress()
+        self.saved = Progress()
         self.window = Window(accelerator)
         self.loader_bound = False
         self.teacher_logits: Tensor | None = None
@@ -285,69 +275,45 @@ class Trainer:
     def evaluation_batch(self) -> int:
         return max(SMALLEST_BATCH, self.plan.micro_batch)
 
+    @property
+    def parts(self) -> Parts:
+        keep = self.recipe.train.keep_checkpoints
+        return Parts(self.student, self.ema, self.optimizer, self.accelerator.scaler, keep)
+
     def save(self, run: Run) -> None:
-        """Write a checkpoint; returns on all processes when it stands."""
+        """Write a checkpoint; returns on all processes when it stands, or after a warning that it does not: the next
+        one may find room.
+
+        Raises:
+            RunFailed: it would have been the last one.
+        """
         if self.cache is not None:
             self.cache.flush()
-
-        def write() -> None:
-            folder = checkpoint.folder_of_step(run.checkpoints, self.progress.step)
-            tensors = {"model": self.student.state_dict()}
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
-            scaler = self.accelerator.scaler
-            state = {
-                "progress": asdict(self.progress),
-                "metrics_size": run.metrics_size(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            }
-            checkpoint.write(folder, tensors, self.optimizer.state_dict(), state)
-            checkpoint.point(run.checkpoints, "last", folder)
-            if self.progress.best_step is not None:
-                best = checkpoint.folder_of_step(run.checkpoints, self.progress.best_step)
-                checkpoint.point(run.checkpoints, "best", best)
-            checkpoint.prune(run.checkpoints, self.recipe.train.keep_checkpoints)
-            run.log("checkpoint", step=self.progress.step, epoch=self.epoch, path=str(folder.relative_to(run.path)))
-            run.status(step=self.progress.step, epoch=self.epoch)
-
-        on_main(write)
+        problem = on_main(lambda: save(self.parts, self.progress, run, epoch=self.epoch, also={}))
+        if problem is None:
+            self.saved = replace(self.progress)
+            return
+        step = self.progress.step
+        if step == self.total_steps:
+            raise RunFailed(f"{problem}. Make room on the disk.")
+        _log.warning("%s. Training goes on; older checkpoints are intact, and the next one may find room.", problem)
+        if self.progress.best_step == step:  # its weights are lost with the next step
+            self.progress.take_best_of(self.saved)
 
     def restore(self, folder: Path, run: Run) -> None:
         """Continue from a checkpoint, verified before anything changes."""
-        checkpoint.verify(folder)
-        state = checkpoint.read_state(folder)
-        self.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
-        if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
-        self.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        best = self.progress.best_step
-        if best is not None and not checkpoint.folder_of_step(run.checkpoints, best).exists():
-            _log.warning("%s: the best checkpoint so far is gone; the choice begins anew", folder)
-            self.progress = Progress(step=self.progress.step)
-        run.cut_metrics(state["metrics_size"])
+        self.progress, _ = restore(self.parts, folder, run)
+        self.saved = replace(self.progress)
+        on_main(lambda: settle(self.parts, folder, self.progress, run, epoch=self.epoch))
         _log.info("resumed from %s", folder)
 
     def finish(self, run: Run, metadata: Mapping[str, str]) -> None:
         """Export the chosen weights, and from the export write the predictions on the test set: its one reading."""
-        progress, info = self.progress, self.dataset.info
-        step = progress.step if progress.best_step is None else progress.best_step
-        weights = progress.best_weights if progress.best_step is not None else ("raw" if self.ema is None else "ema")
-        chosen = checkpoint.folder_of_step(run.checkpoints, step)
-        described = dict(metadata) | {"step": str(step), "weights": weights}
+        info, chosen = self.dataset.info, Chosen.of(self.progress, averaged=self.ema is not None)
+        described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
         if self.selection_split is not None:
-            described[f"{self.selection_split}_top1"] = f"{progress.best_top1:.2f}"
-
-        def export() -> None:
-            checkpoint.verify(chosen)
-            self.student.load_state_dict(checkpoint.read_tensors(chosen, "model" if weights == "raw" else "ema"))
-            write_export(
-                self.student, run.export, class_names=info.class_names, metadata=described, card=_card(described)
-            )
-
-        on_main(export)
+            described[f"{self.selection_split}_top1"] = f"{self.progress.best_top1:.2f}"
+        on_main(lambda: export_chosen(chosen, self.student, run, class_names=info.class_names, metadata=described))
         student, _ = load_export(run.export)
         predictions = self.predict_heads(student.to(self.accelerator.device), "test")
         if (teacher := self.teacher) is not None:
@@ -360,16 +326,13 @@ class Trainer:
             )
             predictions["teacher"] = outputs[0]
         labels = self.dataset.labels("test")
-        on_main(lambda: save_predictions(run.predictions, predictions, labels, {"data": info.digest, **described}))
+        on_main(lambda: write_predictions(run, predictions, labels, {"data": info.digest, **described}))
         values = accuracies(predictions, labels)
-        run.log("eval", step=step, epoch=step / self.steps_per_epoch, split="test", weights=weights, **values)
-        run.status(metrics=values, exported={"step": step, "weights": weights})
+        epoch = chosen.step / self.steps_per_epoch
+        run.log("eval", step=chosen.step, epoch=epoch, split="test", weights=chosen.weights, **values)
+        run.status(metrics=values, exported=asdict(chosen))
 
 
 def _seed_of(seed: int, step: int, process_index: int, micro_batch: int) -> int:
     text = f"{seed}/{step}/{process_index}/{micro_batch}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-
-
-def _card(described: Mapping[str, str]) -> str:
-    return "\n".join(f"- {key}: {value}" for key, value in described.items())

@@ -1,0 +1,126 @@
+"""What a checkpoint of a run holds, and what goes with it: links, older checkpoints, metrics, the status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from distill import checkpoint
+from distill.durable import describe_failure
+from distill.errors import InputError
+from distill.processes import on_main
+from distill.run import Run
+
+_log = logging.getLogger("distill")
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers besides tensors. No random state: randomness is a function of the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    evaluated_at: int = 0
+    best_top1: float = -1.0
+    best_step: int | None = None
+    best_weights: str = "raw"
+    """'raw' or 'ema', whichever was better on the split that selects."""
+
+    def take_best_of(self, other: Progress) -> None:
+        """Forget the best so far for that of `other`."""
+        self.best_top1, self.best_step, self.best_weights = other.best_top1, other.best_step, other.best_weights
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a run that lives in tensors, and how often it is kept."""
+
+    student: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: AcceleratedOptimizer
+    scaler: torch.amp.GradScaler | None
+    keep: int
+    """The newest so many checkpoints stay, and the best."""
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """File stem -> state dict."""
+        states = {"model": self.student.state_dict()}
+        return states if self.ema is None else states | {"ema": self.ema.module.state_dict()}
+
+
+def save(parts: Parts, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]) -> str | None:
+    """Write a checkpoint, on the main process; what kept it from being written, or None where it stands.
+
+    Args:
+        also: further plain data, which `restore` returns.
+    """
+    folder = checkpoint.folder_of_step(run.checkpoints, progress.step)
+    tensors, optimizer = parts.states(), parts.optimizer.state_dict()
+    state = {
+        **also,
+        "progress": asdict(progress),
+        "metrics_size": run.metrics_size(),
+        "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+    }
+    try:
+        checkpoint.write(folder, tensors, optimizer, state)
+    except OSError as error:
+        return describe_failure(folder, error, checkpoint.size(tensors, optimizer))
+    settle(parts, folder, progress, run, epoch=epoch)
+    return None
+
+
+def restore(parts: Parts, folder: Path, run: Run) -> tuple[Progress, dict[str, Any]]:
+    """Load a checkpoint, verified before anything changes; returns its progress and all of its plain data.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    checkpoint.verify(folder)
+    state = checkpoint.read_state(folder)
+    parts.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
+    if parts.ema is not None:
+        parts.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
+    parts.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
+    if parts.scaler is not None and state["scaler"] is not None:
+        parts.scaler.load_state_dict(state["scaler"])
+    progress = Progress(**state["progress"])
+    if problem := on_main(lambda: _damage_of_best(run.checkpoints, progress)):
+        _log.warning("%s: the best checkpoint so far is gone or damaged (%s); the choice begins anew", folder, problem)
+        progress = Progress(progress.step)
+    run.cut_metrics(state["metrics_size"])
+    return progress, state
+
+
+def settle(parts: Parts, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:
+    """Once the checkpoint at `folder` stands, on the main process: the links lead to it, older ones go, metrics and
+    status say so. Also after a resumption, since the one that was killed may not have come so far.
+    """
+    best = None if progress.best_step is None else checkpoint.folder_of_step(run.checkpoints, progress.best_step)
+    try:
+        checkpoint.point(run.checkpoints, "last", folder)
+        if best is not None:
+            checkpoint.point(run.checkpoints, "best", best)
+    except OSError as error:
+        _log.warning("%s: the links there cannot be made: %s", run.checkpoints, error.strerror)
+    checkpoint.prune(run.checkpoints, parts.keep)
+    run.log("checkpoint", step=progress.step, epoch=epoch, path=str(folder.relative_to(run.path)))
+    run.status(step=progress.step, epoch=epoch)
+
+
+def _damage_of_best(checkpoints: Path, progress: Progress) -> str | None:
+    if progress.best_step in (None, progress.step):
+        return None
+    try:
+        checkpoint.verify(checkpoint.folder_of_step(checkpoints, progress.best_step))
+    except InputError as damage:
+        return str(damage)
+    return None
