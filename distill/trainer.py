@@ -24,13 +24,14 @@ from distill.errors import RunFailed
 from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, student_outputs
 from distill.export import load_export
 from distill.finishing import Chosen, export_chosen, write_predictions
+from distill.guard import Average, Guard
 from distill.objectives import training_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.processes import marking_process, on_main
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.saving import Parts, Progress, restore, save, settle
-from distill.signals import Interrupted, StopRequest
+from distill.signals import Interrupted, StopRequest, deferred
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
 from distill.teacher_cache import TeacherCache
@@ -87,6 +88,8 @@ class Trainer:
         self.training_teacher = self._training_teacher()
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model))
         self.model: nn.Module = accelerator.prepare(self.student)
+        self.guard = Guard(accelerator, self.model, self.student, self.optimizer)
+        self.average = None if self.ema is None else Average(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
         self.window = Window(accelerator)
@@ -136,11 +139,11 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             is_main=self.accelerator.is_main_process,
         )
-        with display:
+        with display, deferred():
             display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
                 self.evaluate(run, display)  # the run was stopped between an epoch's last step and its evaluation
-            self.window.restart()
+            self.window.start_clock()
             while progress.step < self.total_steps:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
@@ -162,9 +165,20 @@ class Trainer:
                         with self.window.paused():
                             self.save(run)
                 with self.window.paused():
-                    self.evaluate(run, display)
+                    self.evaluate_or_save(run, display)
                     if self.due() or progress.step == self.total_steps:
                         self.save(run)
+
+    def evaluate_or_save(self, run: Run, display: TrainingDisplay) -> None:
+        """Evaluate; if that is interrupted, save the weights that are to be evaluated anew."""
+        before, size = replace(self.progress), run.metrics_size()
+        try:
+            self.evaluate(run, display)
+        except Interrupted:
+            self.progress = before
+            run.cut_metrics(size)
+            self.save(run)
+            raise
 
     def due(self) -> bool:
         """Whether the end of this epoch gets a checkpoint: by the interval, or because it is the best so far."""
@@ -178,6 +192,8 @@ class Trainer:
         rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
         self.compilation.begin_step()
+        self.guard.begin_step()
+        losses = []
         for index, batch in enumerate(micro_batches):
             # What the model draws (drop path) is a function of where we are, so that a resumed run draws the same.
             torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
@@ -197,13 +213,23 @@ class Trainer:
                 )
                 self.accelerator.backward(loss / len(micro_batches))
             self.window.add(loss, parts)
+            losses.append(loss.detach())
+        self.guard.judge(step, losses, [batch.indices for batch in micro_batches])
         if recipe.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
-        self.optimizer.step()
+        self.guard.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.student, step=step)
-        self.window.step()
+        if self.average is not None:
+            self.average.update(step, self.guard.skipped)
+        self.window.step(self.guard.skipped)
+
+    def inspect(self) -> None:
+        """Read what the guard found since the last time; waits for the device.
+
+        Raises:
+            RunFailed: too many steps in a row were not finite.
+        """
+        self.window.skipped += self.guard.read(self.recipe.train.max_bad_steps)
 
     def teach(self, teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
         """The teacher's logits float32 [B, classes] on a micro-batch of the step at hand, from the cache where it has
@@ -221,6 +247,7 @@ class Trainer:
 
     def log(self, run: Run, display: TrainingDisplay) -> None:
         """Global means since the last line, to metrics.jsonl, the console and the trackers."""
+        self.inspect()
         values = self.window.read(self.plan.batch_size)
         if self.cache is not None:
             values["teacher_cache/hits"] = self.cache.take_hits()
@@ -241,6 +268,7 @@ class Trainer:
 
     def evaluate(self, run: Run, display: TrainingDisplay) -> None:
         """Measure raw and averaged weights on the split that selects, and remember the best so far."""
+        self.inspect()
         split, progress = self.selection_split, self.progress
         progress.evaluated_at = progress.step
         if split is None:
@@ -287,9 +315,11 @@ class Trainer:
         Raises:
             RunFailed: it would have been the last one.
         """
+        self.inspect()
+        window = self.window.state()
         if self.cache is not None:
             self.cache.flush()
-        problem = on_main(lambda: save(self.parts, self.progress, run, epoch=self.epoch, also={}))
+        problem = on_main(lambda: save(self.parts, self.progress, run, epoch=self.epoch, also={"window": window}))
         if problem is None:
             self.saved = replace(self.progress)
             return
@@ -302,8 +332,9 @@ class Trainer:
 
     def restore(self, folder: Path, run: Run) -> None:
         """Continue from a checkpoint, verified before anything changes."""
-        self.progress, _ = restore(self.parts, folder, run)
+        self.progress, state = restore(self.parts, folder, run)
         self.saved = replace(self.progress)
+        self.window.resume(state["window"])
         on_main(lambda: settle(self.parts, folder, self.progress, run, epoch=self.epoch))
         _log.info("resumed from %s", folder)
 

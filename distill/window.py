@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,14 @@ class Window:
     def restart(self) -> None:
         self.names: tuple[str, ...] = ()
         self.sums: Tensor | None = None
-        self.micro_batches = 0
+        self.summed = 0
+        """Steps that the sums are of, also those before a resumption."""
+        self.skipped = 0
+        """Of these, how many were left out; the guard knows."""
+        self._micro_batches: list[Tensor] = []
+        self.start_clock()
+
+    def start_clock(self) -> None:
         self.steps = 0
         self.waited = 0.0
         self.began = time.perf_counter()
@@ -50,25 +57,47 @@ class Window:
     def add(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         """A micro-batch: its loss and the parts of it, scalars on the device."""
         self.names = ("loss", *(f"loss/{name}" for name in parts))
-        values = torch.stack([loss.detach(), *parts.values()])
-        self.sums = values if self.sums is None else self.sums + values
-        self.micro_batches += 1
+        self._micro_batches.append(torch.stack([loss.detach(), *parts.values()]))
 
-    def step(self) -> None:
-        """An optimizer step is under way."""
+    def step(self, skipped: Tensor) -> None:
+        """An optimizer step is under way. Where it is `skipped` (bool [], on the device), its loss is not summed: it
+        need not be a number.
+        """
+        values = torch.stack(self._micro_batches).mean(0).masked_fill(skipped, 0.0)
+        self.sums = values if self.sums is None else self.sums + values
+        self._micro_batches = []
+        self.summed += 1
         self.steps += 1
         if self._step_done is not None:
             self._step_done.record()
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Means over all processes, images per second and the share of the time spent waiting for data; then starts
-        anew.
+        """Means over all processes (none where all steps were skipped), images per second and the share of the time
+        spent waiting for data; then starts anew.
         """
         assert self.sums is not None, "a window is read after at least one step"
-        means = self.accelerator.reduce(self.sums / self.micro_batches, "mean")
-        values = dict(zip(self.names, means.tolist(), strict=True))
+        means = self.accelerator.reduce(self.sums / max(1, self.summed - self.skipped), "mean")
+        values = dict(zip(self.names, means.tolist(), strict=True)) if self.skipped < self.summed else {}
         seconds = time.perf_counter() - self.began
         values["images_per_second"] = self.steps * batch_size / seconds
         values["data_wait"] = min(1.0, self.waited / seconds)
+        if self.skipped:
+            values["bad_steps"] = self.skipped
         self.restart()
         return values
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the next line of a resumed run is that of an undisturbed one: plain data,
+        the same on all processes. Collective.
+        """
+        sums = [] if self.sums is None else self.accelerator.gather(self.sums[None]).tolist()
+        return {"names": self.names, "sums": sums, "summed": self.summed, "skipped": self.skipped}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave; where the number of processes has changed, each takes their mean."""
+        self.restart()
+        if state["sums"]:
+            sums = torch.tensor(state["sums"], device=self.accelerator.device)
+            same = len(sums) == self.accelerator.num_processes
+            self.sums = sums[self.accelerator.process_index] if same else sums.mean(0)
+        self.names, self.summed, self.skipped = tuple(state["names"]), state["summed"], state["skipped"]

@@ -290,7 +290,7 @@ def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -
     for _ in window.timed(batches()):
         clock.now += 6.0
         window.add(torch.tensor(1.0), {"label": torch.tensor(2.0)})
-        window.step()
+        window.step(torch.tensor(False))
     with window.paused():
         clock.now += 100.0
     values = window.read(16)
@@ -300,7 +300,7 @@ def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -
     for _ in window.timed(batches()):
         clock.now += 6.0
         window.add(torch.tensor(1.0), {})
-        window.step()
+        window.step(torch.tensor(False))
     assert window.read(16)["data_wait"] == 0.0
 
 

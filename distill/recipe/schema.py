@@ -236,9 +236,17 @@ class Train(Section):
     compile: Literal["auto"] | bool = Field(
         "auto", description="torch.compile the student and its teacher, on CUDA into CUDA graphs; auto: on CUDA."
     )
+    deterministic: bool = Field(
+        False, description="Only operations that repeat bit for bit on a GPU too, at some cost; a CPU's repeat anyway."
+    )
     label_smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="Of the label loss.")
     max_steps: int | None = Field(
         None, gt=0, description="End the run properly after this many steps; the schedule stays."
+    )
+    max_bad_steps: int = Field(
+        10,
+        gt=0,
+        description="Fail after so many steps in a row with a loss or gradients that are not finite; none is applied.",
     )
     max_minutes: float | None = Field(
         None, gt=0.0, description="Stop in time, resumable, after this many minutes of this launch."
@@ -309,7 +317,7 @@ class Recipe(Section):
 # what is learned.
 OPERATIONAL_KEYS = frozenset(
     {"name", "data.root", "data.workers", "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints",
-     "train.log_every", "train.trackers"}
+     "train.log_every", "train.max_bad_steps", "train.trackers"}
 )  # fmt: skip
 
 
