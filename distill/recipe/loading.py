@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,28 @@ from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
 from distill.recipe.schema import Recipe
 
+MOST_CHARACTERS = 1_000_000
+MOST_VALUES = 100_000
+"""Of a YAML file with its aliases written out: a few lines of them can stand for more than any memory holds."""
+DEEPEST = 50
+MOST_PROBLEMS = 40
+_SHOWN = 120
+"""Characters of a wrong value in a message."""
+
 
 class Problem(NamedTuple):
     path: tuple[str | int, ...]
     message: str
 
     def __str__(self) -> str:
-        return f"{'.'.join(map(str, self.path)) or 'recipe'}: {self.message}"
+        return f"{'.'.join(_short(part) for part in self.path) or 'recipe'}: {self.message}"
+
+
+def _short(value: object) -> str:
+    """A key, or a value that is shown, in one line of bearable length."""
+    text = value if isinstance(value, str) else str(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,10 +49,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+    except (OSError, ValueError) as error:  # a path or a text with characters that there cannot be among others
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise InputError(f"{path}: cannot read the recipe: {reason}. Give the path of a YAML file.") from None
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{path}: longer than {MOST_CHARACTERS:,} characters: no recipe. Give the path of one.")
     raw = read_yaml(text, source=str(path))
     if raw is None:
         raw = {}
@@ -49,14 +68,7 @@ def from_mapping(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
 ) -> Recipe:
     """Validate a recipe given as plain data; see `load`."""
-    data = {}
-    for key, value in raw.items():
-        try:
-            data[str(key)] = json.loads(json.dumps(value, default=str))  # a deep copy in which every key is a string
-        except (ValueError, RecursionError):
-            raise InputError(
-                f"{source}: {key}: a YAML alias refers to the section it stands in; write it out."
-            ) from None
+    data = {str(key): _plain(value, f"{source}: {_short(str(key))}") for key, value in raw.items()}
     problems = [problem for text in overrides if (problem := _override(data, text))]
     recipe, invalid = _validate(data)
     problems += invalid
@@ -71,32 +83,83 @@ def from_mapping(
             if not any(key[: len(path)] == path for key in check.keys for path in broken)
         ]
     if problems or recipe is None:
-        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise InputError(f"{source}: {len(set(problems))} problem(s) in the recipe:\n{lines}")
+        distinct = list(dict.fromkeys(problems))
+        lines = [f"\n  {problem}" for problem in distinct[:MOST_PROBLEMS]]
+        if len(distinct) > MOST_PROBLEMS:
+            lines.append(f"\n  and {len(distinct) - MOST_PROBLEMS} more")
+        raise InputError(f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}")
     label_weight = recipe.label_weight
     if label_weight is None:
         label_weight = 0.5 if recipe.distill else 1.0
     return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
 
 
+def _plain(value: Any, where: str) -> Any:
+    """A deep copy of YAML data in which every key is a string."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: cannot be written out as plain data ({error}).") from None
+
+
 def read_yaml(text: str, *, source: str) -> Any:
-    """YAML as plain data: no tags that build objects, no key twice, `1e-3` a number as in YAML 1.2."""
+    """YAML as plain data: no tags that build objects, no key twice, `1e-3` a number as in YAML 1.2.
+
+    Raises:
+        InputError: it is no YAML, or its aliases or its depth come to more than any recipe needs.
+    """
     try:
         return _Loader(text).get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # besides YAMLError, whatever Python's constructors say of `2024-13-45` or 5,000 digits
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise InputError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or _short(" ".join(str(error).split()))
+        raise InputError(f"{source}: not valid YAML{where}: {reason}") from None
 
 
 class _Loader(yaml.SafeLoader):
+    def get_single_node(self) -> yaml.Node | None:
+        """Also checks the size, before anything is built: merging `<<` copies what aliases only point to."""
+        node = super().get_single_node()
+        if node is not None and self._size(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"aliases repeat others until there are more than {MOST_VALUES:,} values")
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth = getattr(self, "_depth", 0) + 1
+        if self._depth > DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {DEEPEST} deep", problem_mark=self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _size(self, node: yaml.Node, known: dict[int, int | None], path: str = "") -> int:
+        """Values under the node at a path, aliases written out."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in known:
+            known[id(node)] = None
+            total = 1
+            for child in node.value:
+                key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
+                total += self._size(value, known, f"{path}.{_short(str(key.value))}" if key else path)
+                total += self._size(key, known, path) if key else 0
+            known[id(node)] = total
+        size = known[id(node)]
+        if size is None:
+            problem = f"{path.strip('.')}: an alias refers to the section it stands in; write it out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return size
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key '{key.value}' stands twice", key.start_mark
+                        None, None, f"key '{_short(key.value)}' stands twice", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -108,7 +171,7 @@ _Loader.add_implicit_resolver(
 
 
 def _name_from(path: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem) or "run"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:100] or "run"
 
 
 def _override(data: dict[str, Any], text: str) -> Problem | None:
@@ -174,12 +237,17 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
     if kind.startswith("union_tag") and isinstance(value, dict):
         choice = item["ctx"]["discriminator"].strip("'")
         if choice in value:
-            return [Problem((*path, choice), f"should be one of {item['ctx']['expected_tags']}, got {value[choice]!r}")]
+            return [
+                Problem(
+                    (*path, choice),
+                    f"should be one of {item['ctx']['expected_tags']}, got {_short(repr(value[choice]))}",
+                )
+            ]
         known = _keys_under(path)
         unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
         return [Problem(path, f"the key '{choice}' is missing; it says which one this is"), *unknown]
-    shown = "" if isinstance(value, dict | list) else f", got {value!r}"
-    text = re.sub(r"^Input should be", "should be", item["msg"])
+    shown = "" if isinstance(value, dict | list) else f", got {_short(repr(value))}"
+    text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
     return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]
 
 
@@ -199,6 +267,7 @@ def _keys_under(path: tuple[str | int, ...]) -> list[str]:
     return [known[-1] for known in _known_keys() if known[:-1] == plain]
 
 
+@cache
 def _known_keys() -> list[tuple[str, ...]]:
     schema = Recipe.model_json_schema()
     found: list[tuple[str, ...]] = []

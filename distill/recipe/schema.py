@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Section(BaseModel):
@@ -17,6 +17,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _visible(text: str) -> str:
+    """Names and paths go to consoles, files and pages: none may steer a terminal, break a line or turn it around."""
+    if any(ord(character) < 32 or character in _INVISIBLE for character in text):
+        raise ValueError("should have no control characters in it")
+    return text
+
+
+_INVISIBLE = frozenset(map(chr, (*range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A))))
+Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_visible)]
+Side = Annotated[int, Field(gt=0, le=10_000)]
+"""Of an image or a patch, in pixels."""
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
@@ -48,7 +59,7 @@ class Augment(Section):
     """Every part is drawn per sample from (seed, epoch, sample index)."""
 
     crop_padding: int = Field(
-        0, ge=0, description="Zero-pad each side by this many pixels, then cut the original size at random."
+        0, ge=0, le=10_000, description="Zero-pad each side by this many pixels, then cut the original size at random."
     )
     random_resized_crop: RandomResizedCrop | None = Field(
         None, description="Cut a box of random area and aspect ratio and resize it back (Szegedy et al. 2015)."
@@ -79,13 +90,12 @@ class Augment(Section):
 
 
 class Data(Section):
-    name: str = Field(
+    name: Text = Field(
         "cifar10",
-        min_length=1,
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
         "NAME.safetensors, or a timm dataset name (hfds/..., wds/...).",
     )
-    root: str = Field("data", min_length=1, description="Folder that holds the data, or that downloads go to.")
+    root: Text = Field("data", description="Folder that holds the data, or that downloads go to.")
     validation: float = Field(
         0.1, ge=0, description="Share (below 1) or count of the training set held out, stratified and seeded; 0: none."
     )
@@ -93,31 +103,27 @@ class Data(Section):
         "validation",
         description="Split on which checkpoints are chosen. 'test' makes test figures optimistic; the report says so.",
     )
-    resolution: int = Field(32, gt=0, description="The student's input size in pixels.")
+    resolution: Side = Field(32, description="The student's input size in pixels.")
     stream: bool | None = Field(
         None,
         description="Decode images in workers, do not hold them in memory; null: stream what is too large to hold.",
     )
     workers: int | None = Field(
-        None, ge=0, description="Decoding workers per process of a stream; null: cores over local processes."
+        None, ge=0, le=1024, description="Decoding workers per process of a stream; null: cores over local processes."
     )
     augment: Augment = Field(Augment(), description="Augmentation of the training images.")
 
 
 class Teacher(Section):
-    model: str | None = Field(
+    model: Text | None = Field(
         None,
-        min_length=1,
         description="A name in teachers/zoo.yaml, any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH.",
     )
-    recipe: str | None = Field(
+    recipe: Text | None = Field(
         None,
-        min_length=1,
         description="A recipe that trains this teacher first; trained once, found again by its hash.",
     )
-    weights: str | None = Field(
-        None, min_length=1, description="Local weights file; null: the model's own, downloaded."
-    )
+    weights: Text | None = Field(None, description="Local weights file; null: the model's own, downloaded.")
     min_accuracy: Probability | None = Field(
         None,
         description="Preflight: stop before training if the teacher's accuracy (0 to 1) is lower; null: well above "
@@ -126,7 +132,7 @@ class Teacher(Section):
     weight: float = Field(1.0, gt=0, description="Share of this teacher in an ensemble, relative to the others.")
     mean: list[float] | None = Field(None, description="Channel means of its inputs in [0, 1]; null: the model's own.")
     std: list[float] | None = Field(None, description="Channel deviations of its inputs; null: the model's own.")
-    size: int | None = Field(None, gt=0, description="Input size in pixels; null: the model's own.")
+    size: Side | None = Field(None, description="Input size in pixels; null: the model's own.")
     interpolation: Interpolation | None = Field(
         None, description="How images are resized to its size; null: the model's own."
     )
@@ -158,10 +164,8 @@ class AreaAttention(Section):
 
 
 class Student(Section):
-    model: str = Field(
-        "vit_tiny", min_length=1, description="vit_nano, micro, tiny, small, base, large, huge, or any timm name."
-    )
-    patch_size: int | None = Field(None, gt=0, description="Patch side in pixels of a vit_* student; null: 16.")
+    model: Text = Field("vit_tiny", description="vit_nano, micro, tiny, small, base, large, huge, or any timm name.")
+    patch_size: Side | None = Field(None, description="Patch side in pixels of a vit_* student; null: 16.")
     stem: Literal["patch", "conv"] = Field(
         "patch",
         description="'patch': one patch projection; 'conv': 3x3 convolutions to the same grid (Xiao et al. 2021).",
@@ -177,7 +181,7 @@ class Student(Section):
         0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
     )
     pretrained: bool = Field(False, description="Start from timm's weights for this model.")
-    weights: str | None = Field(None, min_length=1, description="Start from an earlier export folder.")
+    weights: Text | None = Field(None, description="Start from an earlier export folder.")
 
 
 class Hard(Section):
@@ -199,9 +203,8 @@ Objective = Annotated[Hard | Soft, Discriminator("method")]
 
 
 class Optim(Section):
-    name: str = Field(
+    name: Text = Field(
         "adamw",
-        min_length=1,
         description="Optimizer, by timm's factory name; muon and nmuon leave all but the hidden matrices to AdamW.",
     )
     lr: float = Field(1.0e-3, gt=0.0, description="Peak learning rate, as it is: never scaled by the batch size.")
@@ -262,7 +265,9 @@ def _teacher_shape(value: Any) -> str:
 
 
 class Recipe(Section):
-    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="Of the run; empty: the recipe's file name.")
+    name: str = Field(
+        "", max_length=100, pattern=r"^[A-Za-z0-9._-]*$", description="Of the run; empty: the recipe's file name."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and drop path.")
     data: Data = Field(Data(), description="What is learned from.")
     teacher: (
