@@ -6,7 +6,8 @@ learns CIFAR-10's labels twice from each seed: the same weights, order, and draw
 
     python -m results.augmentation.paired_run --root data --epochs 4 --seeds 0 1
 
-(in the project's folder) writes paired_run.json beside this file: top-1 on the test set, in percent.
+(in the project's folder) writes paired_run.json beside this file: top-1 on the test set, in percent. Seeds that are
+there already are not trained again.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ def main() -> None:
     asked = parser.parse_args()
     recipe = from_mapping(RECIPE, [f"data.root={asked.root}"])
     report = {"recipe": RECIPE, "epochs": asked.epochs, "max_steps": asked.max_steps, "torch": torch.__version__}
-    runs = []
-    for seed in asked.seeds:
+    earlier = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
+    runs = earlier["runs"] if report.items() <= earlier.items() else []
+    for seed in sorted({*asked.seeds} - {run["seed"] for run in runs}):
         arms = ("batched", "one_by_one")
         right = {arm: right_answers(recipe, seed, arm, asked.epochs, asked.max_steps) for arm in arms}
         top1 = {arm: round(100 * answers.float().mean().item(), 2) for arm, answers in right.items()}
