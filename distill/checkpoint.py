@@ -194,8 +194,8 @@ def discard_after(checkpoints: Path, kept: Path | None) -> None:
                 remove_folder(path)
             except OSError as error:
                 raise RunFailed(
-                    f"{path}: cannot be taken away ({error.strerror}), and the run goes back behind it. Make the folder "
-                    "writable."
+                    f"{path}: cannot be taken away ({error.strerror}), though the run goes back behind it. Make its "
+                    "folder writable."
                 ) from None
     for link in checkpoints.iterdir():
         if link.is_symlink() and not link.exists():

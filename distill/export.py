@@ -8,18 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill import faults
+from distill.digests import state_digest
+from distill.durable import clear, flush_folder
 from distill.errors import InputError
 from distill.inputs import InputContract
+from distill.seal import SEAL
 from distill.students import Student, check_name, register_models
 from distill.students.saved import (
     CONFIG_DIGEST,
@@ -28,9 +30,9 @@ from distill.students.saved import (
     WEIGHTS_FILE,
     config_digest,
     read_export,
-    weights_digest,
 )
 from distill.tensor_files import write_tensors
+from distill.text_files import write_text
 
 TOLERANCE = 1e-6
 """Largest difference, absolute plus relative, between the logits here and those of the reloaded model."""
@@ -56,16 +58,17 @@ def write_export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = _beside(folder)
     staging.mkdir()
+    faults.point("export begun")
     try:
         model = copy.deepcopy(student.model).cpu().to(memory_format=torch.contiguous_format).eval()
         weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
         config = student.timm_config(class_names)
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        digests = {WEIGHTS_DIGEST: weights_digest(weights), CONFIG_DIGEST: config_digest(staging)}
-        write_tensors(staging / WEIGHTS_FILE, weights, {**metadata, "format": "pt", **digests})
-        shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors lets nobody else read it
-        (staging / "README.md").write_text(_readme(student, card), encoding="utf-8")
-        _compare_with_reloaded(model, staging, config["pretrained_cfg"]["input_size"])
+        write_text(staging / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        digests = {WEIGHTS_DIGEST: state_digest(weights), CONFIG_DIGEST: config_digest(staging)}
+        write_tensors(staging / WEIGHTS_FILE, weights, {**metadata, "format": "pt", **digests, SEAL: ""})
+        write_text(staging / "README.md", _readme(student, card))
+        _compare_with_reloaded(model, staging)
+        faults.point("export compared")
         _move_into_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,7 +84,7 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
     config, weights = read_export(folder)
     check_name(config["architecture"], str(folder / CONFIG_FILE))
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    if weights_digest(model.state_dict()) != weights_digest(weights):
+    if state_digest(model.state_dict()) != state_digest(weights):
         raise InputError(
             f"{folder}: this version of timm ({timm.__version__}) does not load the weights as they were written."
         )
@@ -93,50 +96,54 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
     return student.eval(), list(config["label_names"])
 
 
-def _compare_with_reloaded(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-        save_file({"images": images}, Path(scratch) / "images.safetensors")
-        # The fresh process finds this project where this one did, runs on the CPU, and is no rank of anything.
-        roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "CUDA_VISIBLE_DEVICES": ""}
-        command = "import sys; from distill.export import reload; reload(*sys.argv[1:])"
-        arguments = [str(folder), scratch, str(torch.get_num_threads())]
-        result = subprocess.run(
-            [sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            raise RuntimeError(f"the export cannot be loaded in a fresh process:\n{result.stderr}")
-        reloaded = load_file(Path(scratch) / "reloaded.safetensors")
-    logits = reloaded.pop("/logits")
-    with torch.inference_mode():
-        expected: Tensor = model(images)
-    if weights_digest(reloaded) != weights_digest(model.state_dict()):
+def _compare_with_reloaded(model: nn.Module, folder: Path) -> None:
+    # The fresh process finds this project where this one did, runs on the CPU, and is no rank of anything.
+    roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "CUDA_VISIBLE_DEVICES": ""}
+    command = "import sys; from distill.export import reload; reload(*sys.argv[1:])"
+    arguments = [str(folder), str(torch.get_num_threads())]
+    result = subprocess.run(
+        [sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"the export cannot be loaded in a fresh process:\n{result.stderr}")
+    reloaded = json.loads(result.stdout.splitlines()[-1])
+    expected, digest = _described(model, folder)
+    if reloaded["weights"] != digest:
         raise RuntimeError("the reloaded export has other weights than the student")
+    logits = torch.tensor(reloaded["logits"])
     if not torch.allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE):
         difference = (logits - expected).abs().max().item()
         raise RuntimeError(f"the reloaded export gives other logits than the student: they differ by {difference:.3g}")
 
 
-def reload(folder: str, scratch: str, threads: str) -> None:
-    """In a fresh process: load `folder` as any user of timm would; write its weights and its logits on the images."""
+def reload(folder: str, threads: str) -> None:
+    """In a fresh process: load `folder` as any user of timm would; print its logits and the digest of its weights."""
     register_models()
     torch.set_num_threads(int(threads))
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = load_file(Path(scratch) / "images.safetensors")["images"]
+    logits, digest = _described(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), Path(folder))
+    print(json.dumps({"logits": logits.tolist(), "weights": digest}))
+
+
+def _described(model: nn.Module, folder: Path) -> tuple[Tensor, str]:
+    """Logits on two random images of the size that the config names, the same everywhere, and the weights' digest."""
+    size = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["pretrained_cfg"]["input_size"]
     with torch.inference_mode():
-        logits = model(images)
-    save_file({**model.state_dict(), "/logits": logits}, Path(scratch) / "reloaded.safetensors")
+        logits = model(torch.randn(2, *size, generator=torch.Generator().manual_seed(0)))
+    return logits, state_digest(model.state_dict())
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:
-    if not folder.exists():
+    if folder.exists():
+        earlier = _beside(folder)
+        folder.rename(earlier)
+        faults.point("export renamed away")
         staging.rename(folder)
-        return
-    earlier = _beside(folder)
-    folder.rename(earlier)
-    staging.rename(folder)
-    shutil.rmtree(earlier)
+        clear(earlier)
+    else:
+        staging.rename(folder)
+    faults.point("export renamed")
+    flush_folder(folder.parent)
 
 
 def _readme(student: Student, card: str) -> str:

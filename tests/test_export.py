@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import distill.export
 from distill.errors import InputError
@@ -199,6 +200,6 @@ def test_a_changed_config_is_seen(folder):
 
 def test_weights_of_others_are_refused(folder):
     model = timm.create_model("resnet18", num_classes=10)
-    distill.export.save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="not an export of this project"):
         load_export(folder)
