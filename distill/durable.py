@@ -93,7 +93,7 @@ def flush_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-    faults.point(f"{path.name} flushed")
+    faults.point("folder flushed")
 
 
 def remove_folder(path: Path) -> None:
