@@ -66,9 +66,10 @@ class Guard:
         self.skipped = torch.tensor(False, device=accelerator.device)
         """bool [], on the device: whether the update of the step at hand is left out."""
         if isinstance(model, DistributedDataParallel):
-            model.register_comm_hook(None, self._before_reduction)
+            # DDP reads annotations, and cannot read those that are text.
+            model.register_comm_hook(None, lambda _, bucket: self._before_reduction(bucket))
 
-    def _before_reduction(self, group: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _before_reduction(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Note this process's own gradients: afterwards all processes have the same, and whose were bad is lost."""
         self._bucket_sums.append(bucket.buffer().sum())
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
