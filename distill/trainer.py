@@ -78,7 +78,7 @@ class Trainer:
         self.student.to(memory_format=torch.channels_last)
         self.student.to(accelerator.device)
         train_on_cpu(self.student)
-        self.initial_weights = state_digest(self.student)
+        self.initial_weights = state_digest(self.student.state_dict())
         if train.gradient_checkpointing:
             self.student.checkpoint_gradients()
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
