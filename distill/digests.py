@@ -1,21 +1,25 @@
-"""Digests by which a student and its control are shown to have begun alike and seen the same."""
+"""Digests of weights and of batches."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from distill.data import Batch
+if TYPE_CHECKING:
+    from distill.data import Batch
 
 
-def state_digest(module: nn.Module) -> str:
-    """SHA-256 (hex) over names and bytes of a module's state."""
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of names, types, shapes and bytes; the same whatever file or order the tensors came in."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

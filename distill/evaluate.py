@@ -12,6 +12,8 @@ from torch import Tensor
 from distill.data import Dataset, Split
 from distill.processes import marking_process
 from distill.report.metrics import measure
+from distill.seal import SEAL
+from distill.signals import stoppable
 from distill.students import Heads
 from distill.tensor_files import write_tensors
 
@@ -42,7 +44,8 @@ def predict(
     share = -(-size // accelerator.num_processes)
     first = min(size, share * accelerator.process_index)
     batches = dataset.evaluation_batches(split, start + first, start + min(size, first + share), batch_size)
-    rows = [[output.float() for output in forward(images)] for images, _ in marking_process(batches)]
+    batches = stoppable(marking_process(batches), -(-share // batch_size))
+    rows = [[output.float() for output in forward(images)] for images, _ in batches]
     outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
     if accelerator.num_processes > 1:
         outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, dataset, accelerator)]
@@ -101,4 +104,5 @@ def save_predictions(
 ) -> None:
     """Write `predictions.safetensors`: labels int64 [N] and one float32 [N, classes] per name."""
     # With one head its logits are the fused ones too, and safetensors refuses tensors that share memory.
-    write_tensors(path, {"labels": labels} | {name: logits.clone() for name, logits in predictions.items()}, metadata)
+    tensors = {"labels": labels} | {name: logits.clone() for name, logits in predictions.items()}
+    write_tensors(path, tensors, {**metadata, SEAL: ""})

@@ -6,14 +6,16 @@ of a full disk only that something went wrong.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distill.durable import NewFile, replacing
+from distill.seal import SEAL, UNSEALED
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -28,9 +30,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def fill(file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` and `metadata` into a new file in the format of safetensors: the size of the header (8 bytes, the
-    least first), the header as JSON, the tensors' bytes.
+    """Write `tensors` and `metadata` into a new file in the format of safetensors; `metadata` with a SEAL, whatever it
+    says, gets the right one.
     """
+    metadata = metadata or {}
+    if SEAL in metadata:
+        digest = hashlib.sha256()
+        for part in _parts(tensors, {**metadata, SEAL: UNSEALED}):
+            digest.update(part)
+        metadata = {**metadata, SEAL: digest.hexdigest()}
+    for part in _parts(tensors, metadata):
+        file.write(part)
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The size of the header (8 bytes, the least first), the header as JSON, the tensors' bytes."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     # Wide elements first, as the library does, so that each tensor begins where its elements may.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -41,8 +55,8 @@ def fill(file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         header[name] = described | {"data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded = encoded.ljust(-len(encoded) // 8 * -8)
-    file.write(len(encoded).to_bytes(8, "little"))
-    file.write(encoded)
+    yield len(encoded).to_bytes(8, "little")
+    yield encoded
     for name in names:
         values = tensors[name].detach().cpu().contiguous()
-        file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        yield values.reshape(-1).view(torch.uint8).numpy().data

@@ -2,7 +2,8 @@
 
 Tensors `train.images` uint8 [N, C, H, W] and `train.labels` int64 [N], the same for `test` and, optionally,
 `validation`. Metadata: `name`, `classes` (a JSON list of their names, in the order of the labels) and
-`sha256/<tensor>`, the digest of a tensor's bytes.
+`sha256/<tensor>`, the digest of a tensor's bytes. Those that are written here have a seal besides, for the rest of the
+file, and say so in `layout`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.seal import SEAL, is_sealed
 from distill.tensor_files import write_tensors
 
 
@@ -32,6 +34,7 @@ class Expected(NamedTuple):
     """Channels, height, width."""
 
 
+LAYOUT = "uint8 NCHW, sealed"
 SPLIT_NAMES = ("train", "validation", "test")
 PACK_AGAIN = "pack it again"
 
@@ -69,8 +72,8 @@ def write_packed(
     tensors: Mapping[str, Tensor],
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a packed file, with the digest of each tensor in its metadata."""
-    metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": "uint8 NCHW", **(extra or {})}
+    """Write a packed file, with the digest of each tensor, and that of the file, in its metadata."""
+    metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": LAYOUT, SEAL: "", **(extra or {})}
     write_tensors(path, tensors, metadata | {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 
 
@@ -92,13 +95,19 @@ def open_packed(path: Path, expected: Expected | None = None) -> Packed:
             "get it again"
         ) from None
     class_names = _class_names(metadata)
-    for problem, remedy in _problems(tensors, metadata, class_names, expected):
+    is_whole = is_sealed(path, metadata)
+    for problem, remedy in _problems(tensors, metadata, class_names, expected, is_whole=is_whole):
         raise InputError(f"{path}: {problem}; {remedy}")
     return Packed(str(path), class_names, tensors, metadata)
 
 
 def _problems(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], class_names: tuple[str, ...], expected: Expected | None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    class_names: tuple[str, ...],
+    expected: Expected | None,
+    *,
+    is_whole: bool,
 ) -> Iterator[tuple[str, str]]:
     """What is wrong and what to do, first things first; whoever reads on after the first may trip over it."""
     get_again = "delete the file and get it again"
@@ -127,7 +136,7 @@ def _problems(
             yield f"has {len(images)} images in '{split}' where this dataset has {count}", get_again
     for key, tensor in tensors.items():
         stated = metadata.get(f"sha256/{key}")
-        if stated is not None and stated != sha256(tensor):
+        if not is_whole and stated is not None and stated != sha256(tensor):
             yield (
                 f"the bytes of {key} are not those that were written (SHA-256 differs), so it is damaged or altered",
                 get_again,
@@ -142,6 +151,8 @@ def _problems(
     counts = torch.bincount(tensors["train.labels"], minlength=len(class_names)).tolist()
     if 0 in counts:
         yield f"class '{class_names[counts.index(0)]}' has no training image", PACK_AGAIN
+    if not is_whole and (SEAL in metadata or metadata.get("layout") == LAYOUT):
+        yield "its header is not what was written (SHA-256 differs), so it is damaged or altered", get_again
 
 
 def _describe(tensor: Tensor) -> str:
@@ -152,7 +163,7 @@ def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The names, or none where they are missing or make no sense."""
     try:
         names = json.loads(metadata.get("classes", "null"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return ()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
+from distill.seal import SEAL, is_sealed
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -60,11 +60,16 @@ def read_predictions(path: Path) -> Predictions:
         InputError: it is missing or damaged, its shapes do not fit, a label is no class, or a logit is no number.
     """
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}. Write it again with `distill evaluate`.") from None
+    # Those that evaluation wrote all have a seal, and the digest of the data.
+    if {SEAL, "data"} & metadata.keys() and not is_sealed(path, metadata):
+        raise InputError(f"{path}: not what was written (SHA-256 differs). Write it again with `distill evaluate`.")
     absent = [name for name in ("labels", "student.fused") if name not in tensors]
     if absent:
         raise InputError(f"{path}: holds no {' and no '.join(absent)}; it is no file of predictions.")

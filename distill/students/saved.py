@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.digests import state_digest
 from distill.errors import InputError
+from distill.seal import is_sealed
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -47,7 +48,7 @@ def read_export(folder: str | Path) -> Saved:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS_FILE}: cannot be read ({error}). Export the student again.") from None
     digests = {
-        WEIGHTS_FILE: (metadata.get(WEIGHTS_DIGEST), weights_digest(weights)),
+        WEIGHTS_FILE: (metadata.get(WEIGHTS_DIGEST), state_digest(weights)),
         CONFIG_FILE: (metadata.get(CONFIG_DIGEST), config_digest(folder)),
     }
     for name, (written, found) in digests.items():
@@ -57,17 +58,9 @@ def read_export(folder: str | Path) -> Saved:
             )
         if written != found:
             raise InputError(f"{folder / name}: not what was exported: its hash differs. Export the student again.")
+    if not is_sealed(folder / WEIGHTS_FILE, metadata):
+        raise InputError(f"{folder / WEIGHTS_FILE}: its header is not what was exported. Export the student again.")
     return Saved(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), weights)
-
-
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of every name, type, shape and value."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def config_digest(folder: Path) -> str:
