@@ -1,0 +1,217 @@
+"""NaN and inf in one process's loss or gradients: no process applies the update, and a run that has only such steps
+fails, with a checkpoint from before them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+import distill.trainer
+from distill import checkpoint, run
+from distill.data import Batch, BatchPlan
+from distill.digests import state_digest
+from distill.guard import Guard
+from distill.pipeline import open_data
+from distill.processes import build_accelerator
+from distill.trainer import Trainer
+from tests.conftest import Counted, Toy
+from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
+from tests.warm import launch
+
+NAN, INF = float("nan"), float("inf")
+VALUES = (NAN, INF, -INF)
+# What becomes of an image, is the loss or added to it, or stands in this process's gradients before they are averaged
+# or after it.
+PLACES = ("images", "loss", "added", "own gradients", "gradients")
+Injection = tuple[int, int, str, float]
+"""Process, step (from 0), place and value."""
+
+
+def inject(injections: list[Injection]) -> None:
+    """Let this process's steps go wrong as listed, and note its weights after each; the code under test knows nothing
+    of it.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    mine = {step: (place, value) for process, step, place, value in injections if process == rank}
+    train_step, training_loss, backward = Trainer.train_step, distill.trainer.training_loss, Accelerator.backward
+    now: dict[str, Any] = {}
+
+    def step(trainer: Trainer, micro_batches: Sequence[Batch]) -> None:
+        now["place"], now["value"] = mine.get(trainer.progress.step, ("", 0.0))
+        now["bias"] = trainer.student.model.head.bias
+        if now["place"] == "images":
+            micro_batches[0].images[0] = now["value"]
+        train_step(trainer, micro_batches)
+        with Path(f"digests-{rank}").open("a") as file:
+            file.write(f"{trainer.progress.step} {state_digest(trainer.student.state_dict())}\n")
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        total, parts = training_loss(*args, **kwargs)
+        factor, summand = now["place"] == "loss", now["place"] == "added"
+        return total * (now["value"] if factor else 1.0) + (now["value"] if summand else 0.0), parts
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient.index_fill(0, torch.tensor([0]), now["value"])
+
+    def back(accelerator: Accelerator, total: Tensor, **kwargs: Any) -> None:
+        handle = now["bias"].register_hook(spoil) if now["place"] == "own gradients" else None
+        backward(accelerator, total, **kwargs)
+        if handle is not None:
+            handle.remove()
+        if now["place"] == "gradients":
+            now["bias"].grad[0] = now["value"]
+
+    Trainer.train_step, distill.trainer.training_loss, Accelerator.backward = step, loss, back  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def injected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[Injection]], None]:
+    """`inject`, taken back at the end of the test."""
+    monkeypatch.chdir(tmp_path)
+    for owner, name in ((Trainer, "train_step"), (distill.trainer, "training_loss"), (Accelerator, "backward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return inject
+
+
+def everything(trainer: Trainer) -> list[Tensor]:
+    """Copies of weights, batch statistics, moving average and the optimizer's state."""
+    assert trainer.ema is not None
+    state = trainer.optimizer.state_dict()["state"].values()
+    tensors = [
+        *trainer.student.state_dict().values(),
+        *trainer.ema.module.state_dict().values(),
+        *(torch.as_tensor(value) for values in state for value in values.values()),
+    ]
+    return [tensor.clone() for tensor in tensors]
+
+
+def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nmuon"])
+def test_a_skipped_step_leaves_no_trace(toy: Toy, injected: Callable[[list[Injection]], None], optimizer: str) -> None:
+    recipe = toy_recipe(
+        toy,
+        teacher=None,
+        distill=[],
+        student={"stem": "conv", "attention": {"kind": "standard"}},
+        optim={"name": optimizer},
+        train={"max_bad_steps": 5},
+    )
+    trainer = trainer_of(recipe)
+    bad: dict[int, tuple[str, float]] = {
+        0: ("loss", NAN), 1: ("images", NAN), 3: ("added", INF), 4: ("gradients", -INF)
+    }  # fmt: skip
+    injected([(0, step, place, value) for step, (place, value) in bad.items()])
+    batches = batches_of(trainer)
+    for step in range(6):
+        before = everything(trainer)
+        take_steps(trainer, batches, 1)
+        assert equal(before, everything(trainer)) == (step in bad), step
+    trainer.inspect()
+    values = trainer.window.read(16)
+    assert values["bad_steps"] == 4
+    assert math.isfinite(values["loss"])
+
+
+def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
+    toy: Toy, injected: Callable[[list[Injection]], None]
+) -> None:
+    trainer = trainer_of(toy_recipe(toy, optim={"clip_grad": None}, train={"max_bad_steps": 5}))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    trainer.accelerator.scaler = scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.guard = Guard(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)
+    injected([(0, 1, "gradients", INF), (0, 2, "loss", NAN), (0, 4, "gradients", NAN), (0, 5, "gradients", NAN)])
+    batches = batches_of(trainer)
+    scales = []
+    for step in range(6):
+        before = everything(trainer)
+        take_steps(trainer, batches, 1)
+        scales.append(scaler.get_scale())
+        assert equal(before, everything(trainer)) == (step in (1, 2, 4, 5)), step
+    assert scales == [4.0, 2.0, 1.0, 1.0, 0.5, 0.25]
+    trainer.inspect()
+    assert trainer.window.skipped == 2  # the loss, and gradients that were not finite at the scale 0.5
+
+
+def chances(number: int, steps: int) -> list[Injection]:
+    """One process's value in each of so many steps, drawn with a fixed seed; no two of these in a row."""
+    chance = random.Random(0)
+    chosen = chance.sample(range(0, steps, 2), number)
+    return [(chance.randrange(2), step, PLACES[at % 5], chance.choice(VALUES)) for at, step in enumerate(chosen)]
+
+
+@pytest.mark.parametrize(
+    ("number", "steps"), [(5, 12), pytest.param(100, 202, marks=pytest.mark.soak)], ids=["5", "100"]
+)
+def test_no_process_applies_what_one_of_them_spoils(
+    toy: Toy, tmp_path: Path, counted: Counted, number: int, steps: int
+) -> None:
+    out = tmp_path / "run"
+    often = (f"train.epochs={steps}", f"train.max_steps={steps}", "train.checkpoint_every=1",
+             "train.keep_checkpoints=1000")  # fmt: skip
+    lasting: list[Injection] = [(1, step, "own gradients", NAN) for step in range(steps - 2, steps)]
+    injections = chances(number, steps - 2) + lasting
+    arguments = (toy.recipe, "--out", out, *often, "train.max_bad_steps=2")
+    launched = launch(["train", *arguments], cwd=tmp_path, processes=2, before=partial(inject, injections))
+    codes = launched.wait(600)
+    assert codes == [3, 3], launched.output
+
+    digests = [(tmp_path / f"digests-{rank}").read_text() for rank in range(2)]
+    assert digests[0] == digests[1], "the processes have the same weights after every step"
+    kept = 0
+    for _, step, *_ in injections[:number]:
+        if step == 0:
+            kept += 1
+            continue
+        folders = [checkpoint.folder_of_step(out / "checkpoints", at) for at in (step, step + 1)]
+        for folder in folders:
+            checkpoint.verify(folder)
+        model, ema = ([list(checkpoint.read_tensors(at, stem).values()) for at in folders] for stem in ("model", "ema"))
+        moments = [
+            [torch.as_tensor(value) for values in checkpoint.read_optimizer(at)["state"].values()
+             for value in values.values()]
+            for at in folders
+        ]  # fmt: skip
+        kept += equal(*model) and equal(*ema) and equal(*moments)
+    counted("updates that are not finite leave no trace", done=kept, of=number)
+
+    lines = list(run.read_metrics(out, "train"))
+    assert sum(line.get("bad_steps", 0) for line in lines) == number + 1  # and the last but one
+    assert all(math.isfinite(line.get("loss", 0.0)) for line in lines)
+    status = run.read_status(out)
+    assert status["state"] == "failed"
+    reason = status["reason"]
+    assert f"steps {steps - 1} to {steps}" in reason
+    indices = samples_of(toy, rank=1, step=steps - 1)
+    assert f"process 1 (step {steps}, samples {', '.join(map(str, indices))})" in reason
+    assert "process 0 (" not in reason
+    assert reason in launched.output.replace("\n", " ") or reason.splitlines()[0] in launched.output
+    assert "Traceback" not in launched.output
+    resumed = launch(["train", *arguments, "--resume", "auto"], cwd=tmp_path)
+    assert resumed.wait() == [0], resumed.output
+    assert run.is_finished(out)
+
+
+def samples_of(toy: Toy, *, rank: int, step: int) -> list[int]:
+    """The training samples of a process in a step (from 0), from the plan."""
+    recipe = toy_recipe(toy)
+    dataset = open_data(recipe, build_accelerator(recipe.train, Path()))
+    plan = BatchPlan(seed=recipe.seed, batch_size=16, accumulation=2, num_processes=2, process_index=rank)
+    epoch, first = divmod(step, plan.steps_per_epoch(dataset.info.sizes["train"]))
+    batches = next(dataset.training_batches(plan, epoch, first))
+    return torch.cat([batch.indices for batch in batches]).tolist()
