@@ -8,13 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distill import __version__
-from distill.errors import InputError, RunFailed
-
-# 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
-EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
+from distill.ending import exit_code, last_words
+from distill.errors import InputError
+from distill.launcher import Command
+from distill.signals import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         if os.environ.get("RANK", "0") == "0" or error.process is not None:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return exit_code(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,28 +94,29 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train the student of a recipe: what `accelerate launch distill/train.py` runs."""
-    from distill.recipe import load
+    again = sys.argv[1:]
+    command = Command.find(again)
+    resuming = [*(["train"] if again[:1] == ["train"] else []), options.target, *options.overrides]
 
-    load(options.target, options.overrides)  # bad recipes are answered before torch is imported
-    import logging
-    import traceback
+    def leave(error: BaseException) -> int:
+        for run in reversed(stop.runs):
+            run.end(error, writes=stop.writes)
+        if stop.speaks:
+            words = last_words(error, [run.path for run in stop.runs], command, again, resuming)
+            with suppress(OSError):  # a closed terminal, or a pipe whose reader was stopped too
+                print(words, file=sys.stderr, flush=True)
+        return exit_code(error)
 
-    from distill.pipeline import launch
-    from distill.signals import Interrupted
-
+    stop = StopRequest(command.launcher, leave)
     try:
+        from distill.recipe import load
+
+        load(options.target, options.overrides)  # bad recipes are answered before torch is imported
+        from distill.pipeline import launch
+
         launch(Path(options.target), options.overrides, out=options.out, resume=options.resume, dry_run=options.dry_run)
-    except Interrupted as interruption:
-        logging.getLogger("distill").info("interrupted (%s); continue with --resume auto", interruption)
-        return EXIT_INTERRUPTED
-    except InputError:
-        raise
-    except RunFailed as failure:
-        print(f"failed: {failure}", file=sys.stderr)
-        return EXIT_FAILED
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAILED
+    except BaseException as error:
+        return leave(stop.verdict(error))
     return 0
 
 

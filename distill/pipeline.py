@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from distill import checkpoint, run
 from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError
-from distill.processes import build_accelerator, on_main, set_threads, start_processes, with_precision
+from distill.processes import (
+    build_accelerator,
+    join_peers,
+    on_main,
+    part_from_peers,
+    set_threads,
+    start_processes,
+    with_precision,
+)
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
-from distill.signals import Interrupted, StopRequest
+from distill.signals import StopRequest, verdict
 from distill.teacher_cache import open_cache
-from distill.teaching import build_teacher, is_trained, run_preflight, teacher_place, teacher_recipe
+from distill.teaching import (
+    build_teacher,
+    is_trained,
+    run_preflight,
+    teacher_place,
+    teacher_recipe,
+    weights_digests,
+)
 from distill.trainer import Trainer
 from teachers import Teacher
 
@@ -46,19 +61,24 @@ class Launch:
 
     stop: StopRequest
     threads: int
+    runs: list[Run] = field(default_factory=list)
+    """Those that have begun and not finished; the first is the one that was asked for."""
 
 
 def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: str | None, dry_run: bool) -> None:
-    """Run the recipe at `path` on all processes of this launch.
+    """Run the recipe at `path` on all processes of this launch, whose `StopRequest` is made before.
 
     Raises:
         InputError: something the user gave cannot be used; nothing half-written is left.
+        RunFailed: the run cannot go on.
         Interrupted: stopped early, resumable.
     """
+    stop = StopRequest.current()
     recipe = load(path, overrides)
     threads = set_threads()
     is_main = start_processes().is_main_process
     set_up_logging(is_main=is_main)
+    join_peers(stop)
     try:
         recipe = with_precision(recipe)
         if dry_run:
@@ -67,10 +87,16 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
             dry_run_recipe(recipe, build_accelerator(recipe.train, Path()))
             return
         place = on_main(lambda: locate(recipe, out, resume))
-        shared = Launch(StopRequest(recipe.train.max_minutes), threads)
-        execute(recipe, place, shared, source=path)
+        stop.limit(recipe.train.max_minutes)
+        execute(recipe, place, Launch(stop, threads, stop.runs), source=path)
+        part_from_peers(stop)
         if is_main:
             show_result(place.directory)
+    except BaseException as error:
+        ended = stop.verdict(error)
+        if ended is error:
+            raise
+        raise ended from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -122,6 +148,26 @@ def execute(
     recipe: Recipe, place: Place, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
 ) -> None:
     """One run, from wherever it stands to `finished`; its teacher's and its control's run within."""
+    directory = Run(place.directory, is_main=PartialState().is_main_process)
+    on_main(directory.claim)
+    shared.runs.append(directory)
+    try:
+        _execute(recipe, place, shared, directory, source=source, dataset=dataset)
+        directory.status("finished")
+        shared.runs.remove(directory)
+    except BaseException as error:
+        ended, writes = verdict(error)
+        directory.end(ended, writes=writes)
+        if ended is error:
+            raise
+        raise ended from error
+    finally:
+        directory.close()
+
+
+def _execute(
+    recipe: Recipe, place: Place, shared: Launch, directory: Run, *, source: Path | None, dataset: Dataset | None
+) -> None:
     accelerator = build_accelerator(recipe.train, place.directory)
     if dataset is None:
         dataset = open_data(recipe, accelerator)
@@ -132,12 +178,13 @@ def execute(
         train_teachers(recipe, shared)
         accelerator = build_accelerator(recipe.train, place.directory)
     teacher = build_teacher(recipe, dataset, accelerator)
+    weights = on_main(lambda: weights_digests(recipe, teacher))
+    check_teacher(place, weights)
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
     trainer.teacher_logits = teacher_logits
     trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
 
-    directory = Run(place.directory, is_main=accelerator.is_main_process)
     environment = run.describe_environment(
         num_processes=accelerator.num_processes,
         precision=recipe.train.precision,
@@ -148,7 +195,10 @@ def execute(
     try:
         status = on_main(lambda: run.read_status(place.directory))
         directory.status(
-            "running", data_digest=dataset.info.digest, parameters=count_parameters(trainer.student, teacher)
+            "running",
+            data_digest=dataset.info.digest,
+            teacher_weights=weights,
+            parameters=count_parameters(trainer.student, teacher),
         )
         if status.get("phase") != "control" or place.named:
             _log.info("run directory: %s", place.directory)
@@ -159,17 +209,9 @@ def execute(
             del trainer
             execute_control(recipe, place, shared, dataset)
             on_main(lambda: check_control(place.directory, directory))
-        on_main(lambda: directory.status("finished"))
-    except Interrupted as interruption:
-        directory.status("interrupted", reason=str(interruption))
-        raise
-    except BaseException as error:
-        directory.status("failed", reason=f"{type(error).__name__}: {error}")
-        raise
     finally:
         for tracker in accelerator.trackers:  # end_training would end the process group, which other runs still need
             tracker.finish()
-        directory.close()
 
 
 def check_data(place: Place, dataset: Dataset) -> None:
@@ -177,6 +219,19 @@ def check_data(place: Place, dataset: Dataset) -> None:
     digest = on_main(lambda: run.read_status(place.directory).get("data_digest"))
     if place.resumed and digest not in (None, dataset.info.digest):
         raise InputError(f"{place.directory}: this run began on other data than data.root and data.name now give.")
+
+
+def check_teacher(place: Place, weights: dict[str, str]) -> None:
+    """Raise InputError if a resumed run began with other weights in its teachers; these have no hash but the one that
+    was written down then.
+    """
+    began_with = on_main(lambda: run.read_status(place.directory).get("teacher_weights", {}))
+    for where, digest in weights.items() if place.resumed else ():
+        if began_with.get(where, digest) != digest:
+            raise InputError(
+                f"{where}: these teacher weights are not those that {place.directory} began with: their SHA-256 "
+                "differs. Put the earlier ones back, or start a new run with another --out."
+            )
 
 
 def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Dataset) -> None:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
 from distill.errors import InputError, RunFailed
+from distill.peers import Peers
 from distill.recipe.schema import Recipe, Train
+from distill.signals import StopRequest
 
 T = TypeVar("T")
 _log = logging.getLogger("distill")
@@ -119,6 +122,22 @@ def start_processes() -> PartialState:
     if state.device.type == "cpu":
         keep_freed_memory()
     return state
+
+
+def join_peers(stop: StopRequest) -> None:
+    """Have the processes of this launch stop together, and notice one another's end. Collective."""
+    if dist.is_initialized():
+        # On the host, so that asking never waits for the GPU.
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        stop.join(group, Peers(group))
+
+
+def part_from_peers(stop: StopRequest) -> None:
+    """Once all processes are here, each may end when it likes. Collective."""
+    if dist.is_initialized():
+        dist.barrier(stop.group)
+    stop.part()
 
 
 def keep_freed_memory() -> None:

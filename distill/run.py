@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
@@ -27,9 +29,12 @@ from distill.durable import clear
 from distill.errors import InputError, RunFailed
 from distill.metrics_file import MetricsFile, read_lines
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
+from distill.signals import Interrupted
 from distill.text_files import write_text
 
 RUNS = Path("runs")
+HELD = (errno.EACCES, errno.EAGAIN)
+"""What the system says of a lock that another process holds."""
 _log = logging.getLogger("distill")
 
 
@@ -44,26 +49,45 @@ class Run:
         self.metrics = MetricsFile(path / "metrics.jsonl")
         self.predictions = path / "predictions.safetensors"
         self.report = path / "report.html"
+        self._lock_path = path / ".lock"
+        self._made: list[Path] = []
         self._status: dict[str, Any] = {}
+        self._opened = self._ended = False
         self._lock: IO[str] | None = None
         self._log_file: logging.Handler | None = None
         self._failing: set[Path] = set()
 
-    def open(self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any]) -> None:
-        """Create the directory (or take up an earlier run there), lock it, and say what runs in it.
+    def claim(self) -> None:
+        """Create the directory where it is missing, and lock it: from here on no other run begins there.
 
         Raises:
             InputError: the directory is in use, or cannot be written.
         """
         if not self.is_main:
             return
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._made = [*([] if self._lock_path.exists() else [self._lock_path]), *missing]
             self._take_lock()
             self._status = read_status(self.path)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def open(self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any]) -> None:
+        """Say what runs in the claimed directory, and clean up after an earlier run there.
+
+        Raises:
+            InputError: the directory cannot be written.
+        """
+        if not self.is_main:
+            return
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
             for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.checkpoints.glob(".*.tmp")):
                 clear(leftover)  # of a process that was killed while it wrote
             self.metrics.repair()
+            self._opened = True
             self.status("running")
             given = recipe.to_yaml() if source is None else source.read_text(encoding="utf-8")
             write_text(self.path / "recipe.yaml", given)
@@ -71,12 +95,42 @@ class Run:
             write_text(self.path / "environment.json", json.dumps(environment, indent=1))
             self._log_file = LogFile(self.path / "train.log")
         except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot write the run directory: {error.strerror or error}. Make it writable, with room, "
-                "or choose another --out."
-            ) from None
+            raise _cannot_write(self.path, error) from None
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _log.addHandler(self._log_file)
+
+    def end(self, error: BaseException, *, writes: bool) -> None:
+        """Write down that `error` ended the run. A process that does not write the status adds its stack trace to the
+        log, if it has one that nobody foresaw.
+
+        What the user gave wrong before the run was opened leaves nothing behind.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        foreseen = isinstance(error, InputError | RunFailed | Interrupted)
+        try:
+            if isinstance(error, InputError) and not self._opened:
+                self._withdraw()
+                return
+            if not foreseen:
+                with (self.path / "train.log").open("a", encoding="utf-8") as file:
+                    file.write("".join(traceback.format_exception(error)))
+            if writes and not self.is_main:  # the main process is dead, and its lock with it
+                self._take_lock()
+                self._status = read_status(self.path)
+                self.is_main = True
+            state = "interrupted" if isinstance(error, Interrupted) else "failed"
+            self.status(state, reason=str(error) if foreseen else f"{type(error).__name__}: {error}")
+        except (OSError, InputError) as problem:
+            _log.error("%s: cannot write down how the run ended: %s", self.path, problem)
+
+    def _withdraw(self) -> None:
+        """Remove what `claim` made."""
+        if self.is_main:
+            with suppress(OSError):  # somebody else has put something there
+                for path in self._made:
+                    path.rmdir() if path != self._lock_path else path.unlink()
 
     def close(self) -> None:
         """Release the lock and the log."""
@@ -90,15 +144,23 @@ class Run:
     def _take_lock(self) -> None:
         # The kernel drops the lock when its holder dies, however it dies: there are no stale locks. A record lock, not
         # flock: workers that are forked later do not hold it on.
-        self._lock = (self.path / ".lock").open("a")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            check_free(self.path)
-            raise
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        while True:
+            lock = self._lock_path.open("a")
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.close()
+                if error.errno not in HELD:
+                    raise
+                check_free(self.path)
+                continue  # its holder has just ended
+            if _is_same_file(lock, self._lock_path):
+                break
+            lock.close()  # its last holder removed it
+        self._lock = lock
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
 
     def status(self, state: str | None = None, **values: Any) -> None:
         """Merge `values` into `status.json`, atomically; `state` is running, finished, interrupted or failed.
@@ -190,34 +252,53 @@ def read_recipe(path: Path) -> Recipe:
 
 def check_free(path: Path) -> None:
     """Raise InputError if a living process holds the run directory."""
-    lock = path / ".lock"
-    if not lock.exists():
-        return
+    if holder := holder_of(path):
+        raise InputError(f"{path}: in use by {holder}. Wait for it or choose another --out.")
+
+
+def holder_of(path: Path) -> str | None:
+    """Which process holds the run directory; None where none that lives does. Not to be asked by the holder itself:
+    it would let go.
+    """
     try:
-        file = lock.open("r+")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write the run directory: {error.strerror}. Make it writable.") from None
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{path}: in use by {file.read()}. Wait for it or choose another --out.") from None
+        with (path / ".lock").open() as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return file.read() or "another process" if error.errno in HELD else None
+    except OSError:
+        pass
+    return None
+
+
+def state_of(path: Path) -> str | None:
+    """The state of the run at `path` as it is: where nobody was left to write it, `running` is no longer true."""
+    state = read_status(path).get("state")
+    return "killed" if state == "running" and holder_of(path) is None else state
 
 
 def check_new(path: Path) -> None:
     """Raise InputError if a run, or anything else, already stands at `path`."""
     check_free(path)
-    status = read_status(path)
-    if status:
-        state = status.get("state")
+    if (state := state_of(path)) is not None:
         advice = "" if state == "finished" else " Continue it with --resume auto, or"
         raise InputError(f"{path}: there is a run already, and it is {state}.{advice} choose another --out.")
-    # A run killed before its first status leaves a lock, a folder for checkpoints and half a status.
-    begun = {path / ".lock", path / "checkpoints", *path.glob(".*.tmp")}
-    if any((path / "checkpoints").glob("step_*")):
-        begun = set()
-    if path.exists() and (not path.is_dir() or any(child not in begun for child in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(child.name != ".lock" for child in path.iterdir())):
         raise InputError(f"{path}: exists and is no run directory. Choose another --out.")
+
+
+def _is_same_file(file: IO[str], path: Path) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or error
+    return InputError(
+        f"{path}: cannot write the run directory: {reason}. Make it writable, with room, or choose another --out."
+    )
 
 
 def check_resumable(path: Path, recipe: Recipe) -> None:
@@ -253,8 +334,10 @@ def newest_unfinished(recipe: Recipe) -> Path | None:
 
 
 def new_path(recipe: Recipe) -> Path:
-    """`runs/<name>-<time>`."""
-    return RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """`runs/<name>-<time>`, where nothing is yet."""
+    while (path := RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}").exists():
+        time.sleep(0.1)  # another run of this name began in this second
+    return path
 
 
 def describe_environment(

@@ -171,7 +171,7 @@ class Trainer:
 
     def evaluate_or_save(self, run: Run, display: TrainingDisplay) -> None:
         """Evaluate; if that is interrupted, save the weights that are to be evaluated anew."""
-        before, size = replace(self.progress), run.metrics_size()
+        before, size = replace(self.progress), run.metrics.size
         try:
             self.evaluate(run, display)
         except Interrupted:

@@ -1,0 +1,70 @@
+"""How a command that trains ends: its exit code, and at most five lines that say what happened, what is safe and how
+to go on.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from distill.errors import InputError, RunFailed
+from distill.launcher import Command
+from distill.signals import Interrupted
+
+# 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
+LONGEST = 500
+"""Characters of an error that nobody foresaw; all of it is in the log."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Of a command that ends with `error`."""
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED
+    return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+def last_words(
+    error: BaseException, directories: Sequence[Path], command: Command, again: Sequence[str], resuming: Sequence[str]
+) -> str:
+    """What a person is told.
+
+    Args:
+        directories: of the runs that had begun, the one that was asked for first, the one that ended within it (its
+            teacher's, its control's) last.
+        again: our arguments as they were.
+        resuming: our arguments without --out and --resume.
+    """
+    begun = [directory for directory in directories if (directory / "status.json").exists()]
+    if isinstance(error, InputError) and not begun:
+        return f"error: {error}"
+    if isinstance(error, Interrupted):
+        lines = [f"interrupted: {error}"]
+    elif isinstance(error, InputError | RunFailed):
+        lines = [f"failed: {error}"]
+    elif begun:
+        lines = [f"failed: {describe(error)[:LONGEST]}", f"details: {begun[-1] / 'train.log'}"]
+    else:
+        return "".join(traceback.format_exception(error)).rstrip()
+    if not begun:
+        return "\n".join([*lines, "safe: nothing was begun", f"again: {command.resuming(again, None)}"])
+    newest = newest_checkpoint(begun)
+    safe = "no step is saved yet; the run starts anew" if newest is None else f"all up to {newest}"
+    return "\n".join([*lines, f"safe: {safe}", f"continue: {command.resuming(resuming, begun[0])}"])
+
+
+def newest_checkpoint(directories: Sequence[Path]) -> Path | None:
+    """The one that was written last by these runs or their controls."""
+    found: list[tuple[int, Path]] = []
+    for directory in directories:
+        for path in (*directory.glob("checkpoints/step_*"), *directory.glob("control/checkpoints/step_*")):
+            with suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path))
+    return max(found)[1] if found else None
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,106 @@
+"""The other processes of a launch: who died, and what those that left on their own said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from distill.errors import InputError, RunFailed
+from distill.launcher import Process, find_process
+from distill.signals import Interrupted
+
+KINDS: dict[str, type[BaseException]] = {"interrupted": Interrupted, "input": InputError, "failed": RunFailed}
+_log = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class _Peer:
+    host: str
+    machine: str
+    """The host and the namespace of its process numbers: within one, a number is a process."""
+    process: Process | None
+
+
+class Peers:
+    """Collective to build. Those on this machine are watched; the rest are known by what they say, or by a connection
+    that breaks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        host = socket.gethostname()
+        own = _Peer(host, f"{host} {_pid_namespace()}", find_process(os.getpid()))
+        self.rank = dist.get_rank()
+        self._all: list[_Peer] = [own] * dist.get_world_size()
+        dist.all_gather_object(self._all, own, group=group)
+        self._here = {
+            rank: peer.process
+            for rank, peer in enumerate(self._all)
+            if rank != self.rank and peer.machine == own.machine and peer.process is not None and peer.process.lives
+        }
+        self._store = dist.distributed_c10d._get_default_store()
+
+    def anyone_gone(self) -> bool:
+        """Whether a process of this machine has ended, one way or the other."""
+        return any(not process.lives for process in self._here.values())
+
+    def dead(self) -> list[int]:
+        """The ranks of this machine that ended without a word."""
+        return [rank for rank, process in self._here.items() if not process.lives and self._word_of(rank) is None]
+
+    def first_here(self) -> bool:
+        """Whether this is the lowest of the living ranks of this machine."""
+        return not any(process.lives for rank, process in self._here.items() if rank < self.rank)
+
+    def end(self) -> BaseException | None:
+        """What the others ended with: a death before what anyone said, a failure before an interruption."""
+        if dead := self.dead():
+            rank = dead[0]
+            process = self._here[rank]
+            where = f"pid {process.pid} on {self._all[rank].host}"
+            return RunFailed(f"process {rank} died ({where}): killed, out of memory, or crashed. The others stopped.")
+        words = [word for rank in range(len(self._all)) if rank != self.rank and (word := self._word_of(rank))]
+        words.sort(key=lambda word: word[0] == "interrupted")
+        return KINDS[words[0][0]](words[0][1]) if words else None
+
+    def broken(self, error: BaseException) -> BaseException | None:
+        """The same error in other words, if it is of a connection to a process on another machine."""
+        elsewhere = [rank for rank, peer in enumerate(self._all) if peer.machine != self._all[self.rank].machine]
+        lost = any(sign in str(error) for sign in ("peer", "onnection", "imed out", "remote process exited"))
+        if not elsewhere or not lost or not isinstance(error, RuntimeError):
+            return None
+        hosts = ", ".join(sorted({self._all[rank].host for rank in elsewhere}))
+        return RunFailed(
+            f"a process on another machine died or cannot be reached: one of {elsewhere} on {hosts}. "
+            "The log there says more."
+        )
+
+    def leave(self, error: BaseException) -> bool:
+        """Tell the others why this process leaves; whether that was possible."""
+        kind = next((kind for kind, class_ in KINDS.items() if isinstance(error, class_)), "failed")
+        text = str(error) if kind != "failed" or isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        own = text if kind == "interrupted" or text.startswith("process ") else f"process {self.rank}: {text}"
+        try:
+            self._store.set(f"distill/{self.rank}", json.dumps([kind, own]))
+        except RuntimeError:
+            return False
+        return True
+
+    def _word_of(self, rank: int) -> tuple[str, str] | None:
+        key = f"distill/{rank}"
+        try:
+            found = self._store.check([key]) and self._store.get(key)
+        except RuntimeError:  # the store went with its process
+            return None
+        return tuple(json.loads(found)) if found else None
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
