@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.console import say
+from distill.out_of_memory import advising
 from distill.pipeline import control_recipe, count_parameters, open_data
 from distill.recipe import Recipe
 from distill.teacher_cache import open_cache
@@ -33,7 +35,9 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     trainer = Trainer(recipe, accelerator, dataset, teacher)
     trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
     trainer.model.train()
-    trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
+    with advising(trainer):
+        trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
+    trainer.inspect()
     values = trainer.window.read(recipe.train.batch_size)
     if not accelerator.is_main_process:
         return
@@ -46,7 +50,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     if trainer.cache is not None:
         file = trainer.cache.file
         say(f"cache       {file.path}, {file.size / 1e6:,.1f} MB, of which {file.missing / 1e6:,.1f} MB are to be made")
-    say(f"first step  loss {values['loss']:.4f}")
+    say(f"first step  loss {values.get('loss', math.nan):.4f}")
 
 
 def _forward_flops(trainer: Trainer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distill.data import Dataset, Split
+from distill.errors import RunFailed
+from distill.out_of_memory import forget, is_out_of_memory
 from distill.processes import marking_process
 from distill.report.metrics import measure
 from distill.seal import SEAL
@@ -18,6 +21,7 @@ from distill.students import Heads
 from distill.tensor_files import write_tensors
 
 SMALLEST_BATCH = 128
+_log = logging.getLogger("distill")
 
 
 @torch.inference_mode()
@@ -45,13 +49,38 @@ def predict(
     first = min(size, share * accelerator.process_index)
     batches = dataset.evaluation_batches(split, start + first, start + min(size, first + share), batch_size)
     batches = stoppable(marking_process(batches), -(-share // batch_size))
-    rows = [[output.float() for output in forward(images)] for images, _ in batches]
+    part = batch_size
+    rows = []
+    for images, _ in batches:
+        while (outputs_of_batch := _forward_in_parts(forward, images, part)) is None:
+            if part == 1:
+                raise RunFailed(
+                    f"out of memory while evaluating, with one image at a time, the {split} split.\n"
+                    "Take a smaller model or resolution, or a device with more memory."
+                )
+            part = -(-min(part, len(images)) // 2)
+            _log.warning("evaluation: out of memory; from now on %d images at a time", part)
+        rows.append(outputs_of_batch)
     outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
     if accelerator.num_processes > 1:
         outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, dataset, accelerator)]
     outputs = [output[:size].cpu() for output in outputs]
     assert all(len(output) == size for output in outputs), f"{split}: saw {[len(o) for o in outputs]} of {size} samples"
     return outputs
+
+
+def _forward_in_parts(forward: Callable[[Tensor], Sequence[Tensor]], images: Tensor, size: int) -> list[Tensor] | None:
+    """float32 outputs on images [B, C, H, W], so many at a time; None where they do not fit into the memory."""
+    try:
+        parts = [[output.float() for output in forward(part)] for part in images.split(size)]
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        forget(error)
+    if images.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def _same_outputs(outputs: list[Tensor], dataset: Dataset, accelerator: Accelerator) -> list[Tensor]:

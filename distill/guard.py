@@ -65,6 +65,7 @@ class Guard:
         self._streak: list[_Judged] = []
         self.skipped = torch.tensor(False, device=accelerator.device)
         """bool [], on the device: whether the update of the step at hand is left out."""
+        self._shared = isinstance(model, DistributedDataParallel)
         if isinstance(model, DistributedDataParallel):
             # DDP reads annotations, and cannot read those that are text.
             model.register_comm_hook(None, lambda _, bucket: self._before_reduction(bucket))
@@ -93,7 +94,7 @@ class Guard:
         norm = torch.nn.utils.get_total_norm(gradients)
         own = torch.stack([*losses, *self._bucket_sums, norm]).float()
         verdict = (~torch.stack([own.sum(), own[: len(losses)].sum()]).isfinite()).float()
-        if self._accelerator.num_processes > 1:
+        if self._shared:
             dist.all_reduce(verdict, dist.ReduceOp.MAX)
         self.skipped = verdict[0] > 0
         if (scaler := self._accelerator.scaler) is not None:

@@ -27,6 +27,7 @@ from distill.finishing import Chosen, export_chosen, write_predictions
 from distill.guard import Average, Guard
 from distill.objectives import training_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.out_of_memory import advising
 from distill.processes import marking_process, on_main
 from distill.recipe import Recipe
 from distill.run import Run
@@ -131,6 +132,7 @@ class Trainer:
 
         Raises:
             Interrupted: asked to stop; there is a checkpoint to resume from.
+            RunFailed: out of memory, or too many steps in a row were not finite.
         """
         train, progress = self.recipe.train, self.progress
         display = TrainingDisplay(
@@ -139,7 +141,7 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             is_main=self.accelerator.is_main_process,
         )
-        with display, deferred():
+        with display, deferred(), advising(self):
             display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
                 self.evaluate(run, display)  # the run was stopped between an epoch's last step and its evaluation
