@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ class Machine:
     @property
     def precisions(self) -> tuple[str, ...]:
         return tuple(DTYPES)
+
+    @property
+    def rounds(self) -> Mapping[str, int]:
+        """How `interleave` times training steps and layers here. On CUDA the first steps compile and record graphs, and
+        one by one they are too short for its events.
+        """
+        several = {"warm_up": 12, "times": 20} if self.device.type == "cuda" else {"warm_up": 1, "times": 1}
+        return several | {"repetitions": self.repetitions}
 
     def describe(self) -> dict[str, Any]:
         """For the JSON."""

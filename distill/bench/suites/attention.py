@@ -52,7 +52,7 @@ def measure(machine: Machine) -> Iterator[Row]:
                 layer_arm(machine, model, precision, batch, f"{name} by tables", SummedArea, **AREAS[name])
                 for name in AREAS
             ]
-            times = interleave([plain, *areas, *tables], machine.device, repetitions=machine.repetitions, times=2)
+            times = interleave([plain, *areas, *tables], machine.device, **machine.rounds)
             where = f"layer of {model}, {SIDE**2 + PREFIX} tokens, batch {batch}, {precision}"
             for table, area in zip(tables, areas, strict=True):
                 yield compare(where, times, area, table, of="speed", goal=Goal(">=", 5))
@@ -75,7 +75,7 @@ def _without_projections(machine: Machine, model: str, precision: str, batch: in
 
     areas = [arm(name, area_attention, options) for name, options in AREAS.items()]
     tables = [arm(f"{name} by tables", summed_area_attention, options) for name, options in AREAS.items()]
-    times = interleave([*areas, *tables], machine.device, repetitions=machine.repetitions, times=2)
+    times = interleave([*areas, *tables], machine.device, **machine.rounds)
     for area, table in zip(areas, tables, strict=True):
         where = f"attention of {model} without projections, {SIDE**2 + PREFIX} tokens, batch {batch}, {precision}"
         yield compare(where, times, area, table, of="speed")

@@ -112,7 +112,7 @@ def _data_row(machine: Machine) -> Row:
     def read() -> None:
         data = arms.resident_data(recipe, machine.device, images)
         for start in range(0, images, 4000):
-            for pixels, _ in data.evaluation_batches("train", start, start + 4000, 500):
+            for pixels, _ in data.evaluation_batches("train", start, start + 4000, 128):
                 pixels.sum()
 
     read()

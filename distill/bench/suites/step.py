@@ -65,7 +65,7 @@ def _area_over_plain(machine: Machine, accelerator: Accelerator, student: arms.S
         for name, options in AREAS.items()
     ]
     product = machine.matrix_product(student.precision)
-    times = interleave([plain, *areas, product], machine.device, repetitions=machine.repetitions, warm_up=2)
+    times = interleave([plain, *areas, product], machine.device, **machine.rounds)
     cuda = machine.device.type == "cuda"
     bound = CUDA_GOALS[student.resolution] if cuda else CPU_GOALS.get(student.model)
     where = f"{student.model}/{student.patch_size} {student.resolution} px {student.precision}"
@@ -97,7 +97,7 @@ def _growth(machine: Machine) -> Iterator[Row]:
             step_arm(f"{one.resolution} px, patch {one.patch_size}, batch {one.batch_size}", one, accelerator, ORDINARY)
             for one in students
         ]
-        times = interleave(measured, machine.device, repetitions=machine.repetitions, warm_up=2)
+        times = interleave(measured, machine.device, **machine.rounds)
         rate = machine.matrix_rates[precision]
         for arm in (measured[0], measured[2]):
             name = f"growth with {what}, {student.model} {precision}"
@@ -111,7 +111,7 @@ def _compiled_over_eager(machine: Machine) -> Iterator[Row]:
         student = arms.Student("vit_tiny", precision="bf16", batch_size=batch, compile=True)
         compiled = step_arm("compiled", student, accelerator, ORDINARY)
         eager = step_arm("eager", replace(student, compile=False), accelerator, ORDINARY)
-        times = interleave([compiled, eager], machine.device, repetitions=machine.repetitions, times=20, warm_up=12)
+        times = interleave([compiled, eager], machine.device, **machine.rounds)
         name = f"compiled step, vit_tiny/4 32 px bf16, batch {batch}"
         yield compare(name, times, compiled, eager, of="speed", goal=Goal(">=", bound))
         torch.compiler.reset()

@@ -23,7 +23,7 @@ DEPTH = 56
 def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
     cuda = machine.device.type == "cuda"
     for precision in ("bf16",) if cuda else machine.precisions:
-        student = arms.Student(machine.sizes[-1], precision=precision, batch_size=1024 if cuda else 128)
+        student = arms.Student(machine.sizes[-1], precision=precision, batch_size=1024 if cuda else 64)
         yield from _distilling(machine, student)
     if not cuda:
         yield Unmeasured("distilling over not distilling", "<= 1.12", "the goal is for CUDA")
@@ -45,7 +45,7 @@ def _distilling(machine: Machine, student: arms.Student) -> Iterator[Row]:
     )
     cached = Arm("distilling, teacher cached", lambda: replaying.train_step(batch), student.batch_size, flops)
     _record(replaying, batch, machine.scratch)
-    times = interleave([distilled, cached, plain], machine.device, repetitions=machine.repetitions, warm_up=2)
+    times = interleave([distilled, cached, plain], machine.device, **machine.rounds)
     where = f"{student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
     cuda = machine.device.type == "cuda"
     rate = machine.matrix_rates[student.precision]
