@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from teachers import Ensemble, Teacher, judge, load_teacher
 
 PREFLIGHT_IMAGES = 5000
 PREFLIGHT_STRETCHES = 10
+MODEL_FILES = (".json", ".safetensors", ".bin", ".pth")
+"""What a model is made of in a folder of timm's layout."""
 _log = logging.getLogger("distill")
 
 
@@ -67,15 +70,42 @@ def build_teacher(recipe: Recipe, dataset: Dataset, accelerator: Accelerator) ->
                 f"teacher.recipe: {spec.recipe} was trained in {teacher_place(recipe, spec)} on other data than these. "
                 "Move that folder away to train it anew."
             )
-    specs = [
+    specs = _trained(recipe)
+    teacher = load_teacher(specs if isinstance(recipe.teacher, list) else specs[0], dataset.info.num_classes)
+    _log.info("teacher: %s", teacher.describe())
+    return teacher.to(accelerator.device)
+
+
+def _trained(recipe: Recipe) -> list[TeacherSpec]:
+    """The recipe's teachers, those that recipes train by their exports."""
+    return [
         spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_place(recipe, spec) / 'export'}"})
         if spec.recipe
         else spec
         for spec in recipe.teachers
     ]
-    teacher = load_teacher(specs if isinstance(recipe.teacher, list) else specs[0], dataset.info.num_classes)
-    _log.info("teacher: %s", teacher.describe())
-    return teacher.to(accelerator.device)
+
+
+def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
+    """SHA-256 (hex) of what the teachers were loaded from: of each local file, and of the weights that were downloaded
+    under the model's name.
+    """
+    if teacher is None:
+        return {}
+    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    digests: dict[str, str] = {}
+    for spec, member in zip(_trained(recipe), members, strict=True):
+        assert spec.model is not None
+        files = [Path(spec.weights)] if spec.weights else []
+        if spec.model.startswith("local-dir:"):
+            folder = Path(spec.model.removeprefix("local-dir:"))
+            files += sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
+        for path in files:
+            with path.open("rb") as file:
+                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        if not files:
+            digests[spec.model] = member.digest
+    return digests
 
 
 def run_preflight(

@@ -10,6 +10,8 @@ from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
 if TYPE_CHECKING:
     from distill.recipe.schema import Recipe
 
+MOST_PATCHES_A_SIDE = 256
+
 
 class Combination(NamedTuple):
     keys: tuple[tuple[str | int, ...], ...]
@@ -95,6 +97,9 @@ def _student(recipe: Recipe) -> Iterator[Combination]:
     grid = resolution // patch if resolution % patch == 0 else None
     if grid is None:
         yield Combination(involved, f"data.resolution {resolution} is not divisible by the patch size {patch}")
+    elif grid > MOST_PATCHES_A_SIDE:
+        most = MOST_PATCHES_A_SIDE
+        yield Combination(involved, f"{grid}x{grid} patches are more than any memory holds; at most {most}x{most}")
     if student.stem == "conv" and patch & (patch - 1):
         yield Combination(
             ((at, "stem"), (at, "patch_size")), f"a conv stem halves the image: the patch size {patch} is no power of 2"
