@@ -283,7 +283,11 @@ def check_new(path: Path) -> None:
     if (state := state_of(path)) is not None:
         advice = "" if state == "finished" else " Continue it with --resume auto, or"
         raise InputError(f"{path}: there is a run already, and it is {state}.{advice} choose another --out.")
-    if path.exists() and (not path.is_dir() or any(child.name != ".lock" for child in path.iterdir())):
+    # A run killed before its first status leaves a lock, a folder for checkpoints and half a status.
+    begun = {path / ".lock", path / "checkpoints", *path.glob(".*.tmp")}
+    if any((path / "checkpoints").glob("step_*")):
+        begun = set()
+    if path.exists() and (not path.is_dir() or any(child not in begun for child in path.iterdir())):
         raise InputError(f"{path}: exists and is no run directory. Choose another --out.")
 
 
