@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distill.data import Batch
 from distill.errors import InputError, RunFailed
 from distill.guard import Guard
+from distill.processes import return_freed_memory
 
 if TYPE_CHECKING:
     from distill.trainer import Trainer
@@ -79,8 +80,8 @@ def _advice(trainer: Trainer) -> str:
         if (found := _first_that_fits(trainer, share, larger)) is not None:
             return (
                 f"{smallest}; with gradient checkpointing {share // found} at a time fit.\n"
-                f"Set train.gradient_checkpointing=true and train.gradient_accumulation={found}; train.batch_size stays "
-                f"{plan.batch_size}."
+                f"Set train.gradient_checkpointing=true and train.gradient_accumulation={found}; "
+                f"train.batch_size stays {plan.batch_size}."
             )
         smallest += ", nor with train.gradient_checkpointing=true"
     return f"{smallest}.\nTake a smaller student, teacher or data.resolution, or a device with more memory."
@@ -125,6 +126,8 @@ def _fits(trainer: Trainer, size: int) -> bool:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        return_freed_memory()
     try:
         batch = Batch(
             torch.rand(size, info.channels, side, side, device=device),

@@ -152,6 +152,12 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
+def return_freed_memory() -> None:
+    """Have malloc give back what it keeps, where it is glibc's."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def set_threads() -> int:
     """Give this process its share of the machine's cores and return it.
 

@@ -152,7 +152,9 @@ class Trainer:
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
                 for micro_batches in self.window.timed(marking_process(batches)):
                     if progress.step % self.steps_per_epoch == 0:
-                        run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(micro_batches[0]))
+                        # The first sample of the global batch: whatever the number of processes, it is there.
+                        first = Batch(*(part[:1] for part in micro_batches[0]))
+                        run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(first))
                     self.train_step(micro_batches)
                     progress.step += 1
                     display.advance(progress.step)

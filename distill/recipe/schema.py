@@ -319,10 +319,11 @@ class Recipe(Section):
 
 
 # What may change between a run and its resumption, or between a teacher's training and its reuse: none of it changes
-# what is learned.
+# what is learned, but for rounding and the draws of drop path.
 OPERATIONAL_KEYS = frozenset(
-    {"name", "data.root", "data.workers", "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints",
-     "train.log_every", "train.max_bad_steps", "train.trackers"}
+    {"name", "data.root", "data.workers", "train.gradient_accumulation", "train.gradient_checkpointing",
+     "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_bad_steps",
+     "train.trackers"}
 )  # fmt: skip
 
 
