@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
+from distill.determinism import set_deterministic
 from distill.errors import InputError, RunFailed
 from distill.peers import Peers
 from distill.recipe.schema import Recipe, Train
@@ -36,6 +37,7 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
     Raises:
         InputError: the precision does not exist on this device, or a tracker is not installed.
     """
+    set_deterministic(train.deterministic)
     # One launch may run several recipes (the teacher's, the student's) of different precision; the process group stays.
     AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(train.precision or "", train.precision)
