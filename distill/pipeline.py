@@ -41,6 +41,8 @@ from distill.teaching import (
 from distill.trainer import Trainer
 from teachers import Teacher
 
+MOST_NAMED = 10
+"""Files that are left out of the data, in status.json."""
 _log = logging.getLogger("distill")
 
 
@@ -194,9 +196,13 @@ def _execute(
     on_main(lambda: directory.open(recipe, source=source, environment=environment))
     try:
         status = on_main(lambda: run.read_status(place.directory))
+        left_out = dataset.info.left_out
+        if left_out:
+            _log.warning("data: %d files are left out, the first: %s", len(left_out), left_out[0])
         directory.status(
             "running",
             data_digest=dataset.info.digest,
+            data_left_out={"count": len(left_out), "first": left_out[:MOST_NAMED]},
             teacher_weights=weights,
             parameters=count_parameters(trainer.student, teacher),
         )

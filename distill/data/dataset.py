@@ -34,6 +34,8 @@ class DatasetInfo:
     """SHA-256 (hex) that identifies the data."""
     sizes: dict[str, int]
     """Images in 'train', 'validation' (0 where there is none) and 'test'."""
+    left_out: tuple[str, ...] = ()
+    """Files that are there and not used, as the recipe allows: each with the reason."""
 
     @property
     def num_classes(self) -> int:

@@ -1,30 +1,42 @@
 """Image folders: root/train/<class>/..., and root/val (or validation) and root/test likewise.
 
-Classes are the folders of train, sorted by name; files are ordered by class, then by path. Where there is only one of
-val and test, as in ImageNet's layout, it is the test split, and validation is held out of train.
+Classes are the folders of train, sorted by name; files are ordered by class, then by path; links are followed, hidden
+files passed over. Where there is only one of val and test, as in ImageNet's layout, it is the test split, and
+validation is held out of train.
+
+What is no image, or cannot be read, is refused by name. Where the recipe allows to leave it out, what is left out is
+found once, by decoding everything, and written down beside the data: a function of the files, so that batches are the
+same for any number of processes and after a resumption.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data.images import common_mode, decode, to_square
+from distill.data.images import common_mode, decode, header_fault, to_square
 from distill.data.locking import one_at_a_time
 from distill.data.packed import Packed, open_packed, write_packed
 from distill.errors import InputError
+from distill.text_files import write_text
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 LAYOUT = "an image folder is train/<class>/*.png and test/<class>/*.png (or val/<class>/*.png), in PNG, JPEG, WebP, ..."
+
+REMEDY = "take it out of the data or set data.skip_unreadable=true"
+UNREADABLE = "unreadable.json"
 
 
 class ImageFiles:
@@ -43,6 +55,11 @@ class ImageFiles:
     def path(self, row: int) -> Path:
         return self.root / os.fsdecode(bytes(self._paths[row]))
 
+    def without(self, rows: Sequence[int]) -> ImageFiles:
+        """The same less these rows."""
+        kept = np.setdiff1d(np.arange(len(self)), rows)
+        return ImageFiles(self.root, [os.fsdecode(path) for path in self._paths[kept]], self.labels[kept].tolist())
+
     def load(self, row: int, mode: str | None) -> Image.Image:
         """Decoded; InputError naming the file if that is impossible."""
         path = self.path(row)
@@ -54,6 +71,10 @@ class Folder:
     root: Path
     class_names: tuple[str, ...]
     splits: dict[str, ImageFiles]
+    places: dict[str, Path]
+    """The folder of each split."""
+    left_out: tuple[str, ...] = ()
+    """Paths under root of what is there and not used."""
 
     @property
     def mode(self) -> str:
@@ -76,13 +97,27 @@ class Folder:
                 path = files.path(row)
                 state.update(f"{split}\0{path.relative_to(self.root)}\0".encode(errors="surrogateescape"))
                 if contents:
-                    status = path.stat()
+                    try:
+                        status = path.stat()
+                    except OSError as error:
+                        raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
                     state.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return state.hexdigest()
 
 
-def scan(root: Path) -> Folder:
-    """List an image folder. InputError if it is none."""
+def scan(root: Path, *, skip: bool = False) -> Folder:
+    """List an image folder; with `skip`, less what is no image by its name or cannot be reached.
+
+    Raises:
+        InputError: it is no image folder, or (without `skip`) has such things in it.
+    """
+    try:
+        return _scan(root, skip)
+    except OSError as error:
+        raise InputError(f"data.root: {error.filename or root}: cannot be read ({error.strerror}); {LAYOUT}") from None
+
+
+def _scan(root: Path, skip: bool) -> Folder:
     found = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
     if "train" not in found or len(found) == 1:
         raise InputError(
@@ -92,40 +127,145 @@ def scan(root: Path) -> Folder:
     folders = {"train": found["train"], "validation": validation, "test": found.get("test", validation)}
     if "test" not in found:
         del folders["validation"]
-    class_names = tuple(
-        sorted(entry.name for entry in os.scandir(found["train"]) if entry.is_dir() and not entry.name.startswith("."))
-    )
+    class_names = tuple(_class_folders(found["train"]))
     if len(class_names) < 2:
         raise InputError(
             f"data.root: {found['train']} has {len(class_names)} class folder(s), at least two are needed; {LAYOUT}"
         )
-    splits = {name: _list(root, folder, class_names) for name, folder in folders.items() if folder is not None}
-    counts = torch.bincount(splits["train"].labels, minlength=len(class_names)).tolist()
-    if 0 in counts:
-        raise InputError(f"data.root: {found['train'] / class_names[counts.index(0)]} holds no image; {LAYOUT}")
-    return Folder(root, class_names, splits)
+    left_out: list[str] = []
+    places = {name: folder for name, folder in folders.items() if folder is not None}
+    splits = {name: _list(root, folder, class_names, left_out) for name, folder in places.items()}
+    if left_out and not skip:
+        raise InputError(f"data.root: {left_out[0]}; {REMEDY}")
+    return _checked(Folder(root, class_names, splits, places, tuple(left_out)), skip=skip)
 
 
-def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> ImageFiles:
-    present = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
-    if unknown := sorted(present - set(class_names)):
+def _checked(folder: Folder, *, skip: bool) -> Folder:
+    """InputError where a class has no image; with `skip` that is borne outside of train."""
+    for split, files in folder.splits.items():
+        counts = torch.bincount(files.labels, minlength=len(folder.class_names)).tolist()
+        if 0 in counts and (split == "train" or not skip or not len(files)):
+            empty = folder.places[split] / folder.class_names[counts.index(0)]
+            raise InputError(f"data.root: {empty} holds no image; every class of train has some in every split")
+    return folder
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list(root: Path, folder: Path, class_names: tuple[str, ...], left_out: list[str]) -> ImageFiles:
+    """The images of a split; what else is there is appended to `left_out`, as path and reason."""
+    if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
         raise InputError(
             f"data.root: {folder / unknown[0]} is a class that the train folder does not have; remove or rename it"
         )
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_dir() and os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+            left_out.append(f"{entry.path}: stands in no class's folder")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        files = [
-            os.path.relpath(os.path.join(place, file), root)
-            for place, _, names in os.walk(folder / name)
-            for file in names
-            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
-        ]
-        paths += sorted(files)
+        place = folder / name
+        found = list(_under(place)) if place.is_dir() else []
+        if place.is_symlink() and _is_within(folder, place):
+            found = [(str(place), "links to a folder that it stands in")]
+        left_out += [f"{path}: {reason}" for path, reason in found if reason]
+        files = sorted(os.path.relpath(path, root) for path, reason in found if not reason)
+        paths += files
         labels += [label] * len(files)
-    if not paths:
-        raise InputError(f"data.root: {folder} holds no image; {LAYOUT}")
     return ImageFiles(root, paths, labels)
+
+
+def _under(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """Everything under a folder but what is hidden: path, and why it cannot be used, if so."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield str(folder), f"cannot be read ({error.strerror})"
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        try:
+            if entry.is_dir():
+                if entry.is_symlink() and _is_within(folder, entry.path):
+                    yield entry.path, "links to a folder that it stands in"
+                else:
+                    yield from _under(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+                yield entry.path, "is no image by its name"
+            else:
+                yield entry.path, "" if entry.is_file() else "is no file, or a link to none"
+        except OSError as error:
+            yield entry.path, f"cannot be read ({error.strerror})"
+
+
+def _is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether `path` is `folder` or under it, links followed."""
+    inner, outer = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([inner, outer]) == outer
+
+
+def check_quickly(folder: Folder) -> None:
+    """InputError for the first file that is empty, cannot be opened or does not begin like an image.
+
+    Looks at the beginning of each: 13,000 images a second on two cores, where 550 (JPEG, 500 x 375) can be decoded.
+    """
+    for split, row, reason in _faults(folder, lambda files, row: header_fault(files.path(row))):
+        raise InputError(f"{folder.splits[split].path(row)}: {reason}; {REMEDY}")
+
+
+def without_unreadable(folder: Folder) -> Folder:
+    """The folder less the images that cannot be decoded: found by decoding all, once for these very files."""
+    source, record = folder.digest(contents=True), folder.root / UNREADABLE
+    faults = _read_record(record, source)
+    if faults is None:
+        faults = [list(fault) for fault in _faults(folder, _decoding_fault)]
+        with suppress(OSError):  # where it cannot be kept, each process finds out for itself
+            write_text(record, json.dumps({"source": source, "faults": faults, "sha256": _digest(source, faults)}))
+    splits = {
+        name: files.without([row for split, row, _ in faults if split == name]) for name, files in folder.splits.items()
+    }
+    left_out = (*folder.left_out, *(reason for *_, reason in faults))
+    return _checked(replace(folder, splits=splits, left_out=left_out), skip=True)
+
+
+def _read_record(path: Path, source: str) -> list[Any] | None:
+    """What was found for the files that `source` is the digest of; None where that is not known."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["faults"] if record["sha256"] == _digest(source, record["faults"]) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _digest(source: str, faults: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([source, faults]).encode()).hexdigest()
+
+
+def _decoding_fault(files: ImageFiles, row: int) -> str | None:
+    try:
+        files.load(row, None)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _faults(folder: Folder, look: Callable[[ImageFiles, int], str | None]) -> Iterator[tuple[str, int, str]]:
+    """Split, row and reason, in order, of every file in which `look` finds a fault."""
+    pool = ThreadPoolExecutor()  # PIL decodes without holding Python's lock
+    try:
+        for split, files in folder.splits.items():
+
+            def faults_in(rows: range, files: ImageFiles = files) -> list[tuple[int, str]]:
+                return [(row, fault) for row in rows if (fault := look(files, row))]
+
+            parts = (range(start, min(start + 256, len(files))) for start in range(0, len(files), 256))
+            for found in pool.map(faults_in, parts):
+                yield from ((split, row, fault) for row, fault in found)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def open_folder(folder: Folder, resolution: int) -> Packed:

@@ -16,6 +16,9 @@ from distill.errors import InputError
 GREY_MODES = frozenset({"1", "L", "LA"})
 EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 
+LONGEST = 1000
+"""Times the shorter side: resizing that to the resolution would make the longer one more than memory holds."""
+
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
 
@@ -27,13 +30,30 @@ def decode(file: str | Path | IO[bytes], name: str, mode: str | None) -> Image.I
     try:
         image = Image.open(file)
         image.load()
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNGs
+    except Exception as error:  # besides OSError, broken files bring PIL to anything from SyntaxError to ValueError
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{name}: cannot be decoded as an image ({error}); replace it or take it out of the data"
+            f"{name}: cannot be decoded as an image ({reason}); replace it or take it out of the data, or, in an image "
+            "folder, set data.skip_unreadable=true"
         ) from None
+    if max(image.size) > LONGEST * min(image.size):
+        raise InputError(f"{name}: {image.width} x {image.height} pixels are no picture; take it out of the data")
     if image.mode not in EIGHT_BIT_MODES:
         raise InputError(f"{name}: has pixels of PIL mode {image.mode}; convert it to 8 bits per channel")
     return image if mode is None or image.mode == mode else image.convert(mode)
+
+
+def header_fault(path: Path) -> str | None:
+    """What is wrong with a file that does not begin like an image; None where it does."""
+    try:
+        if not path.stat().st_size:
+            return "is empty"
+        with Image.open(path):
+            return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})" if error.strerror else "does not begin like an image"
+    except Exception:  # see decode
+        return "does not begin like an image"
 
 
 def common_mode(images: Iterable[Image.Image]) -> str:

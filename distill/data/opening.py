@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
-from distill.data.folder import Folder, open_folder, scan
+from distill.data.folder import Folder, check_quickly, open_folder, scan, without_unreadable
 from distill.data.holdout import hold_out
 from distill.data.images import common_mode
 from distill.data.packed import Packed, open_packed
@@ -39,6 +40,8 @@ def open_dataset(
     assert 0 <= process_index < num_processes
     root = Path(spec.root)
     workers = spec.workers if spec.workers is not None else default_workers(num_processes)
+    if spec.skip_unreadable and spec.name not in FOLDER_NAMES:
+        raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
     if spec.name.startswith(SEQUENTIAL):
         _needs_stream(spec)
 
@@ -54,9 +57,13 @@ def open_dataset(
             spec, seed, device, workers, dict(readers), train.class_names, None, f"{spec.name}\n{len(train)}"
         )
     if spec.name in FOLDER_NAMES:
-        folder = scan(root)
+        folder = scan(root, skip=spec.skip_unreadable)
+        if spec.skip_unreadable:
+            folder = without_unreadable(folder)
         if spec.stream or (spec.stream is None and _pixels(folder, spec) > RESIDENT_LIMIT):
-            return _open_stream(
+            if process_index == 0 and not spec.skip_unreadable:
+                check_quickly(folder)
+            dataset: Dataset = _open_stream(
                 spec,
                 seed,
                 device,
@@ -66,7 +73,10 @@ def open_dataset(
                 folder.mode,
                 folder.digest(contents=False),
             )
-        return _open_resident(spec, seed, device, open_folder(folder, spec.resolution))
+        else:
+            dataset = _open_resident(spec, seed, device, open_folder(folder, spec.resolution))
+        dataset.info = replace(dataset.info, left_out=folder.left_out)
+        return dataset
     if spec.stream:
         raise InputError(f"data.stream: '{spec.name}' is small and held in memory; set data.stream to null or false")
     return _open_resident(spec, seed, device, _open_small(spec, root))
@@ -170,6 +180,13 @@ def _open_stream(
     content: str,
 ) -> StreamDataset:
     labels = {split: reader.labels for split, reader in readers.items()}
+    for split, numbers in labels.items():
+        for label in map(int, torch.aminmax(numbers)):
+            if not 0 <= label < len(class_names):
+                raise InputError(
+                    f"data.name: label {label} in {split} of '{spec.name}' is out of range: classes are 0 to "
+                    f"{len(class_names) - 1}"
+                )
     splits = {split: StreamSplit(readers[source], rows) for split, (source, rows) in _rows(labels, spec, seed).items()}
     mode = mode or common_mode(readers["train"].load(row, None) for row in range(min(16, len(labels["train"]))))
     sizes = {split: len(splits[split].labels) if split in splits else 0 for split in ("train", "validation", "test")}

@@ -111,6 +111,10 @@ class Data(Section):
     workers: int | None = Field(
         None, ge=0, le=1024, description="Decoding workers per process of a stream; null: cores over local processes."
     )
+    skip_unreadable: bool = Field(
+        False,
+        description="Leave out what cannot be read of an image folder, and count it; false: refuse it, by name.",
+    )
     augment: Augment = Field(Augment(), description="Augmentation of the training images.")
 
 
