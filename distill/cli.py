@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import re
@@ -10,12 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from distill import __version__
-from distill.ending import exit_code, last_words
+from distill.ending import exit_code, last_words, leave_word
 from distill.errors import InputError
 from distill.launcher import Command
-from distill.signals import StopRequest
+from distill.signals import Interrupted, StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or error.process is not None:
             print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process that ends with it. Python would take torch apart piece by piece, for seconds that somebody
+    who stops a run may not have.
+    """
+    code = main(arguments)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a closed terminal
+            stream.flush()
+    os._exit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,10 +113,14 @@ def train(options: argparse.Namespace) -> int:
     resuming = [*(["train"] if again[:1] == ["train"] else []), options.target, *options.overrides]
 
     def leave(error: BaseException) -> int:
+        directories = [run.path for run in stop.runs]
         for run in reversed(stop.runs):
             run.end(error, writes=stop.writes)
+        if isinstance(error, Interrupted) and not directories and options.out and not options.dry_run and stop.writes:
+            leave_word(error, options.out)
+            directories = [options.out]
         if stop.speaks:
-            words = last_words(error, [run.path for run in stop.runs], command, again, resuming)
+            words = last_words(error, directories, command, again, resuming)
             with suppress(OSError):  # a closed terminal, or a pipe whose reader was stopped too
                 print(words, file=sys.stderr, flush=True)
         return exit_code(error)
@@ -227,4 +245,4 @@ COMMANDS: dict[
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

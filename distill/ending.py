@@ -4,6 +4,7 @@ to go on.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,6 +54,16 @@ def last_words(
     newest = newest_checkpoint(begun)
     safe = "no step is saved yet; the run starts anew" if newest is None else f"all up to {newest}"
     return "\n".join([*lines, f"safe: {safe}", f"continue: {command.resuming(resuming, begun[0])}"])
+
+
+def leave_word(error: Interrupted, directory: Path) -> None:
+    """Where a signal came before there was a run: a run directory that says so, to be resumed like any other. What
+    stands there already is left as it is.
+    """
+    with suppress(OSError):
+        directory.mkdir(parents=True)
+        status = {"state": "interrupted", "reason": str(error), "step": 0}
+        (directory / "status.json").write_text(json.dumps(status, indent=1), encoding="utf-8")
 
 
 def newest_checkpoint(directories: Sequence[Path]) -> Path | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = frozenset({
+LAUNCHERS = frozenset({
     "accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
     "torch.distributed.run", "torch.distributed.launch",
 })  # fmt: skip
-SETTINGS = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES", "DISTILL_")
+SETTINGS = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES")
 """Variables that may stand before a command, and without which it would be another one."""
 
 
@@ -56,18 +57,28 @@ class Command:
         parent = os.getppid()
         process, words = find_process(parent), _strings(parent, "cmdline")
         split = len(words) - len(given)
-        if process is not None and words[split:] == given and any(Path(word).name in NAMES for word in words[:split]):
-            return cls(tuple(words[:split]), _settings(_strings(parent, "environ")), process)
+        if (
+            process is not None
+            and words[split:] == given
+            and any(Path(word).name in LAUNCHERS for word in words[:split])
+        ):
+            return cls(_as_typed(words[:split]), _settings(_strings(parent, "environ")), process)
         words = sys.orig_argv[: len(sys.orig_argv) - len(given)]
-        if len(words) == 2 and Path(words[1]).name == "distill":
-            words = words[1:]  # the installed command starts its interpreter itself
-        return cls(tuple(words), _settings([f"{key}={value}" for key, value in os.environ.items()]), None)
+        return cls(_as_typed(words), _settings([f"{key}={value}" for key, value in os.environ.items()]), None)
 
     def resuming(self, arguments: Sequence[str], directory: Path | None) -> str:
         """The same command with these arguments, continuing the run in `directory` (None: without --resume)."""
         resume = [] if directory is None else ["--resume", str(directory)]
         settings = [f"{key}={shlex.quote(value)}" for key, _, value in (text.partition("=") for text in self.settings)]
         return " ".join([*settings, shlex.join([*self.words, *arguments, *resume])])
+
+
+def _as_typed(words: Sequence[str]) -> tuple[str, ...]:
+    """Without the interpreter that an installed command starts itself, and without the folder it is found in."""
+    if len(words) < 2 or Path(words[1]).name not in {*LAUNCHERS, "distill"} or not os.access(words[1], os.X_OK):
+        return tuple(words)
+    name = Path(words[1]).name
+    return (name if shutil.which(name) == words[1] else words[1], *words[2:])
 
 
 def _strings(pid: int, name: str) -> list[str]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # torch is imported long after the first signal may come
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+TIME_LIMIT, LAUNCHER_ENDED, PEER_ENDED = "time limit (train.max_minutes)", "the launcher ended", "another process ended"
+REASONS = (None, *(number.name for number in SIGNALS), PEER_ENDED, LAUNCHER_ENDED, TIME_LIMIT)
+"""Of several, the last one counts."""
 LOOK = 0.5
 """Seconds between two looks at launcher and peers."""
 REPEATED = 1.0
@@ -100,18 +103,17 @@ class StopRequest:
     def reason(self) -> str | None:
         """Why to stop now, or None; collective: every process must ask at the same steps."""
         if self._reason is None and self._deadline is not None and time.monotonic() > self._deadline:
-            self._reason = "time limit (train.max_minutes)"
+            self._reason = TIME_LIMIT
         if self.group is None:
             return self._reason
         import torch
         import torch.distributed as dist
 
-        asked = torch.tensor([self._reason is not None], dtype=torch.int32)
+        asked = torch.tensor([REASONS.index(self._reason)], dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        if not asked.item():
-            return None
-        self._agreed = True
-        return self._reason or "another process was asked to stop"
+        reason = REASONS[int(asked)]
+        self._agreed = reason is not None
+        return reason
 
     def verdict(self, error: BaseException) -> BaseException:
         """What really ended the run, where `error` is what this process met: of a peer that died, or was the first to
@@ -160,11 +162,11 @@ class StopRequest:
                 for number in os.read(self._arrivals, 64):
                     self._arrived(number)
             if self._launcher is not None and self._reason is None and not self._launcher.lives:
-                self._ask("the launcher ended")
+                self._ask(LAUNCHER_ENDED)
                 os.kill(os.getpid(), signal.SIGUSR1)
             if self.peers is not None and not self._peer_gone and self.peers.anyone_gone():
                 self._peer_gone = True
-                self._ask("another process ended")
+                self._ask(PEER_ENDED)
                 self._set_due(TO_END_STEP)
                 os.kill(os.getpid(), signal.SIGUSR1)
             if self._due is not None and time.monotonic() > self._due:
@@ -248,3 +250,10 @@ def _leave_it_to_the_parent() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+def outlive_one_sigterm(worker: int) -> None:
+    """For a data loader's workers, which set a handler of their own: torchrun's SIGTERM goes to them too, and the
+    parent still needs them for its last step. The next one ends them.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)

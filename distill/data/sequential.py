@@ -26,6 +26,7 @@ from distill.data.timm_sets import create
 from distill.errors import InputError
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
+from distill.signals import outlive_one_sigterm
 
 MODE = "RGB"
 
@@ -97,6 +98,7 @@ class SequentialDataset(Dataset):
             drop_last=True,
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_one_sigterm,
             generator=torch.Generator().manual_seed(seed),
         )
         batches = iter(loader)
@@ -122,7 +124,11 @@ class SequentialDataset(Dataset):
             return
         decoder = _Decoder(_whole(self._spec, self._sources[split]), self._spec.resolution, None, None, 0, 1)
         loader = torch_data.DataLoader(
-            decoder, batch_size=None, num_workers=min(self._workers, 1), generator=torch.Generator()
+            decoder,
+            batch_size=None,
+            num_workers=min(self._workers, 1),
+            worker_init_fn=outlive_one_sigterm,
+            generator=torch.Generator(),
         )
         samples = islice(loader, start, stop)
         while chunk := list(islice(samples, batch_size)):

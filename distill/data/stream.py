@@ -23,6 +23,7 @@ from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
+from distill.signals import outlive_one_sigterm
 
 
 class Reader(Protocol):
@@ -148,6 +149,7 @@ class StreamDataset(Dataset):
             persistent_workers=persistent and workers > 0,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=outlive_one_sigterm,
             generator=torch.Generator(),  # the loader draws a seed: not from the global state
         )
 
