@@ -29,9 +29,11 @@ MANY = 20
 """Points passed so often in a row (each piece of a file) are tried at the first and in the middle."""
 
 
-def start(warm: Warm, toy: Toy, cwd: Path, *overrides: str, **request: Any) -> subprocess.CompletedProcess[str]:
+def start(
+    warm: Warm, toy: Toy, cwd: Path, *overrides: str, out: object = "run", **request: Any
+) -> subprocess.CompletedProcess[str]:
     cwd.mkdir(exist_ok=True)
-    return warm.run("train", toy.recipe, *SMALL, *overrides, "--out", "run", "--resume", "auto", cwd=cwd, **request)
+    return warm.run("train", toy.recipe, *SMALL, *overrides, "--out", out, "--resume", "auto", cwd=cwd, **request)
 
 
 @pytest.fixture(scope="module")

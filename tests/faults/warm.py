@@ -1,6 +1,6 @@
 """A process that has imported everything and forks real commands: each starts in milliseconds instead of seconds.
 
-Run as a file it reads one JSON request a line and answers with the process number, then with its exit status.
+Run as a module it reads one JSON request a line and answers with the exit status and what was said.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Warm:
         )  # fmt: skip
 
     def run(self, *arguments: object, cwd: Path, **request: Any) -> subprocess.CompletedProcess[str]:
-        """Run one command to its end, or to its death. What it says is in `console.txt`, the points of
-        `distill.faults` that it passed, in order, in `passed.json`.
+        """Run one command to its end, or to its death. The points of `distill.faults` that it passed are in
+        `passed.json`, in order.
 
         Args:
             request: `fault`: the point at which it is killed; `file_size`: no file may grow beyond so many bytes;
@@ -44,8 +44,7 @@ class Warm:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        return subprocess.CompletedProcess([], code, (cwd / "console.txt").read_text(), "")
+        return subprocess.CompletedProcess([], *json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -65,11 +64,17 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
             _become(request)
+        os.close(writer)
+        with open(reader) as console:
+            output = console.read()
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(status), output]), flush=True)
 
 
 def _become(request: Mapping[str, Any]) -> None:
@@ -81,9 +86,6 @@ def _become(request: Mapping[str, Any]) -> None:
     try:
         os.setsid()
         os.chdir(request["cwd"])
-        console = os.open("console.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(console, 1)
-        os.dup2(console, 2)
         if "fault" in request:
             os.environ["DISTILL_FAULT"] = request["fault"]
         if "file_size" in request:

@@ -1,0 +1,126 @@
+"""Disks that are full or cannot be written: what stands there stays, the run goes on where it can, and says what it
+needs.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import checkpoint, run
+from distill.errors import RunFailed
+from distill.finishing import write_predictions
+from tests.conftest import Counted, Toy
+from tests.faults.test_saving import SMALL, same_end, start, undisturbed  # noqa: F401 - a fixture
+from tests.faults.warm import Warm
+
+MEGABYTE = 1 << 20
+
+
+def failed(result: subprocess.CompletedProcess[str], out: Path, *, path: str, reason: str) -> None:
+    """The run ended as failed, in at most five lines that name the path, the reason and the bytes needed."""
+    assert result.returncode == 3, result.stdout
+    assert "Traceback" not in result.stdout
+    last_words = result.stdout[result.stdout.index("failed: ") :].splitlines()
+    assert len(last_words) <= 5, last_words
+    assert f"{path}: cannot be written: {reason}" in last_words[0]
+    assert "bytes needed" in last_words[0]
+    assert "--resume" in "".join(last_words)
+    assert run.read_status(out)["state"] == "failed"
+    assert "cannot be written" in run.read_status(out)["reason"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB: room for one checkpoint (10.9 MB) and no second."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here, which takes root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk(
+    warm: Warm, toy: Toy, undisturbed: Path, small_disk: Path, tmp_path: Path, counted: Counted  # noqa: F811
+) -> None:  # fmt: skip
+    out, checkpoints = small_disk / "run", small_disk / "run" / "checkpoints"
+    # The first checkpoint fits, the second and the last do not.
+    result = start(warm, toy, tmp_path, out=out)
+    failed(result, out, path="step_00000006", reason="No space left on device")
+    assert result.stdout.count("step_00000004: cannot be written: No space left on device") == 1
+    assert "Training goes on" in result.stdout
+    intact = checkpoint.newest_intact(checkpoints)
+    assert intact is not None
+    assert intact.name == "step_00000002"
+    assert not [*checkpoints.glob(".*")], "it left its room to others"
+    # With more room it goes on, and the disk fills before the export.
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert start(warm, toy, tmp_path, out=out, fault="export begun").returncode == -signal.SIGKILL
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free - MEGABYTE))
+    failed(start(warm, toy, tmp_path, out=out), out, path="disk/run/export", reason="No space left on device")
+    assert not [*out.glob(".export*")]
+    # No room for anything is found before training.
+    with ballast.open("ab") as file:
+        file.write(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    refused = start(warm, toy, tmp_path, out=out)
+    assert refused.returncode == 2, refused.stdout
+    assert "disk/run: cannot write the run directory: No space left on device" in refused.stdout
+    ballast.unlink()
+    assert start(warm, toy, tmp_path, out=out).returncode == 0
+    same_end(small_disk, undisturbed)
+    counted("a full disk costs no checkpoint and no run", done=1, of=1)
+
+
+@pytest.mark.parametrize("limit", [3000, 4 * MEGABYTE])
+def test_a_limit_to_the_size_of_files(warm: Warm, toy: Toy, tmp_path: Path, counted: Counted, limit: int) -> None:
+    """3,000 bytes are too few for the metrics too, 4 MB for the optimizer's state alone."""
+    longer = ["train.epochs=5"]
+    assert start(warm, toy, tmp_path, *longer, fault="checkpoint line").returncode == -signal.SIGKILL
+    result = start(warm, toy, tmp_path, *longer, file_size=limit)
+    failed(result, tmp_path / "run", path="step_00000010", reason="File too large")
+    assert result.stdout.count("Training goes on") == 3
+    assert result.stdout.count("metrics.jsonl: cannot be written") == (limit < MEGABYTE), "one warning for all lines"
+    assert [path.name for path in checkpoint.existing(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+    steps = [line["step"] for line in run.read_metrics(tmp_path / "run", "eval")]
+    assert steps == sorted(steps)
+    assert start(warm, toy, tmp_path, *longer).returncode == 0
+    counted("a limit to the size of files costs no checkpoint and no run", done=1, of=1)
+
+
+def test_predictions_without_room(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    place = run.Run(tmp_path, is_main=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(RunFailed, match=r"predictions.safetensors: cannot be written: .* large \(2,400 bytes"):
+            write_predictions(place, {"student.cls": torch.zeros(100, 4)}, torch.zeros(100, dtype=torch.int64), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_training(warm: Warm, toy: Toy, tmp_path: Path) -> None:
+    assert start(warm, toy, tmp_path, fault="checkpoint line").returncode == -signal.SIGKILL
+    out = tmp_path / "run"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    out.chmod(0o555)
+    try:
+        for arguments in (["--out", "run", "--resume", "auto"], ["--out", "run/new"]):
+            refused = warm.run("train", toy.recipe, *SMALL, *arguments, cwd=tmp_path, modest=True)
+            assert refused.returncode == 2, refused.stdout
+            assert "cannot write the run directory: Permission denied" in refused.stdout
+            assert " steps (" not in refused.stdout
+    finally:
+        out.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
