@@ -16,6 +16,7 @@ from distill.errors import InputError
 GREY_MODES = frozenset({"1", "L", "LA"})
 EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 
+REMEDY = "replace it or take it out of the data, or, in an image folder, set data.skip_unreadable=true"
 LONGEST = 1000
 """Times the shorter side: resizing that to the resolution would make the longer one more than memory holds."""
 
@@ -32,15 +33,19 @@ def decode(file: str | Path | IO[bytes], name: str, mode: str | None) -> Image.I
         image.load()
     except Exception as error:  # besides OSError, broken files bring PIL to anything from SyntaxError to ValueError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{name}: cannot be decoded as an image ({reason}); replace it or take it out of the data, or, in an image "
-            "folder, set data.skip_unreadable=true"
-        ) from None
-    if max(image.size) > LONGEST * min(image.size):
-        raise InputError(f"{name}: {image.width} x {image.height} pixels are no picture; take it out of the data")
-    if image.mode not in EIGHT_BIT_MODES:
-        raise InputError(f"{name}: has pixels of PIL mode {image.mode}; convert it to 8 bits per channel")
+        raise InputError(f"{name}: cannot be decoded as an image ({reason}); {REMEDY}") from None
+    if (reason := _misfit(image)) is not None:
+        raise InputError(f"{name}: {reason}; {REMEDY}")
     return image if mode is None or image.mode == mode else image.convert(mode)
+
+
+def _misfit(image: Image.Image) -> str | None:
+    """What makes an image no use, though it can be decoded."""
+    if max(image.size) > LONGEST * min(image.size):
+        return f"{image.width} x {image.height} pixels are no picture"
+    if image.mode not in EIGHT_BIT_MODES:
+        return f"has pixels of PIL mode {image.mode}; convert it to 8 bits per channel"
+    return None
 
 
 def header_fault(path: Path) -> str | None:
@@ -48,8 +53,8 @@ def header_fault(path: Path) -> str | None:
     try:
         if not path.stat().st_size:
             return "is empty"
-        with Image.open(path):
-            return None
+        with Image.open(path) as image:
+            return _misfit(image)
     except OSError as error:
         return f"cannot be read ({error.strerror})" if error.strerror else "does not begin like an image"
     except Exception:  # see decode
