@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -299,14 +300,26 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
 
 
 def train_teachers(recipe: Recipe, shared: Launch) -> None:
-    """Train each teacher that comes as a recipe and is not trained yet, or was interrupted."""
+    """Train each teacher that comes as a recipe and is not trained yet, or was interrupted; or wait for another run
+    that trains it.
+    """
     for spec in recipe.teachers:
-        if spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
+        while spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
             teacher = teacher_recipe(recipe, spec)
             directory = teacher_place(recipe, spec)
-            _log.info("training the teacher %s first, in %s", teacher.name, directory)
-            place = on_main(partial(newest_place, directory, teacher))
-            execute(teacher, place, shared, source=Path(spec.recipe))
+            try:
+                place = on_main(partial(newest_place, directory, teacher))
+                _log.info("training the teacher %s first, in %s", teacher.name, directory)
+                execute(teacher, place, shared, source=Path(spec.recipe))
+            except run.InUse as holder:
+                _log.info("waiting for the teacher %s: %s", teacher.name, str(holder).partition(". ")[0])
+                on_main(partial(wait_for, directory))
+
+
+def wait_for(directory: Path) -> None:
+    """Return once no process holds the run directory."""
+    while run.holder_of(directory) is not None:
+        time.sleep(1)
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
@@ -351,7 +364,13 @@ def show_result(directory: Path) -> None:
     from distill.report.tables import render_console
 
     comparison = compare([directory])
-    written = write_report(comparison, directory / "report.html")
+    report = directory / "report.html"
     console.print(render_console(comparison))
-    for label, path in (("student", directory / "export"), ("report", written[0]), ("run", directory)):
-        say(f"{label:8} {path}")
+    try:
+        write_report(comparison, report)
+    except OSError as error:
+        reason = error.strerror or error
+        _log.warning("%s: cannot be written: %s. The run is finished; write it with distill compare.", report, reason)
+    for label, path in (("student", directory / "export"), ("report", report), ("run", directory)):
+        if path.exists():
+            say(f"{label:8} {path}")

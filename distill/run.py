@@ -38,6 +38,10 @@ HELD = (errno.EACCES, errno.EAGAIN)
 _log = logging.getLogger("distill")
 
 
+class InUse(InputError):
+    """Another living process holds the run directory."""
+
+
 class Run:
     """One run directory. All processes hold one; only the main process writes."""
 
@@ -61,7 +65,8 @@ class Run:
         """Create the directory where it is missing, and lock it: from here on no other run begins there.
 
         Raises:
-            InputError: the directory is in use, or cannot be written.
+            InUse: another process holds it.
+            InputError: it cannot be written.
         """
         if not self.is_main:
             return
@@ -251,9 +256,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def check_free(path: Path) -> None:
-    """Raise InputError if a living process holds the run directory."""
+    """Raise InUse if a living process holds the run directory."""
     if holder := holder_of(path):
-        raise InputError(f"{path}: in use by {holder}. Wait for it or choose another --out.")
+        raise InUse(f"{path}: in use by {holder}. Wait for it or choose another --out.")
 
 
 def holder_of(path: Path) -> str | None:
