@@ -18,10 +18,14 @@ from distill.ending import exit_code, last_words, leave_word
 from distill.errors import InputError
 from distill.launcher import Command
 from distill.signals import Interrupted, StopRequest
+from distill.text_files import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. What a user did wrong ends in one message, printed by one process."""
+    # No checkpoint is code here, whoever reads it: older releases of timm ask torch.load for more than tensors.
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     parser = build_parser()
     command, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
     if command not in COMMANDS:
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return function(options) or 0
     except InputError as error:
         if os.environ.get("RANK", "0") == "0" or error.process is not None:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
         return exit_code(error)
 
 
@@ -122,7 +126,7 @@ def train(options: argparse.Namespace) -> int:
         if stop.speaks:
             words = last_words(error, directories, command, again, resuming)
             with suppress(OSError):  # a closed terminal, or a pipe whose reader was stopped too
-                print(words, file=sys.stderr, flush=True)
+                print(visible(words), file=sys.stderr, flush=True)
         return exit_code(error)
 
     stop = StopRequest(command.launcher, leave)

@@ -11,13 +11,21 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distill.text_files import visible
+
 console = Console(highlight=False)
 _log = logging.getLogger("distill")
 
 
 def say(text: str) -> None:
     """Print a line as it is, whatever brackets names from recipes and paths have in them."""
-    console.print(text, soft_wrap=True, markup=False, emoji=False)
+    console.print(visible(text), soft_wrap=True, markup=False, emoji=False)
+
+
+def _made_visible(record: logging.LogRecord) -> bool:
+    """Files are named in the log, and a file's name may be anything."""
+    record.msg, record.args = visible(record.getMessage()), None
+    return True
 
 
 class _OnFullDisk(logging.Handler):
@@ -41,6 +49,7 @@ def set_up_logging(*, is_main: bool) -> None:
     _log.setLevel(logging.INFO if is_main else logging.ERROR)
     _log.propagate = False
     if not _log.handlers:
+        _log.addFilter(_made_visible)
         handler: logging.Handler
         if console.is_terminal:
             handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)

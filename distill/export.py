@@ -32,7 +32,7 @@ from distill.students.saved import (
     read_export,
 )
 from distill.tensor_files import write_tensors
-from distill.text_files import write_text
+from distill.text_files import markdown, write_text
 
 TOLERANCE = 1e-6
 """Largest difference, absolute plus relative, between the logits here and those of the reloaded model."""
@@ -149,11 +149,12 @@ def _move_into_place(staging: Path, folder: Path) -> None:
 def _readme(student: Student, card: str) -> str:
     stock = type(student.model).__module__.startswith("timm.") and "stem" not in student.model_args
     imports = "import timm\n" if stock else "import distill.students  # this project's architectures\nimport timm\n"
+    contract = markdown(str(student.adapter.contract))
     return (
         "---\nlibrary_name: timm\npipeline_tag: image-classification\n---\n\n"
         f"{card.strip()}\n\n## Load it\n\n```python\n{imports}\n"
         'model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()\n```\n\n'
-        f"It takes {student.adapter.contract} (images in [0, 1] before that) and gives the mean of its heads' logits.\n"
+        f"It takes {contract} (images in [0, 1] before that) and gives the mean of its heads' logits.\n"
     )
 
 

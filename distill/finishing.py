@@ -15,6 +15,7 @@ from distill.export import write_export
 from distill.run import Run
 from distill.saving import Progress
 from distill.students import Student
+from distill.text_files import markdown
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def export_chosen(
     except InputError as damage:
         raise RunFailed(f"{damage} A resumed run takes the best of those that are left.") from None
     student.load_state_dict(checkpoint.read_tensors(folder, "model" if chosen.weights == "raw" else "ema"))
-    card = "\n".join(f"- {key}: {value}" for key, value in metadata.items())
+    card = "\n".join(f"- {markdown(key)}: {markdown(value)}" for key, value in metadata.items())
     with indispensable(run.export, sum(value.nbytes for value in student.model.state_dict().values())):
         write_export(student, run.export, class_names=class_names, metadata=metadata, card=card)
 

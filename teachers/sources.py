@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -112,8 +111,13 @@ def _pretrained(name: str, url: str) -> nn.Module:
         return timm.create_model(name, pretrained=True)
     except (OSError, EntryNotFoundError, HTTPException) as error:
         raise InputError(_no_download(url, error)) from error
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"teacher.model: the weights of {name} ({url}) cannot be used: {error}") from error
+    except Exception as error:  # damaged, or not only tensors: a foreign file can fail in any way
+        raise InputError(_unusable(name, url, error)) from error
+
+
+def _unusable(name: str, url: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"teacher.model: the weights of {name} ({url}) cannot be used ({reason}). Give others: teacher.weights=PATH."
 
 
 def _no_download(url: str, error: Exception) -> str:
@@ -160,6 +164,8 @@ def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Sour
         return Source(torchvision.models.get_model(name, weights=weights), contract)
     except (OSError, HTTPException) as error:
         raise InputError(_no_download(weights.url, error)) from error
+    except Exception as error:  # see _pretrained
+        raise InputError(_unusable(name, weights.url, error)) from error
 
 
 def _same_classes(what: str, theirs: int | None, ours: int) -> None:

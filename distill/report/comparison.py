@@ -12,6 +12,7 @@ from distill.errors import InputError
 from distill.report.curves import Curves, curves_of
 from distill.report.metrics import Metrics, measure
 from distill.report.runs import RunFiles, read_run
+from distill.text_files import visible
 
 HEADS = {"fused": "student.fused", "cls": "student.cls", "dist": "student.dist"}
 
@@ -89,7 +90,7 @@ def _named(paths: Sequence[Path]) -> dict[str, RunFiles]:
             raise InputError(f"{path}: the run is given twice.")
     names = [where.name for where in resolved]
     return {
-        where.name if names.count(where.name) == 1 else str(path): read_run(path)
+        visible(where.name if names.count(where.name) == 1 else str(path)): read_run(path)
         for path, where in zip(paths, resolved, strict=True)
     }
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -42,7 +43,7 @@ def write_report(comparison: Comparison, html: Path) -> list[Path]:
         raise InputError(f"{html}: give the report a file name that ends in .html.")
     figures = list(_figures(comparison))
     images = {html.with_name(f"{html.stem}-{figure.name}.svg"): figure for figure in figures}
-    plots = "".join(f"\n![{figure.title}]({path.name})\n\n{figure.caption}\n" for path, figure in images.items())
+    plots = "".join(f"\n![{figure.title}]({quote(path.name)})\n\n{figure.caption}\n" for path, figure in images.items())
     texts = {
         html: render_html(comparison, figures),
         html.with_suffix(".md"): tables.render_markdown(comparison) + plots,

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distill.report.comparison import Comparison, Row
+from distill.text_files import markdown
 
 
 def header(comparison: Comparison) -> list[str]:
@@ -47,9 +48,9 @@ def render_console(comparison: Comparison) -> Table:
 def render_markdown(comparison: Comparison) -> str:
     names = header(comparison)
     rules = ["---:" if index in numeric_columns(comparison) else ":---" for index in range(len(names))]
-    table = "\n".join(f"| {' | '.join(map(_markdown, line))} |" for line in (names, rules, *body(comparison)))
-    warnings = "".join(f"> **Warning.** {_markdown(text)}\n\n" for text in comparison.warnings)
-    return f"# Comparison: {', '.join(map(_markdown, comparison.runs))}\n\n{warnings}{table}\n\n{caption(comparison)}\n"
+    table = "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in (names, rules, *body(comparison)))
+    warnings = "".join(f"> **Warning.** {markdown(text)}\n\n" for text in comparison.warnings)
+    return f"# Comparison: {', '.join(map(markdown, comparison.runs))}\n\n{warnings}{table}\n\n{caption(comparison)}\n"
 
 
 def _several(comparison: Comparison) -> bool:
@@ -66,7 +67,3 @@ def _cells(row: Row) -> list[str]:
         "" if metrics.agreement is None else f"{metrics.agreement:.2f}",
         "" if row.parameters is None else f"{row.parameters:,}",
     ]
-
-
-def _markdown(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -38,6 +38,9 @@ def create_pretrained(name: str, **kwargs: Any) -> Any:
         raise InputError(
             f"student.pretrained: timm's weights {name} are not at hand and cannot be fetched ({error})."
         ) from error
+    except Exception as error:  # damaged, or not only tensors: a foreign file can fail in any way
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"student.pretrained: timm's weights {name} cannot be used ({reason}).") from error
 
 
 def load_timm_weights(
