@@ -9,19 +9,35 @@ import resource
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+import distill.export
 from distill import checkpoint, run
 from distill.errors import RunFailed
 from distill.finishing import write_predictions
+from distill.pipeline import Launch, Place, execute
+from distill.recipe import load
 from tests.conftest import Counted, Toy
+from tests.distributed.test_two_processes import launch
 from tests.faults.test_saving import SMALL, same_end, start, undisturbed  # noqa: F401 - a fixture
 from tests.faults.warm import Warm
 
 MEGABYTE = 1 << 20
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file of this process and its children grows beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def failed(result: subprocess.CompletedProcess[str], out: Path, *, path: str, reason: str) -> None:
@@ -99,15 +115,50 @@ def test_a_limit_to_the_size_of_files(warm: Warm, toy: Toy, tmp_path: Path, coun
 
 
 def test_predictions_without_room(tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    place = run.Run(tmp_path, is_main=True)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(RunFailed, match=r"predictions.safetensors: cannot be written: .* large \(2,400 bytes"):
-            write_predictions(place, {"student.cls": torch.zeros(100, 4)}, torch.zeros(100, dtype=torch.int64), {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    place, values = run.Run(tmp_path, is_main=True), {"student.cls": torch.zeros(100, 4)}
+    with limited(1000), pytest.raises(RunFailed, match=r"predictions.safetensors: cannot be written: .* \(2,400 bytes"):
+        write_predictions(place, values, torch.zeros(100, dtype=torch.int64), {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_weights_that_found_no_room_are_not_chosen(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(toy.recipe, list(SMALL))
+    monkeypatch.setattr(distill.export, "_compare_with_reloaded", lambda *_: None)
+
+    class Relief:
+        """Asked after each step; there is room again from the third on."""
+
+        steps = 0
+
+        def reason(self) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+
+    with limited(4 * MEGABYTE):
+        execute(recipe, Place(tmp_path / "run"), Launch(Relief(), threads=1))  # type: ignore[arg-type]
+    status = run.read_status(tmp_path / "run")
+    assert status["state"] == "finished"
+    tops = {line["step"]: line["student/top1"] for line in run.read_metrics(tmp_path / "run", "eval")}
+    assert max(tops, key=lambda step: tops[step]) == 2, "else this shows nothing"
+    assert status["exported"]["step"] in (4, 6)
+
+
+@pytest.mark.soak
+def test_two_processes_take_the_same_decision(toy: Toy, tmp_path: Path, counted: Counted) -> None:
+    out = tmp_path / "run"
+    with limited(4 * MEGABYTE):
+        result = launch(2, toy.recipe, *SMALL, "--out", out, cwd=tmp_path)
+    said = result.stdout + result.stderr
+    assert said.count("Training goes on") == 2, said
+    assert said.count("failed: ") == 1, said
+    assert run.read_status(out)["state"] == "failed"
+    assert "File too large" in run.read_status(out)["reason"]
+    assert launch(2, toy.recipe, *SMALL, "--out", out, "--resume", "auto", cwd=tmp_path).returncode == 0
+    assert run.read_status(out)["state"] == "finished"
+    counted("two processes on a full disk take the same decision", done=1, of=1)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_training(warm: Warm, toy: Toy, tmp_path: Path) -> None:

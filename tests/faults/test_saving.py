@@ -196,3 +196,16 @@ def test_damage_to_a_checkpoint_is_found_before_anything_changes(
         shutil.copytree(intact, newest)
     counted("damage to a checkpoint is found", done=found, of=count)
     counted("a resumption falls back behind a damaged checkpoint", done=fallen_back, of=resumed)
+
+
+def test_a_damaged_best_checkpoint_is_not_exported(warm: Warm, toy: Toy, tmp_path: Path) -> None:
+    start(warm, toy, tmp_path, fault="export begun")
+    best = (tmp_path / "run" / "checkpoints" / "best").resolve()
+    assert best.name == "step_00000002"
+    (best / "ema.safetensors").write_bytes(b"")
+    (best / "model.safetensors").write_bytes(b"")
+    result = start(warm, toy, tmp_path)
+    assert result.returncode == 0, result.stdout
+    (warning,) = [line for line in result.stdout.splitlines() if "the choice begins anew" in line]
+    assert "step_00000002/ema.safetensors: damaged" in warning
+    assert run.read_status(tmp_path / "run")["exported"]["step"] == 6

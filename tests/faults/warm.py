@@ -55,6 +55,7 @@ class Warm:
 def _serve() -> None:
     import torch
 
+    import distill.cli
     import distill.dry_run
     import distill.pipeline
     import distill.report.comparison
