@@ -5,6 +5,7 @@ to go on.
 from __future__ import annotations
 
 import json
+import shlex
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -51,6 +52,11 @@ def last_words(
         return "".join(traceback.format_exception(error)).rstrip()
     if not begun:
         return "\n".join([*lines, "safe: nothing was begun", f"again: {command.resuming(again, None)}"])
+    if json.loads((begun[0] / "status.json").read_text(encoding="utf-8")).get("state") == "finished":
+        report = shlex.join(["distill", "compare", str(begun[0]), "--out", str(begun[0] / "report.html")])
+        return "\n".join(
+            [*lines, f"safe: the run is finished; only its report is missing: {begun[0]}", f"report: {report}"]
+        )
     newest = newest_checkpoint(begun)
     safe = "no step is saved yet; the run starts anew" if newest is None else f"all up to {newest}"
     return "\n".join([*lines, f"safe: {safe}", f"continue: {command.resuming(resuming, begun[0])}"])

@@ -65,7 +65,7 @@ class Launch:
     stop: StopRequest
     threads: int
     runs: list[Run] = field(default_factory=list)
-    """Those that have begun and not finished; the first is the one that was asked for."""
+    """The one that was asked for, and within it those that have begun and not finished."""
 
 
 def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: str | None, dry_run: bool) -> None:
@@ -157,7 +157,8 @@ def execute(
     try:
         _execute(recipe, place, shared, directory, source=source, dataset=dataset)
         directory.status("finished")
-        shared.runs.remove(directory)
+        if shared.runs[0] is not directory:
+            shared.runs.remove(directory)
     except BaseException as error:
         ended, writes = verdict(error)
         directory.end(ended, writes=writes)

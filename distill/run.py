@@ -121,6 +121,8 @@ class Run:
             if not foreseen:
                 with (self.path / "train.log").open("a", encoding="utf-8") as file:
                     file.write("".join(traceback.format_exception(error)))
+            if self._status.get("state") == "finished" and self._opened:
+                return
             if writes and not self.is_main:  # the main process is dead, and its lock with it
                 self._take_lock()
                 self._status = read_status(self.path)

@@ -56,7 +56,7 @@ class StopRequest:
         """`leave` says the last words and returns the exit code, where the main thread cannot."""
         self.peers: Peers | None = None
         self.runs: list[Run] = []
-        """Those that have begun and not finished; the first is the one that was asked for."""
+        """The one that was asked for, and within it those that have begun and not finished."""
         self._launcher, self._leave = launcher, leave
         self._reason: str | None = None
         self._agreed = False
