@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,10 +71,13 @@ def save(parts: Parts, progress: Progress, run: Run, *, epoch: float, also: Mapp
         "metrics_size": run.metrics_size(),
         "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
     }
+    needed, free = checkpoint.size(tensors, optimizer), shutil.disk_usage(run.path).free
+    if needed > free:  # a hint: the next lines decide
+        _log.warning("%s: %s bytes are to be written, and %s are free", folder, f"{needed:,}", f"{free:,}")
     try:
         checkpoint.write(folder, tensors, optimizer, state)
     except OSError as error:
-        return describe_failure(folder, error, checkpoint.size(tensors, optimizer))
+        return describe_failure(folder, error, needed)
     settle(parts, folder, progress, run, epoch=epoch)
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,52 @@ def test_the_newest_intact_one_is_found_and_the_damaged_one_named(
     (first / "manifest.json").unlink()
     with pytest.raises(InputError, match="no intact checkpoint is left"):
         checkpoint.newest_intact(tmp_path)
+
+
+def test_several_damaged_ones_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [write(tmp_path, step) for step in (1, 2, 3)]
+    for path in paths[1:]:
+        (path / "state.json").unlink()
+    with caplog.at_level("WARNING", logger="distill"):
+        checkpoint._log.propagate = True
+        assert checkpoint.newest_intact(tmp_path) == paths[0]
+    (record,) = caplog.records
+    assert all(path.name in record.getMessage() for path in paths)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the optimizer's archive is larger
+    try:
+        with pytest.raises(OSError, match=r"File too large.*optimizer\.pt"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_what_the_disk_gives_back_differently_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = checkpoint.flush_folder
+
+    def rot(folder: Path) -> None:
+        flush(folder)
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+
+    monkeypatch.setattr(checkpoint, "flush_folder", rot)
+    with pytest.raises(OSError, match=r"not what was written.*model\.safetensors"):
+        write(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_passes_over_what_is_damaged(tmp_path: Path) -> None:
+    paths = [write(tmp_path, step) for step in range(1, 6)]
+    (paths[3] / "state.json").write_bytes(b"{")
+    (paths[4] / "state.json").unlink()
+    checkpoint.prune(tmp_path, 3)
+    assert checkpoint.existing(tmp_path) == paths[1:]
 
 
 def test_links_move_and_old_checkpoints_go(tmp_path: Path) -> None:
