@@ -1,0 +1,56 @@
+"""Promise 12: a process that dies makes the others stop within 60 seconds, and is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from distill.run import read_status
+from tests.conftest import Counted, Toy
+from tests.faults.launched import Launched, paste
+
+ACCELERATE, TORCHRUN = "accelerate, 2 processes", "torchrun, 2 processes"
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([(ACCELERATE, 0)], id="1"),
+        pytest.param(
+            [(how, rank) for how in (ACCELERATE, TORCHRUN) for rank in (0, 1)] * 3,
+            id="12", marks=[pytest.mark.soak, pytest.mark.timeout(900)],
+        ),
+    ],
+)  # fmt: skip
+def test_the_others_stop_and_say_who_died(
+    cases: list[tuple[str, int]], toy: Toy, tmp_path: Path, counted: Counted
+) -> None:
+    done, slowest = 0, 0.0
+    for number, (how, rank) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        out = folder / "run"
+        launched = Launched(how, toy.recipe, "train.epochs=1000", "train.log_every=1", cwd=folder, out=out)
+        try:
+            launched.until_step(7)
+            pid = launched.pid_of(rank)
+            os.kill(pid, signal.SIGKILL)
+            slowest = max(slowest, launched.until_gone(60))
+            status = read_status(out)
+            assert status["state"] == "failed", status
+            assert f"process {rank} died (pid {pid}" in status["reason"]
+            words = launched.words()
+            assert words[0].startswith(f"failed: process {rank} died"), launched.console
+            assert "step_00000006" in words[1]
+            assert 3 <= len(words) <= 5
+        finally:
+            launched.end()
+        done += 1
+    if len(cases) > 1:
+        paste(words[-1], "train.max_minutes=0.0001", cwd=folder)
+        status = read_status(out)
+        assert (status["state"], status["step"]) == ("interrupted", 7)
+    counted("a process that died was named, the others stopped", done=done, of=len(cases), slowest_s=round(slowest, 1))
