@@ -77,6 +77,7 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
         Interrupted: stopped early, resumable.
     """
     stop = StopRequest.current()
+    stop.loaded()
     recipe = load(path, overrides)
     threads = set_threads()
     is_main = start_processes().is_main_process

@@ -2,7 +2,7 @@
 there is something to save.
 
 While the student trains, a signal is noted and the loop asks for it, at the same step on all processes. At all other
-times (imports, packing, preflight, export, ...) there is nothing to save, and the signal raises `Interrupted` at once.
+times (packing, preflight, export, ...) there is nothing to save, and the signal raises `Interrupted` at once.
 A thread sees to it that this happens even while the main thread waits for somebody who is gone.
 """
 
@@ -62,7 +62,7 @@ class StopRequest:
         self._agreed = False
         self._deadline: float | None = None
         self.group: ProcessGroup | None = None
-        self._raises = True
+        self._loading = self._raises = True
         self._training = False
         self._ending = False
         self._peer_gone = False
@@ -86,6 +86,12 @@ class StopRequest:
         """That of this process."""
         assert _current is not None, "made by the command, before anything that takes long"
         return _current
+
+    def loaded(self) -> None:
+        """All modules are imported: from now on the process is left through its blocks' ends. An exception out of
+        nowhere would leave a module half imported, which others may take for whole.
+        """
+        self._loading = False
 
     def limit(self, max_minutes: float | None) -> None:
         """Ask for a stop after so many minutes from now."""
@@ -148,6 +154,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._ask(signal.Signals(number).name)
+        if self._loading:
+            self._end(Interrupted(self._reason))
         if self._raises:
             self._raises = False
             raise Interrupted(self._reason)
