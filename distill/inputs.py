@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,25 @@ class InputContract:
 
         size = f"{self.size} px by {self.interpolation}" if self.size else "any size"
         return f"mean ({numbers(self.mean)}), std ({numbers(self.std)}), {size}"
+
+
+class Preparation(NamedTuple):
+    """How evaluation makes pixels in [0, 1] of an image: what a student's inputs have behind them."""
+
+    channels: int = 3
+    """1: the image is made grey."""
+    by_pillow: bool = True
+    """Whether the shorter side is resized to the student's size, and the centre cut out, while the image is one of
+    Pillow's; else its floats are resized, as a whole.
+    """
+    square: bool = True
+    """Whether that whole is square in the data; where it is, of another image the square in its centre is taken."""
+
+    @classmethod
+    def of(cls, image: Tensor, size: int) -> Preparation:
+        """Of a test image [C, H, W], as the data hand it over, for a student of this size."""
+        channels, height, width = image.shape
+        return cls(channels, by_pillow=(height, width) == (size, size), square=height == width)
 
 
 class InputAdapter(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.inputs import InputAdapter, InputContract
+from distill.inputs import InputAdapter, InputContract, Preparation
 
 
 class Heads(NamedTuple):
@@ -26,17 +26,25 @@ class Heads(NamedTuple):
 class Student(nn.Module):
     """Images in [0, 1], [B, C, H, W] of any size -> `Heads`, with both heads in train and eval mode alike.
 
-    `architecture` and `model_args` are what `timm.create_model` makes the same model of.
+    `architecture` and `model_args` are what `timm.create_model` makes the same model of; `preparation` is how its data
+    were made of images.
     """
 
     def __init__(
-        self, model: nn.Module, contract: InputContract, *, architecture: str, model_args: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        contract: InputContract,
+        *,
+        architecture: str,
+        model_args: Mapping[str, Any],
+        preparation: Preparation | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.adapter = InputAdapter(contract)
         self.architecture = architecture
         self.model_args = dict(model_args)
+        self.preparation = preparation or Preparation(len(contract.mean))
         if (set_distilled_training := getattr(model, "set_distilled_training", None)) is not None:
             set_distilled_training(True)
         self.train(self.training)
@@ -87,13 +95,14 @@ class Student(nn.Module):
             "num_features": self.model.num_features,
             "label_names": list(class_names),
             "model_args": self.model_args,
+            "preparation": self.preparation._asdict(),
             "pretrained_cfg": {
                 "num_classes": len(class_names),
                 "input_size": [len(contract.mean), size, size],
                 "fixed_input_size": bool(known.get("fixed_input_size", False)),
                 "interpolation": contract.interpolation,
                 "crop_pct": 1.0,
-                "crop_mode": "center",
+                "crop_mode": "center" if self.preparation.square else "squash",
                 "mean": list(contract.mean),
                 "std": list(contract.std),
                 **{key: _as_json(known[key]) for key in ("first_conv", "classifier") if known.get(key)},

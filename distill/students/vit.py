@@ -24,6 +24,7 @@ from distill.students.stem import ConvStem
 # What timm's model_args and the functions below take beside the width, depth and heads of a size:
 #   img_size, patch_size, in_chans, num_classes, drop_path_rate, ...: as in timm
 #   distilled (bool): with DeiT's distillation token and second head
+#   head ("both", "cls", "dist"): of a distilled model; one of the two alone, called `head`, where it is not both
 #   stem ("patch", "conv")
 #   attention (mapping; <kind>_vit_* only): `blocks` and the options of the kind's module, as in a recipe
 
@@ -57,6 +58,37 @@ class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTran
     """The same on top of timm's VisionTransformerDistilled."""
 
 
+class OneHeadVisionTransformer(VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled, both tokens and all, with the head of one of them only."""
+
+    def __init__(self, *args: Any, head: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_token = TOKENS[head]
+        del self.head_dist, self.distilled_training
+
+    set_distilled_training = None
+    """There is nothing to tell apart."""
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        del self.head_dist
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(x[:, self.head_token])
+        return x if pre_logits else self.head(x)
+
+
+class AttentionOneHeadVisionTransformer(AttentionVisionTransformer, OneHeadVisionTransformer):
+    """The same with another attention in some blocks."""
+
+
+TOKENS = {"cls": 0, "dist": 1}
+"""Where the token of each head stands."""
+
+
 def _replacement(plain: Any, kind: str, **options: Any) -> nn.Module:
     """A module of this kind with the projections, as initialised, of timm's attention."""
     if plain.attn_drop.p:
@@ -68,8 +100,25 @@ def _replacement(plain: Any, kind: str, **options: Any) -> nn.Module:
     return module
 
 
+_CLASSES: dict[tuple[str, bool], type[VisionTransformer]] = {
+    ("plain", False): VisionTransformer,
+    ("plain", True): AttentionVisionTransformer,
+    ("both", False): VisionTransformerDistilled,
+    ("both", True): AttentionVisionTransformerDistilled,
+    ("one", False): OneHeadVisionTransformer,
+    ("one", True): AttentionOneHeadVisionTransformer,
+}
+"""By the heads, and by whether some blocks have another attention."""
+
+
 def _build(
-    variant: str, kind: str | None, pretrained: bool, distilled: bool = False, stem: str = "patch", **kwargs: Any
+    variant: str,
+    kind: str | None,
+    pretrained: bool,
+    distilled: bool = False,
+    head: str = "both",
+    stem: str = "patch",
+    **kwargs: Any,
 ) -> VisionTransformer:
     size = VIT_SIZES[variant if kind is None else variant.removeprefix(f"{kind}_")]
     model_args = {
@@ -81,17 +130,22 @@ def _build(
         "dynamic_img_size": kind is not None,
         **kwargs,
     }
-    model_cls: Callable[..., VisionTransformer] = VisionTransformerDistilled if distilled else VisionTransformer
+    if head not in ("both", *TOKENS) or (head != "both" and not distilled):
+        raise ValueError(f"head is 'both', 'cls' or 'dist' of a distilled model, got '{head}'")
+    heads = ("plain" if not distilled else "both" if head == "both" else "one", kind is not None)
+    model_cls: Callable[..., VisionTransformer] = _CLASSES[heads]
+    if head != "both":
+        model_args["head"] = head
     if kind is not None:
         model_args["attention"] = kwargs.get("attention", {})
-        model_cls = partial(AttentionVisionTransformerDistilled if distilled else AttentionVisionTransformer, kind=kind)
+        model_cls = partial(model_cls, kind=kind)
     if stem not in ("patch", "conv"):
         raise ValueError(f"stem is 'patch' or 'conv', got '{stem}'")
     if stem == "conv":
         model_args["embed_layer"] = ConvStem
     overlay = {
         "first_conv": "patch_embed.proj.0.0" if stem == "conv" else "patch_embed.proj",
-        "classifier": ("head", "head_dist") if distilled else "head",
+        "classifier": ("head", "head_dist") if distilled and head == "both" else "head",
         **(model_args.pop("pretrained_cfg_overlay", None) or {}),
     }
     return build_model_with_cfg(

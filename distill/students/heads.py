@@ -1,0 +1,105 @@
+"""Students for use rather than for training: one head of two alone, or both merged into one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from distill.errors import InputError
+from distill.students.student import Student
+from distill.students.vit import TOKENS, OneHeadVisionTransformer
+
+Head = Literal["cls", "dist"]
+
+
+def one_head(student: Student, head: Head) -> Student:
+    """The student with its class or its distillation head alone, in eval mode; its answer is that head's.
+
+    Both tokens stay: each attends to the other.
+
+    Raises:
+        InputError: it has no two heads, or is no vision transformer of this project's or of DeiT's sizes.
+    """
+    model = student.model
+    if not hasattr(model, "head_dist"):
+        raise InputError(f"--head {head}: this student ({student.architecture}) has one head only; leave --head away.")
+    if not isinstance(model, VisionTransformerDistilled):
+        raise InputError(
+            f"--head {head}: the heads of {student.architecture} cannot be taken apart; leave --head away."
+        )
+    architecture, model_args = student.architecture, dict(student.model_args)
+    if architecture.startswith("deit_"):
+        # timm's own architectures have two heads; the arguments say all of the size.
+        architecture = "vit_tiny"
+        model_args |= {
+            "distilled": True,
+            "patch_size": model.patch_embed.patch_size[0],
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "num_heads": model.blocks[0].attn.num_heads,
+        }
+    model_args["head"] = head
+    contract = student.adapter.contract
+    with torch.random.fork_rng(devices=[]):
+        alone = timm.create_model(
+            architecture, num_classes=model.num_classes, in_chans=len(contract.mean), **model_args
+        )
+    weights = model.state_dict()
+    second = {name: weights.pop(name) for name in ("head_dist.weight", "head_dist.bias")}
+    if head == "dist":
+        weights |= {name.replace("head_dist", "head"): tensor for name, tensor in second.items()}
+    alone.load_state_dict(weights)
+    return Student(
+        alone, contract, architecture=architecture, model_args=model_args, preparation=student.preparation
+    ).eval()
+
+
+class MergedHeads(nn.Module):
+    """A vision transformer with a class and a distillation token that answers with one linear layer over both:
+
+        (W x + b + V y + c) / 2 = [W / 2, V / 2] [x; y] + (b + c) / 2
+
+    for normalised images [B, C, H, W] -> logits [B, classes]. Only these tokens go through the last block's MLP and the
+    last norm: no other token is asked for anything after the last attention. For evaluation only.
+    """
+
+    def __init__(self, body: VisionTransformerDistilled) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.utils.skip_init(nn.Linear, 2 * body.embed_dim, body.num_classes)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.cat([body.head.weight, body.head_dist.weight], 1) / 2)
+            self.head.bias.copy_((body.head.bias + body.head_dist.bias) / 2)
+        self.pretrained_cfg = body.pretrained_cfg
+        del body.head, body.head_dist
+        body.blocks[-1].__class__ = _LastBlock
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body.forward_features(x).flatten(1))
+
+
+class _LastBlock(Block):
+    """timm's Block for the last place: [B, N, dim] -> what it makes of the first two tokens, [B, 2, dim]."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = x[:, : len(TOKENS)] + self.ls1(attended[:, : len(TOKENS)])
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def merge_heads(model: nn.Module) -> nn.Module:
+    """`model` in eval mode, of the same logits up to rounding; where it has two heads to merge, it is used up."""
+    model.eval()
+    can_be_merged = isinstance(model, VisionTransformerDistilled) and not isinstance(model, OneHeadVisionTransformer)
+    if not can_be_merged or type(_last_block(model)) is not Block:
+        return model
+    return MergedHeads(model).eval()
+
+
+def _last_block(model: Any) -> nn.Module:
+    return model.blocks[-1]
