@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import distill.trainer
 from distill import checkpoint, run
+from distill.digests import state_digest
 from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping
 from distill.signals import Interrupted
-from tests.conftest import Toy, environment
+from distill.trainer import Trainer
+from tests.conftest import Counted, Toy, environment
+from tests.warm import launch
 
 TOTAL_STEPS = 18  # 96 training images in batches of 16 for 3 epochs
 
@@ -76,9 +82,8 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-# In the first epoch, at an epoch's last step, just after one, and at the very last step, with EMA, drop path, mixup and
-# accumulation on.
-@pytest.mark.parametrize("stops", [(1,), (4, 3), (6,), (7, 5), (18,)])
+# At an epoch's last step, just after one, and at the very last step.
+@pytest.mark.parametrize("stops", [(6, 1), (18,)])
 def test_a_stopped_run_resumes_bit_for_bit(
     recipe: Recipe, undisturbed: Path, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
@@ -91,6 +96,126 @@ def test_a_stopped_run_resumes_bit_for_bit(
     go(recipe, out, None, resume="auto")
     assert run.read_status(out)["state"] == "finished"
     same_end(undisturbed, out)
+
+
+def trace() -> None:
+    """Note all of this process's state after each step; and where `interruptions` says so, send it a real signal: in
+    the accumulation group, or at its end.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    file = Path("interruptions")
+    interruptions = file.read_text().splitlines() if file.exists() else []
+    train_step, training_loss = Trainer.train_step, distill.trainer.training_loss
+    now = {"step": -1, "micro-batch": 0}
+
+    def interrupt() -> None:
+        if f"{now['step']} {now['micro-batch']} {rank}" in interruptions:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        interrupt()
+        now["micro-batch"] += 1
+        return training_loss(*args, **kwargs)
+
+    def step(trainer: Trainer, micro_batches: Any) -> None:
+        now.update({"step": trainer.progress.step, "micro-batch": 0})
+        train_step(trainer, micro_batches)
+        with Path(f"trace-{rank}").open("a") as notes:
+            notes.write(f"{trainer.progress.step} {digest_of(trainer)}\n")
+        interrupt()
+
+    Trainer.train_step, distill.trainer.training_loss = step, loss  # type: ignore[method-assign]
+
+
+def digest_of(trainer: Trainer) -> str:
+    """SHA-256 (hex) of weights, moving average and the optimizer's state."""
+    assert trainer.ema is not None
+    moments = {
+        f"{key}.{name}": torch.as_tensor(value)
+        for key, values in trainer.optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    states = (trainer.student.state_dict(), trainer.ema.module.state_dict(), moments)
+    return " ".join(state_digest(state) for state in states)
+
+
+def traces(folder: Path, processes: int) -> list[dict[str, str]]:
+    """For each process, step -> digest; a step that was done twice has to come to the same."""
+    found = []
+    for rank in range(processes):
+        lines = (folder / f"trace-{rank}").read_text().splitlines()
+        found.append(dict(line.split(" ", 1) for line in lines))
+        assert len(set(lines)) == len(found[-1]), "a step came to something else when it was done again"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "apart"),
+    [
+        (1, 3, (1, 3)),
+        pytest.param(1, 20, (10, 14), marks=pytest.mark.soak),
+        pytest.param(2, 20, (10, 14), marks=pytest.mark.soak),
+    ],
+    ids=["3", "20", "20 of two processes"],
+)
+def test_signals_change_nothing(
+    toy: Toy, tmp_path: Path, counted: Counted, processes: int, number: int, apart: tuple[int, int]
+) -> None:
+    """Interrupted so often, so many steps apart; with EMA, mixup, CutMix, drop path and accumulation on."""
+    chance, at, stops = random.Random(0), 0, []
+    for index in range(number):
+        at += chance.randint(*apart)
+        at += (5 - at) % 6 if index % 4 == 3 else 0  # every fourth at an epoch's last step
+        stops.append((at, index % 3, chance.randrange(processes)))  # micro-batch 0, 1, or after the last
+    steps = at + max(apart) + 1
+    command = ["train", toy.recipe, f"train.epochs={steps // 6 + 1}", f"train.max_steps={steps}", "train.log_every=3",
+               "train.keep_checkpoints=2", "--out", "run", "--resume", "auto"]  # fmt: skip
+    folders = [tmp_path / "undisturbed", tmp_path / "interrupted"]
+    for folder in folders:
+        folder.mkdir()
+    done = launch(command, cwd=folders[0], processes=processes, before=trace)
+    assert done.wait(600) == [0] * processes, done.output
+    for index, (step, micro_batch, rank) in enumerate(stops):
+        (folders[1] / "interruptions").write_text(f"{step} {micro_batch} {rank}")
+        launched = launch(command, cwd=folders[1], processes=processes, before=trace)
+        assert launched.wait() == [75] * processes, launched.output
+        status = run.read_status(folders[1] / "run")
+        assert (status["state"], status["step"]) == ("interrupted", step + 1), index
+    (folders[1] / "interruptions").unlink()
+    launched = launch(command, cwd=folders[1], processes=processes, before=trace)
+    assert launched.wait() == [0] * processes, launched.output
+
+    expected, found = (traces(folder, processes) for folder in folders)
+    losses = [{line["step"]: line for line in train_lines(folder / "run")} for folder in folders]
+    assert losses[0].keys() == losses[1].keys()
+    equal = 0
+    for step, *_ in stops:
+        following = range(step + 1, min(step + 11, steps))
+        same_states = all(a[str(at)] == b[str(at)] for a, b in zip(expected, found, strict=True) for at in following)
+        equal += same_states and all(losses[0].get(at + 1) == losses[1].get(at + 1) for at in following)
+    assert found == expected
+    exports = [(folder / "run" / "export" / "model.safetensors").read_bytes() for folder in folders]
+    assert exports[0] == exports[1]
+    counted(f"resumed exactly, {processes} process(es)", done=equal, of=number)
+
+
+@pytest.mark.soak
+def test_another_number_of_processes(toy: Toy, tmp_path: Path, counted: Counted) -> None:
+    """Exact to rounding where drop path is 0: it draws on each process for itself."""
+    command = ["train", toy.recipe, "student.drop_path=0", "train.batch_size=24", "train.epochs=20",
+               "train.max_steps=40", "--resume", "auto", "--out"]  # fmt: skip
+    one = launch([*command, "one"], cwd=tmp_path)
+    assert one.wait() == [0], one.output
+    for index, processes in enumerate((1, 2, 3)):
+        if index < 2:
+            (tmp_path / "interruptions").write_text(f"{13 * index + 8} 1 0")
+        launched = launch([*command, "many"], cwd=tmp_path, processes=processes, before=trace)
+        assert launched.wait() == [75 if index < 2 else 0] * processes, launched.output
+        (tmp_path / "interruptions").unlink(missing_ok=True)
+    lines = [train_lines(tmp_path / name) for name in ("one", "many")]
+    gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True)]
+    within = sum(gap <= 1e-5 for gap in gaps)
+    counted("losses after going on with 2 and 3 processes", done=within, of=40, difference=max(gaps))
 
 
 def test_resuming_from_an_older_checkpoint_and_from_behind_a_damaged_one(
