@@ -23,7 +23,7 @@ from distill.pipeline import Launch, Place, execute
 from distill.recipe import load
 from tests.conftest import Counted, Toy
 from tests.distributed.test_two_processes import launch
-from tests.faults.test_saving import SMALL, same_end, start, undisturbed  # noqa: F401 - a fixture
+from tests.faults.small_runs import SMALL, same_end, start
 from tests.faults.warm import Warm
 
 MEGABYTE = 1 << 20
@@ -66,7 +66,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(
-    warm: Warm, toy: Toy, undisturbed: Path, small_disk: Path, tmp_path: Path, counted: Counted  # noqa: F811
+    warm: Warm, toy: Toy, undisturbed: Path, small_disk: Path, tmp_path: Path, counted: Counted
 ) -> None:  # fmt: skip
     out, checkpoints = small_disk / "run", small_disk / "run" / "checkpoints"
     # The first checkpoint fits, the second and the last do not.
@@ -98,7 +98,7 @@ def test_a_full_disk(
     counted("a full disk costs no checkpoint and no run", done=1, of=1)
 
 
-@pytest.mark.parametrize("limit", [3000, 4 * MEGABYTE])
+@pytest.mark.parametrize("limit", [3000, pytest.param(4 * MEGABYTE, marks=pytest.mark.soak)])
 def test_a_limit_to_the_size_of_files(warm: Warm, toy: Toy, tmp_path: Path, counted: Counted, limit: int) -> None:
     """3,000 bytes are too few for the metrics too, 4 MB for the optimizer's state alone."""
     longer = ["train.epochs=5"]
@@ -121,6 +121,7 @@ def test_predictions_without_room(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_the_best_weights_that_found_no_room_are_not_chosen(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

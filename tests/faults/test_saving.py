@@ -10,38 +10,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from distill import checkpoint, run
 from distill.errors import InputError
 from tests.conftest import Counted, Toy, environment
 from tests.faults.damage import damage
+from tests.faults.small_runs import SMALL, same_end, start
 from tests.faults.warm import Warm
 
-SMALL = (
-    "train.epochs=3", "train.batch_size=48", "train.gradient_accumulation=1", "train.keep_checkpoints=1",
-    "teacher=null", "distill=[]",
-)  # fmt: skip
 MANY = 20
 """Points passed so often in a row (each piece of a file) are tried at the first and in the middle."""
-
-
-def start(
-    warm: Warm, toy: Toy, cwd: Path, *overrides: str, out: object = "run", **request: Any
-) -> subprocess.CompletedProcess[str]:
-    cwd.mkdir(exist_ok=True)
-    return warm.run("train", toy.recipe, *SMALL, *overrides, "--out", out, "--resume", "auto", cwd=cwd, **request)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(warm: Warm, toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("saving") / "undisturbed"
-    result = start(warm, toy, cwd)
-    assert result.returncode == 0, result.stdout
-    return cwd
 
 
 def points_of(cwd: Path) -> tuple[list[str], list[str]]:
@@ -59,38 +39,6 @@ def points_of(cwd: Path) -> tuple[list[str], list[str]]:
             streak = []
     first = found.index("checkpoint renamed@1")
     return found[:first], found[first:]
-
-
-def described(out: Path) -> dict[str, Any]:
-    """All that a finished run leaves, without times."""
-    times = ("time", "images_per_second", "data_wait")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    status = run.read_status(out)
-    last = out / "checkpoints" / "last"
-    return {
-        "names": sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.name != "report-loss.svg"),
-        "links": [os.readlink(out / "checkpoints" / name) for name in ("last", "best")],
-        "metrics": [
-            {key: value for key, value in line.items() if key not in times}
-            for line in lines
-            if line["event"] != "resume"
-        ],
-        "status": {key: value for key, value in status.items() if key not in ("updated", "metrics")},
-        "files": [
-            (out / name).read_bytes() for name in ("export/model.safetensors", "predictions.safetensors")
-        ] + [(last / f"{stem}.safetensors").read_bytes() for stem in ("model", "ema")],
-        "optimizer": [
-            torch.as_tensor(value).tolist()
-            for state in checkpoint.read_optimizer(last)["state"].values()
-            for value in state.values()
-        ],
-    }  # fmt: skip
-
-
-def same_end(cwd: Path, undisturbed: Path) -> None:
-    found, expected = described(cwd / "run"), described(undisturbed / "run")
-    for key in expected:
-        assert found[key] == expected[key], (cwd, key)
 
 
 SOME = [
