@@ -122,9 +122,10 @@ class LogitFile:
             # Not through the map: on a full disk that would kill the process. What this cuts short counts as missing.
             with self.path.open("r+b", buffering=0) as file:
                 for epoch, start, logits in stretches:
-                    rows = np.empty(len(logits), self._dtype)
-                    rows["logits"] = logits
-                    rows["check"] = self._checks(rows["logits"], epoch, start)
+                    rows = np.zeros(len(logits), self._dtype)
+                    finite = np.isfinite(logits).all(1)  # the rest stays missing: a teacher may be asked again
+                    rows["logits"][finite] = logits[finite]
+                    rows["check"][finite] = self._checks(rows["logits"], epoch, start)[finite]
                     offset = (epoch * self._shape[1] + start) * self._dtype.itemsize
                     os.pwrite(file.fileno(), rows.tobytes(), offset)
         except OSError as error:

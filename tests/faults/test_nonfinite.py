@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from distill import checkpoint, run
 from distill.data import Batch, BatchPlan
 from distill.digests import state_digest
 from distill.guard import Guard
+from distill.logit_file import LogitFile
 from distill.pipeline import open_data
 from distill.processes import build_accelerator
 from distill.trainer import Trainer
@@ -215,3 +217,14 @@ def samples_of(toy: Toy, *, rank: int, step: int) -> list[int]:
     epoch, first = divmod(step, plan.steps_per_epoch(dataset.info.sizes["train"]))
     batches = next(dataset.training_batches(plan, epoch, first))
     return torch.cat([batch.indices for batch in batches]).tolist()
+
+
+def test_logits_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
+    file = LogitFile(tmp_path / "x.logits", "ab" * 32, epochs=1, samples=4, classes=3)
+    file.make("{}")
+    file.open()
+    logits = np.array([[1, 2, 3], [NAN, 1, 2], [0, 0, 0], [1, INF, 2]], np.float16)
+    file.write([(0, 0, logits)])
+    stored, found = file.read(0, slice(0, 4))
+    assert found.tolist() == [True, False, True, False]
+    assert np.array_equal(stored[found], logits[found])
