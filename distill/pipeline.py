@@ -89,6 +89,7 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
             from distill.dry_run import dry_run_recipe
 
             dry_run_recipe(recipe, build_accelerator(recipe.train, Path()))
+            part_from_peers(stop)
             return
         place = on_main(lambda: locate(recipe, out, resume))
         stop.limit(recipe.train.max_minutes)
