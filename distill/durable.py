@@ -120,10 +120,18 @@ def clear(leftover: Path) -> None:
         _log.warning("%s: cannot be removed (%s); nothing uses it", leftover, error.strerror)
 
 
+_ADVICE = {
+    errno.ENOSPC: "Make room on the disk.",
+    errno.EDQUOT: "Remove files, or have the quota raised.",
+    errno.EFBIG: "Lift the limit to the size of files (ulimit -f).",
+}
+
+
 def describe_failure(path: Path, error: OSError, needed: int) -> str:
-    """What could not be written, why, and the bytes it takes."""
+    """What could not be written, why, the bytes it takes, and what to change."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-    return f"{path}: cannot be written: {error.strerror or error} ({needed:,} bytes needed, {free:,} free)"
+    advice = _ADVICE.get(error.errno or 0, "Make its folder writable, on a disk in order.")
+    return f"{path}: cannot be written: {error.strerror or error} ({needed:,} bytes needed, {free:,} free). {advice}"
 
 
 @contextmanager
@@ -136,4 +144,4 @@ def indispensable(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFailed(f"{describe_failure(path, error, needed)}. Make room on the disk.") from None
+        raise RunFailed(describe_failure(path, error, needed)) from None

@@ -25,7 +25,7 @@ import torch
 
 from distill import __version__
 from distill.console import LogFile
-from distill.durable import clear
+from distill.durable import clear, describe_failure
 from distill.errors import InputError, RunFailed
 from distill.metrics_file import MetricsFile, read_lines
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
@@ -184,10 +184,11 @@ class Run:
             self._status["reason"] = values.get("reason")
         self._status["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         text = json.dumps(self._status, indent=1)
-        if state == "finished":
-            self._write(self.metrics.path, self.metrics.sync, required=True)
+        needed = len(text) if state == "finished" else None
+        if needed is not None:
+            self._write(self.metrics.path, self.metrics.sync, needed=needed)
         status = self.path / "status.json"
-        self._write(status, lambda: write_text(status, text), required=state == "finished")
+        self._write(status, lambda: write_text(status, text), needed=needed)
 
     def log(self, event: str, *, step: int, epoch: float, **values: Any) -> None:
         """Append one line to `metrics.jsonl`; on a full disk it waits in memory."""
@@ -205,17 +206,17 @@ class Run:
         if self.is_main:
             self.metrics.cut(size)
 
-    def _write(self, path: Path, action: Callable[[], None], *, required: bool = False) -> None:
+    def _write(self, path: Path, action: Callable[[], None], *, needed: int | None = None) -> None:
+        """Write to `path`; a failure is a warning, one for all in a row, or with its bytes `needed` ends the run."""
         try:
             action()
             self._failing.discard(path)
         except OSError as error:
-            problem = f"{path}: cannot be written: {error.strerror}"
-            if required:
-                raise RunFailed(f"{problem}. Make room on the disk.") from None
+            if needed is not None:
+                raise RunFailed(describe_failure(path, error, needed)) from None
             if path not in self._failing:
                 self._failing.add(path)
-                _log.warning("%s. The run goes on and tries again with what follows.", problem)
+                _log.warning("%s: cannot be written: %s. The run goes on and tries again.", path, error.strerror)
 
 
 def read_status(path: Path) -> dict[str, Any]:

@@ -329,8 +329,8 @@ class Trainer:
             return
         step = self.progress.step
         if step == self.total_steps:
-            raise RunFailed(f"{problem}. Make room on the disk.")
-        _log.warning("%s. Training goes on; older checkpoints are intact, and the next one may find room.", problem)
+            raise RunFailed(problem)
+        _log.warning("%s Training goes on; older checkpoints are intact, and the next one is tried in turn.", problem)
         if self.progress.best_step == step:  # its weights are lost with the next step
             self.progress.take_best_of(self.saved)
 
