@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from distill.ending import LONGEST, describe
 from distill.errors import InputError, RunFailed
 from distill.launcher import Process, find_process
 from distill.signals import Interrupted
@@ -82,7 +83,8 @@ class Peers:
     def leave(self, error: BaseException) -> bool:
         """Tell the others why this process leaves; whether that was possible."""
         kind = next((kind for kind, class_ in KINDS.items() if isinstance(error, class_)), "failed")
-        text = str(error) if kind != "failed" or isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        foreseen = kind != "failed" or isinstance(error, RunFailed)
+        text = str(error) if foreseen else f"{describe(error)[:LONGEST]} (details in train.log)"
         own = text if kind == "interrupted" or text.startswith("process ") else f"process {self.rank}: {text}"
         try:
             self._store.set(f"distill/{self.rank}", json.dumps([kind, own]))

@@ -89,7 +89,7 @@ def test_four_at_once_pack_one_good_file(
     counted("four commands at once packed one good file", done=done, of=rounds)
 
 
-@pytest.mark.parametrize("together", [3, pytest.param(8, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("together", [2, pytest.param(8, marks=pytest.mark.soak)])
 def test_of_several_on_one_directory_one_runs(toy: Toy, tmp_path: Path, counted: Counted, together: int) -> None:
     """All at once, and on what a killed run left behind."""
     arguments = ["train", str(toy.recipe), "train.max_steps=6", "--out=run", "--resume=auto"]
