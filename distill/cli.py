@@ -22,12 +22,17 @@ from distill.text_files import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. What a user did wrong ends in one message, printed by one process."""
+    """Run one command; returns its exit code. What a user did wrong ends in one message, printed by one process.
+
+    Without arguments: the command that this process was started for, which ends with it.
+    """
+    if arguments is None:
+        run(sys.argv[1:])
     # No checkpoint is code here, whoever reads it: older releases of timm ask torch.load for more than tensors.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     parser = build_parser()
-    command, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
+    command, rest = _split(list(arguments))
     if command not in COMMANDS:
         parser.parse_args([*([command] if command else []), *rest] or ["--help"])
         return 0
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
 
 
-def run(arguments: Sequence[str] | None = None) -> NoReturn:
+def run(arguments: Sequence[str]) -> NoReturn:
     """`main` as a process that ends with it. Python would take torch apart piece by piece, for seconds that somebody
     who stops a run may not have.
     """
@@ -249,4 +254,4 @@ COMMANDS: dict[
 }
 
 if __name__ == "__main__":
-    run()
+    main()
