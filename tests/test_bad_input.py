@@ -161,7 +161,7 @@ def test_a_finished_or_used_directory(refused, toy: Toy, finished: Path, tmp_pat
     out = tmp_path / "used"
     shutil.copytree(finished, out, symlinks=True)
     (out / "status.json").write_text(json.dumps({"state": "running"}))
-    assert "it is running" in refused(toy.recipe, "--out", out)
+    assert "it is killed" in refused(toy.recipe, "--out", out)
     with (out / ".lock").open("r+") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         message = refused(toy.recipe, "train.max_steps=1", "--out", out, "--resume", "auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def test_yaml_numbers_are_those_of_yaml_1_2() -> None:
         assert type(read_yaml(text, source="x")) is type(value)
 
 
+# Ten of ten of ten ...: a few hundred bytes that stand for 10**9 values; the same by merging.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in pairwise("abcdefghij")
+)
+MERGED_BOMB = "a: &a {x: 1}\n" + "".join(
+    f"k{new}: &k{new} {{<<: [*{old}, *{old}]}}\n" for old, new in [("a", 0), *((f"k{at}", at + 1) for at in range(40))]
+)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -32,7 +42,16 @@ def test_yaml_numbers_are_those_of_yaml_1_2() -> None:
         ("just words\n", "not a str"),
         ("[" * 4000, "not valid YAML"),
         ("name: \x00\n", "not valid YAML"),
-        ("teacher: &a {model: x, again: *a}\n", "teacher"),
+        ("teacher: &a {model: x, again: *a}\n", "teacher.again: an alias refers to the section it stands in"),
+        (BOMB, "more than 100,000 values"),
+        (MERGED_BOMB, "more than 100,000 values"),
+        ("- " * 60, "nested more than 50 deep"),
+        ("seed: " + "9" * 5000, "not valid YAML"),
+        ("seed: 2024-13-45\n", "month must be in 1..12"),
+        ("control: !!bool perhaps\n", "not valid YAML"),
+        ("#" * 1_000_001, "longer than 1,000,000 characters"),
+        ('data: {root: "a\\eb"}\n', "data.root: should have no control characters"),
+        ('"a\\eb": 1\n', "a\\x1bb: unknown key"),
     ],
 )
 def test_files_that_are_no_recipe_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
