@@ -55,6 +55,8 @@ def run(arguments: Sequence[str]) -> NoReturn:
     who stops a run may not have.
     """
     code = main(arguments)
+    if sys.flags.interactive:  # `python -i` goes on behind it
+        sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # a closed terminal
