@@ -52,6 +52,7 @@ def predict(
     part = batch_size
     rows = []
     for images, _ in batches:
+        asked = part
         while (outputs_of_batch := _forward_in_parts(forward, images, part)) is None:
             if part == 1:
                 raise RunFailed(
@@ -59,6 +60,7 @@ def predict(
                     "Take a smaller model or resolution, or a device with more memory."
                 )
             part = -(-min(part, len(images)) // 2)
+        if part < asked:
             _log.warning("evaluation: out of memory; from now on %d images at a time", part)
         rows.append(outputs_of_batch)
     outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
