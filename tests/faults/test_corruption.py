@@ -32,7 +32,7 @@ from tests.conftest import Counted, Toy
 from tests.faults.damage import damage
 from tests.warm import launch
 
-COUNTS = [20, pytest.param(200, marks=pytest.mark.soak)]
+COUNTS = [50, pytest.param(200, marks=pytest.mark.soak)]
 
 
 class Kind(NamedTuple):
