@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,11 +180,9 @@ def test_the_command_answers_without_torch(arguments: list[str]) -> None:
         assert json.loads(done.stdout) == Recipe.model_json_schema()
 
 
-def test_validation_takes_less_than_a_second() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "distill.cli", "validate", "recipes/quickstart.yaml"]
-        subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 1  # the best of three: other processes may be busy
+def test_validation_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from distill.cli import main; main(['validate', 'recipes/quickstart.yaml'])\n"
+        "heavy = {'torch', 'timm', 'torchvision', 'accelerate', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
