@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from distill.errors import InputError
 from distill.report.curves import Curves, curves_of
-from distill.report.metrics import Metrics, measure
+from distill.report.metrics import Floats, Ints, Metrics, measure
 from distill.report.runs import RunFiles, read_run
+from distill.report.statistics import Verdict, mcnemar, wilson
 from distill.text_files import visible
 
 HEADS = {"fused": "student.fused", "cls": "student.cls", "dist": "student.dist"}
@@ -28,6 +29,21 @@ class Row:
     """'fused', 'cls' or 'dist'; None for a model with a single head."""
     metrics: Metrics
     parameters: int | None
+    output: str
+    """Its name among the predictions."""
+    logits: Floats = field(repr=False, compare=False)
+    source: RunFiles = field(repr=False, compare=False)
+    """The run whose files hold these predictions: the control's own for a control."""
+
+    @property
+    def is_whole(self) -> bool:
+        """A model's answer, and not that of one of its two heads."""
+        return self.head in (None, "fused")
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """95 %, in percent."""
+        return wilson(self.metrics.top1_correct, self.metrics.samples)
 
     @property
     def label(self) -> str:
@@ -47,6 +63,42 @@ class Comparison:
     curves: Curves
     warnings: tuple[str, ...]
     """What a reader must know before the figures."""
+
+    @property
+    def labels(self) -> Ints:
+        """Of the test images, the same for all runs."""
+        return self.rows[0].source.predictions.labels
+
+    @property
+    def several(self) -> bool:
+        return len(self.runs) > 1
+
+    def name(self, row: Row) -> str:
+        """What a row is called beside all others."""
+        return f"{row.run}: {row.label}" if self.several else row.label
+
+    def model_name(self, row: Row) -> str:
+        """The same of the model as a whole."""
+        return f"{row.run}: {row.model}" if self.several else row.model
+
+    @property
+    def wholes(self) -> list[Row]:
+        """One row for each model: its answer."""
+        return [row for row in self.rows if row.is_whole]
+
+    def teacher_of(self, run: str) -> Row | None:
+        """The teacher's row; the one of an earlier run where they share it."""
+        logits = self.runs[run].predictions.logits.get("teacher")
+        teachers = [row for row in self.rows if row.model == "teacher"]
+        return next((row for row in teachers if logits is not None and np.array_equal(row.logits, logits)), None)
+
+    def row(self, run: str, model: str) -> Row | None:
+        """The answer of a run's 'student' or 'control'."""
+        return next((row for row in self.wholes if (row.run, row.model) == (run, model)), None)
+
+    def verdict(self, a: Row, b: Row) -> Verdict:
+        rights = [row.logits.argmax(1) == self.labels for row in (a, b)]
+        return mcnemar(self.name(a), self.name(b), *rights)
 
     @property
     def samples(self) -> int:
@@ -72,7 +124,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
         _same_test_set(every[0], other)
     return Comparison(
         runs=named,
-        rows=tuple(row for name, run in named.items() for row in _rows(name, run)),
+        rows=tuple(_without_shared_teachers(row for name, run in named.items() for row in _rows(name, run))),
         curves=curves_of(named),
         warnings=tuple(
             f"{name}: the checkpoint was chosen on the test set (data.select_on: test). The figures on that same "
@@ -103,10 +155,22 @@ def _same_test_set(one: RunFiles, other: RunFiles) -> None:
         raise InputError(f"{one.path} and {other.path} were evaluated on different test sets and cannot be compared.")
 
 
+def _without_shared_teachers(rows: Iterable[Row]) -> Iterator[Row]:
+    """A teacher that several runs have is one row."""
+    seen: list[Floats] = []
+    for row in rows:
+        if row.model == "teacher":
+            if any(np.array_equal(row.logits, logits) for logits in seen):
+                continue
+            seen.append(row.logits)
+        yield row
+
+
 def _rows(name: str, run: RunFiles) -> Iterator[Row]:
     labels, teacher = run.predictions.labels, run.predictions.logits.get("teacher")
     if teacher is not None:
-        yield Row(name, "teacher", None, measure(teacher, labels), run.parameters("teacher"))
+        metrics = measure(teacher, labels)
+        yield Row(name, "teacher", None, metrics, run.parameters("teacher"), "teacher", teacher, run)
     for model, part in (("student", run), ("control", run.control)):
         if part is None:
             continue
@@ -115,4 +179,5 @@ def _rows(name: str, run: RunFiles) -> Iterator[Row]:
         for head, key in heads.items():
             if key in logits:
                 metrics = measure(logits[key], labels, teacher)
-                yield Row(name, model, head if len(heads) > 1 else None, metrics, part.parameters("student"))
+                shown = head if len(heads) > 1 else None
+                yield Row(name, model, shown, metrics, part.parameters("student"), key, logits[key], part)

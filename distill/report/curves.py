@@ -30,19 +30,39 @@ class Curves:
     """Accuracy (percent) of the fused heads on the split that checkpoints are chosen on."""
     teacher: tuple[Curve, ...]
     """The teacher's accuracy on that split, a single value a run."""
+    heads: tuple[Curve, ...]
+    """Accuracy (percent) of each head alone, on that split."""
+    parts: tuple[Curve, ...]
+    """The unweighted parts of the training loss; the variant is the part's name."""
+    rate: tuple[Curve, ...]
+    """Learning rate."""
+    speed: tuple[Curve, ...]
+    """Images per second in training."""
 
 
 def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
     loss: list[Curve] = []
     top1: list[Curve] = []
     teacher: list[Curve] = []
+    heads: list[Curve] = []
+    parts: list[Curve] = []
+    rate: list[Curve] = []
+    speed: list[Curve] = []
     for name, run in runs.items():
         for model, part in (("student", run), ("control", run.control)):
             if part is None:
                 continue
             losses = [event for event in part.events if event.get("event") == "train"]
-            if curve := _curve(name, model, "", _means(_points(losses, "loss"))):
-                loss.append(curve)
+            for curves, key in ((loss, "loss"), (rate, "lr"), (speed, "images_per_second")):
+                if curve := _curve(name, model, "", _means(_points(losses, key))):
+                    curves.append(curve)
+            for key in dict.fromkeys(key for event in losses for key in event if key.startswith("loss/")):
+                if curve := _curve(name, model, key.removeprefix("loss/"), _means(_points(losses, key))):
+                    parts.append(curve)
+            _, measured = next(_evaluations(part))
+            for head in ("cls", "dist"):
+                if curve := _curve(name, model, head, dict(_points(measured, f"student.{head}/top1"))):
+                    heads.append(curve)
             for variant, lines in _evaluations(part):
                 if curve := _curve(name, model, variant, dict(_points(lines, "student/top1"))):
                     top1.append(curve)
@@ -50,7 +70,7 @@ def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
         known = dict(_points((event for event in run.events if _is_evaluation(event, split)), "teacher/top1"))
         if known and (curve := _curve(name, "teacher", split, dict([list(known.items())[-1]]))):
             teacher.append(curve)
-    return Curves(tuple(loss), tuple(top1), tuple(teacher))
+    return Curves(tuple(loss), tuple(top1), tuple(teacher), tuple(heads), tuple(parts), tuple(rate), tuple(speed))
 
 
 def _split(run: RunFiles) -> str:

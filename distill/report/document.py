@@ -4,51 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from distill.errors import InputError
-from distill.report import tables
+from distill.report.answer import answer, main_table
 from distill.report.comparison import Comparison, Row
 from distill.report.curves import Curve
-from distill.report.plots import loss_figure, to_svg, to_svg_file, top1_figure
+from distill.report.page import Plot, Section
+from distill.report.sections import sections
+from distill.report.sections.cost import costs_of
+from distill.report.tables import render_markdown
 from distill.text_files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class ReportFigure(NamedTuple):
-    """One plot of the report."""
-
-    name: str
-    """For file names and ids."""
-    title: str
-    caption: str
-    plot: Figure
-
-
 def write_report(comparison: Comparison, html: Path) -> list[Path]:
-    """Write `html` and, beside it, the same as .md, .json and one .svg a plot; each appears whole or not at all.
+    """Write `html` and, beside it, the same as .md, .json and the learning curves as .svg; each appears whole or not at
+    all.
 
     Raises:
         InputError: `html` does not end in .html or is a folder.
     """
     if html.suffix != ".html" or html.is_dir():
         raise InputError(f"{html}: give the report a file name that ends in .html.")
-    figures = list(_figures(comparison))
-    images = {html.with_name(f"{html.stem}-{figure.name}.svg"): figure for figure in figures}
-    plots = "".join(f"\n![{figure.title}]({quote(path.name)})\n\n{figure.caption}\n" for path, figure in images.items())
+    shown = sections(comparison)
+    filed = [part for section in shown for part in section.parts if isinstance(part, Plot) and part.filed]
+    images = {plot.name: html.with_name(f"{html.stem}-{plot.name}.svg") for plot in filed}
+    addresses = {name: quote(path.name) for name, path in images.items()}
     texts = {
-        html: render_html(comparison, figures),
-        html.with_suffix(".md"): tables.render_markdown(comparison) + plots,
-        html.with_suffix(".json"): json.dumps(to_json(comparison), indent=2, allow_nan=False) + "\n",
-        **{path: to_svg_file(figure.plot) for path, figure in images.items()},
+        html: render_html(comparison, shown),
+        html.with_suffix(".md"): render_markdown(comparison, shown, addresses),
+        html.with_suffix(".json"): json.dumps(to_json(comparison, shown), indent=2, allow_nan=False) + "\n",
+        **{images[plot.name]: plot.chart.to_svg_file() for plot in filed},
     }
     html.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
@@ -56,8 +48,8 @@ def write_report(comparison: Comparison, html: Path) -> list[Path]:
     return list(texts)
 
 
-def render_html(comparison: Comparison, figures: list[ReportFigure]) -> str:
-    """One file without a script that asks the network for nothing."""
+def render_html(comparison: Comparison, shown: list[Section]) -> str:
+    """One file that asks the network for nothing."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -66,51 +58,50 @@ def render_html(comparison: Comparison, figures: list[ReportFigure]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
-        comparison=comparison,
-        header=tables.header(comparison),
-        body=tables.body(comparison),
-        numeric=tables.numeric_columns(comparison),
-        caption=tables.caption(comparison),
-        figures=[(figure, to_svg(figure.plot, figure.name)) for figure in figures],
-        recipes={
-            name: yaml.safe_dump(dict(run.recipe), sort_keys=False)
-            for name, run in comparison.runs.items()
-            if run.recipe
-        },
-        environments={
-            name: json.dumps(run.environment, indent=2) for name, run in comparison.runs.items() if run.environment
-        },
+        title=", ".join(comparison.runs),
+        warnings=comparison.warnings,
+        answer=answer(comparison),
+        table=main_table(comparison),
+        sections=shown,
     )
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison, shown: list[Section]) -> dict[str, Any]:
     """The report's numbers as plain data; accuracies in percent, beside the counts they come from."""
     curves = comparison.curves
-    return {
+    data = {
         "runs": {name: str(run.path) for name, run in comparison.runs.items()},
         "test_images": comparison.samples,
         "k": comparison.k,
         "warnings": list(comparison.warnings),
-        "rows": [_row(row) for row in comparison.rows],
+        "answer": answer(comparison),
+        "rows": [_row(comparison, row) for row in comparison.rows],
         "curves": {"loss": [_curve(curve) for curve in curves.loss], "top1": [_curve(curve) for curve in curves.top1]},
+        **{section.name: section.data for section in shown if section.data is not None},
     }
+    finite: dict[str, Any] = _finite(data)
+    return finite
 
 
-def _row(row: Row) -> dict[str, Any]:
-    metrics = row.metrics
+def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
+    metrics, costs = row.metrics, costs_of(comparison, row)
     return {
         "run": row.run,
         "model": row.model,
         "head": row.head,
         "top1": metrics.top1,
         "top1_correct": metrics.top1_correct,
+        "top1_interval": list(row.top1_interval),
         "topk": metrics.topk,
         "topk_correct": metrics.topk_correct,
-        # JSON has no infinity, which is what a probability of 0 for the label comes to.
-        "nll": metrics.nll if math.isfinite(metrics.nll) else None,
+        "nll": metrics.nll,
         "agreement": metrics.agreement,
         "agreements": metrics.agreements,
         "parameters": row.parameters,
+        "gflops": costs.gflops,
+        "images_per_second": costs.images_per_second,
+        "latency_ms": costs.latency_ms,
+        "megabytes": costs.megabytes,
     }
 
 
@@ -124,15 +115,10 @@ def _curve(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _figures(comparison: Comparison) -> Iterator[ReportFigure]:
-    curves = comparison.curves
-    if curves.loss:
-        caption = (
-            "Mean training loss of each epoch. Student and control minimise different losses, each on its own scale."
-        )
-        yield ReportFigure("loss", "Training loss", caption, loss_figure(curves))
-    if curves.top1:
-        caption = "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on."
-        if curves.teacher:
-            caption += " Dashed: the teacher."
-        yield ReportFigure("top1", "Accuracy", caption, top1_figure(curves))
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which is what a probability of 0 for the label comes to: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
 from distill.errors import InputError
 from distill.recipe import read_yaml
 from distill.report.metrics import Predictions, read_predictions
+from distill.seal import is_sealed
 
 Record = Mapping[str, Any]
+ANALYSIS = "analysis"
+ANALYSIS_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the end of a run computed from its models; see distill.analysis.record, which wrote it."""
+
+    values: Record
+    tensors: Mapping[str, NDArray[Any]]
+
+    def validation(self, output: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Logits [N, classes] and labels [N] of an output on the validation split."""
+        logits = self.tensors.get(f"validation.{output}")
+        return None if logits is None else (logits, self.tensors["validation.labels"])
 
 
 @dataclass(frozen=True)
@@ -27,6 +47,43 @@ class RunFiles:
     events: tuple[Record, ...]
     """The lines of metrics.jsonl in their order."""
     control: RunFiles | None
+    analysis: Analysis | None
+    """None for a run of an earlier version."""
+    config: Record
+    """config.json of the exported student."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each class of the logits; their numbers where the run did not record names."""
+        classes = next(iter(self.predictions.logits.values())).shape[1]
+        names = self.config.get("label_names")
+        if isinstance(names, list) and len(names) == classes:
+            return tuple(map(str, names))
+        return tuple(map(str, range(classes)))
+
+    def costs(self, model: str) -> Record:
+        """Of 'student' or 'teacher', as measured; empty where it was not."""
+        costs: Record = {} if self.analysis is None else self.analysis.values["costs"].get(model, {})
+        return costs
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time between the lines of the metrics, without the pauses before a resumption; None without lines."""
+        total, before = 0.0, None
+        for event in self.events:
+            now = event.get("time")
+            if not isinstance(now, int | float) or not math.isfinite(now):
+                continue
+            if before is not None and event.get("event") not in ("resume", "start"):
+                total += max(0.0, now - before)
+            before = now
+        return total or None
+
+    @property
+    def training_joules(self) -> float | None:
+        """What the GPU's counter of energy grew by during the training; None where nobody counted."""
+        values = [event["energy"] for event in self.events if isinstance(event.get("energy"), int | float)]
+        return sum(values) if values else None
 
     @property
     def data_digest(self) -> str | None:
@@ -64,7 +121,31 @@ def read_run(path: Path) -> RunFiles:
         environment=_read_json(path / "environment.json") or {},
         events=tuple(_read_lines(path / "metrics.jsonl")),
         control=read_run(path / "control") if (path / "control").is_dir() else None,
+        analysis=_read_analysis(path, status.get("data_digest")),
+        config=_read_json(path / "export" / "config.json") or {},
     )
+
+
+def _read_analysis(path: Path, data_digest: str | None) -> Analysis | None:
+    """None where there is none, or one of a later or earlier version.
+
+    Raises:
+        InputError: it is damaged, or of other data.
+    """
+    values, file = _read_json(path / f"{ANALYSIS}.json"), path / f"{ANALYSIS}.safetensors"
+    if values is None or not file.exists() or values.get("format") != ANALYSIS_FORMAT:
+        return None
+    try:
+        with safe_open(file, framework="np") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (a file is no mapping)
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read: {error}. Write it again with `distill evaluate {path}`.") from None
+    if not is_sealed(file, metadata):
+        raise InputError(f"{file}: not what was written (SHA-256 differs). Write it with `distill evaluate {path}`.")
+    if data_digest not in (None, values.get("data")) or metadata.get("data") != values.get("data"):
+        raise InputError(f"{path / ANALYSIS}.json: made on other data. Write it again with `distill evaluate {path}`.")
+    return Analysis(values, tensors)
 
 
 def _read_text(path: Path) -> str | None:

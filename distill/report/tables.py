@@ -1,22 +1,21 @@
-"""A comparison as rows of text: on the console, in Markdown and, for the page, as they are."""
+"""A comparison as text: its table on the console, and the whole of it in Markdown."""
 
 from __future__ import annotations
 
-from rich.markup import escape
-from rich.table import Table
+from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
+from rich.table import Table as ConsoleTable
+
+from distill.report.answer import answer, main_table
 from distill.report.comparison import Comparison, Row
+from distill.report.page import Plot, Section, Table
 from distill.text_files import markdown
 
 
 def header(comparison: Comparison) -> list[str]:
     names = ["model", "top-1 %", f"top-{comparison.k} %", "NLL", "agreement %", "parameters"]
-    return ["run", *names] if _several(comparison) else names
-
-
-def body(comparison: Comparison) -> list[list[str]]:
-    """One line a row; what is unknown stays empty."""
-    return [[row.run, *_cells(row)] if _several(comparison) else _cells(row) for row in comparison.rows]
+    return ["run", *names] if comparison.several else names
 
 
 def caption(comparison: Comparison) -> str:
@@ -26,35 +25,43 @@ def caption(comparison: Comparison) -> str:
     )
 
 
-def numeric_columns(comparison: Comparison) -> range:
-    return range(2 if _several(comparison) else 1, len(header(comparison)))
-
-
-def render_console(comparison: Comparison) -> Table:
-    """The table for a terminal, warnings included; one run's fits into 80 columns."""
+def render_console(comparison: Comparison) -> ConsoleTable:
+    """The figures that fit into 80 columns for one run, and before them, what a reader must know."""
     warnings = [f"[bold red]Warning. {escape(text)}[/]" for text in comparison.warnings]
-    table = Table(caption="\n".join([*warnings, escape(caption(comparison))]), caption_justify="left")
+    lines = [*warnings, escape(answer(comparison)), escape(caption(comparison))]
+    table = ConsoleTable(caption="\n".join(lines), caption_justify="left")
     for index, name in enumerate(header(comparison)):
-        table.add_column(name, justify="right" if index in numeric_columns(comparison) else "left")
+        table.add_column(name, justify="left" if index < 1 + comparison.several else "right")
     previous = None
-    for row, cells in zip(comparison.rows, body(comparison), strict=True):
+    for row in comparison.rows:
         if previous is not None and (row.run, row.model) != previous:
             table.add_section()
         previous = row.run, row.model
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(escape, [*([row.run] if comparison.several else []), *_cells(row)]))
     return table
 
 
-def render_markdown(comparison: Comparison) -> str:
-    names = header(comparison)
-    rules = ["---:" if index in numeric_columns(comparison) else ":---" for index in range(len(names))]
-    table = "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in (names, rules, *body(comparison)))
-    warnings = "".join(f"> **Warning.** {markdown(text)}\n\n" for text in comparison.warnings)
-    return f"# Comparison: {', '.join(map(markdown, comparison.runs))}\n\n{warnings}{table}\n\n{caption(comparison)}\n"
+def render_markdown(comparison: Comparison, shown: Sequence[Section], images: Mapping[str, str]) -> str:
+    """Everything but pictures, most plots and whole recipes; `images`: addresses of plots that are files, by name."""
+    blocks = [f"# Comparison: {', '.join(map(markdown, comparison.runs))}"]
+    blocks += [f"> **Warning.** {markdown(text)}" for text in comparison.warnings]
+    table = main_table(comparison)
+    blocks += [markdown(answer(comparison)), _markdown_table(table), markdown(table.caption)]
+    for section in shown:
+        blocks += [f"## {section.title}", markdown(section.says)]
+        for part in section.parts:
+            if isinstance(part, Table):
+                blocks += [_markdown_table(part), markdown(part.caption)]
+            elif isinstance(part, Plot) and part.name in images:
+                blocks += [f"![{part.title}]({images[part.name]})", markdown(part.caption)]
+    return "\n\n".join(blocks) + "\n"
 
 
-def _several(comparison: Comparison) -> bool:
-    return len(comparison.runs) > 1
+def _markdown_table(table: Table) -> str:
+    rules = [":---" if index < table.text_columns else "---:" for index in range(len(table.header))]
+    lines = [[markdown(name) for name in table.header], rules]
+    lines += [[markdown(cell.text) for cell in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(row: Row) -> list[str]:

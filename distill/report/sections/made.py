@@ -1,0 +1,107 @@
+"""How it was made: recipes, what differs between them, teacher, data, versions, machine, commands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from distill.report.comparison import Comparison
+from distill.report.page import Cell, Listing, Part, Section, Table
+from distill.report.runs import Record, RunFiles
+
+
+def build(comparison: Comparison) -> Section | None:
+    facts = {name: dict(_facts(run)) for name, run in comparison.runs.items()}
+    keys = list(dict.fromkeys(key for values in facts.values() for key in values))
+    parts: list[Part] = []
+    if keys:
+        rows = [[Cell(key), *(Cell(values.get(key, "")) for values in facts.values())] for key in keys]
+        header = ["", *(facts if comparison.several else ["this run"])]
+        parts.append(Table("made", "What the figures depend on.", header, rows, text_columns=len(header)))
+    if (differences := _differences(comparison)) is not None:
+        parts.append(differences)
+    for name, run in comparison.runs.items():
+        of = f" of {name}" if comparison.several else ""
+        if run.recipe:
+            parts.append(Listing(f"Resolved recipe{of}", yaml.safe_dump(dict(run.recipe), sort_keys=False)))
+        if run.environment:
+            parts.append(Listing(f"Environment{of}", json.dumps(run.environment, indent=2)))
+    if not parts:
+        return None
+    commands = [text for values in facts.values() if (text := values.get("command"))]
+    says = f"{'These commands make' if len(commands) > 1 else 'This command makes'} it again: {'; '.join(commands)}"
+    return Section("made", "How it was made", says if commands else "Where the figures come from.", parts, facts)
+
+
+def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
+    environment, versions = run.environment, run.environment.get("versions")
+    if isinstance(command := environment.get("command"), list) and command:
+        yield "command", command_line([str(word) for word in command])
+    preflight = next((event for event in run.events if event.get("event") == "preflight"), None)
+    if preflight is not None:
+        if "teacher" in preflight:
+            yield "teacher and its inputs", str(preflight["teacher"])
+        if "teacher_sha256" in preflight:
+            yield "teacher's weights, SHA-256", str(preflight["teacher_sha256"])
+        if isinstance(top1 := preflight.get("teacher/top1"), int | float):
+            where = f" on {preflight['samples']:,} {preflight.get('split')} images" if "samples" in preflight else ""
+            yield "preflight", f"{top1:.2f} %{where}"
+    if run.data_digest is not None:
+        yield "data, SHA-256", run.data_digest
+    exported = run.status.get("exported")
+    if isinstance(exported, dict):
+        yield "exported weights", f"{exported.get('weights')}, step {exported.get('step')}"
+    if isinstance(versions, dict):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    for key, name in (("python", "Python"), ("commit", "commit"), ("platform", "system")):
+        if environment.get(key):
+            yield name, str(environment[key])
+    if environment.get("device_name"):
+        also = [f"{environment[key]} {key}" for key in ("processes", "threads") if environment.get(key)]
+        yield (
+            "machine",
+            ", ".join([str(environment["device_name"]), *also, f"precision {environment.get('precision')}"]),
+        )
+
+
+def command_line(words: list[str]) -> str:
+    """What a person types for these arguments of a process, to begin and not to resume."""
+    if "--resume" in words[:-1]:
+        place = words.index("--resume")
+        words = words[:place] + words[place + 2 :]
+    if words[0].endswith("train.py"):
+        words = ["accelerate", "launch", "distill/train.py", *words[1:]]
+    elif words[0].endswith(("/distill", "cli.py")):
+        words = ["distill", *words[1:]]
+    return shlex.join(words)
+
+
+def _differences(comparison: Comparison) -> Table | None:
+    """Keys on which the recipes of the runs are not at one."""
+    recipes = {name: dict(_flat(run.recipe)) for name, run in comparison.runs.items() if run.recipe}
+    if len(recipes) < 2:
+        return None
+    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
+    rows = [
+        [Cell(key), *(Cell(_text(recipe.get(key))) for recipe in recipes.values())]
+        for key in keys
+        if len({_text(recipe.get(key)) for recipe in recipes.values()}) > 1
+    ]
+    caption = "What differs between the recipes." if rows else "The recipes are the same."
+    return Table("differences", caption, ["key", *recipes], rows, text_columns=len(recipes) + 1)
+
+
+def _flat(values: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
