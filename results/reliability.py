@@ -1,19 +1,22 @@
 """Counts how often the promises of reliability hold: runs the tests that count them, the large counts too, and writes
 results/reliability.json.
 
-    python -m results.reliability
+    python -m results.reliability [TEST_FILE ...]
 
-(in the project's folder; on two cores about an hour, half of it runs that are killed every few seconds)
+(in the project's folder; on two cores more than an hour, half of it runs that are killed every few seconds). With
+files, only those are run and their figures replaced.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -22,28 +25,49 @@ from distill.run import describe_environment
 from distill.text_files import write_text
 
 HERE = Path(__file__).resolve().parent
-PLACES = ("tests/faults", "tests/distributed", "tests/test_resume.py", "tests/test_determinism.py")
+ROOT = HERE.parent
+RESULT = HERE / "reliability.json"
 
 
 def main() -> int:
-    """Write the figures if every test passed; else say which did not."""
+    """The exit code: 1 if a test failed; its file's figures are left out then."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="TEST_FILE")
+    asked = parser.parse_args().files
+    promises = json.loads(RESULT.read_text(encoding="utf-8"))["promises"] if asked and RESULT.exists() else {}
+    failed = False
+    for file in asked or counting_files():
+        name = str(file.resolve().relative_to(ROOT))
+        promises.pop(name, None)
+        lines = count(name)
+        failed |= lines is None
+        if lines is not None:
+            promises[name] = lines
+            write_text(RESULT, json.dumps({"machine": machine(), "promises": promises}, indent=1) + "\n")
+    return int(failed)
+
+
+def counting_files() -> list[Path]:
+    """The files of tests that take the fixture `counted`."""
+    return sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "counted: Counted" in path.read_text())
+
+
+def count(name: str) -> list[dict[str, Any]] | None:
+    """What the tests of one file counted; None if one failed."""
     with TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        arguments = ["-m", "soak or not soak", "-p", "no:cacheprovider", f"--junitxml={report}", *PLACES]
-        result = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=HERE.parent, check=False)
-        if result.returncode:
-            return result.returncode
-        lines = [
-            json.loads(found.attrib["value"])
-            for found in ET.parse(report).iter("property")
-            if found.attrib["name"] == "reliability"
-        ]
+        arguments = ["-m", "soak or not soak", "-p", "no:cacheprovider", f"--junitxml={report}", name]
+        if subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode:
+            return None
+        found = [entry.attrib for entry in ET.parse(report).iter("property")]
+    return [json.loads(entry["value"]) for entry in found if entry["name"] == "reliability"]
+
+
+def machine() -> dict[str, Any]:
+    """For the JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = describe_environment(num_processes=1, precision=None, device=device, threads=set_threads())
-    for key in ("command", "host", "processes", "precision"):
-        del machine[key]
-    write_text(HERE / "reliability.json", json.dumps({"machine": machine, "promises": lines}, indent=1) + "\n")
-    return 0
+    described = describe_environment(num_processes=1, precision=None, device=device, threads=set_threads())
+    return {key: value for key, value in described.items() if key not in ("command", "host", "processes", "precision")}
 
 
 if __name__ == "__main__":
