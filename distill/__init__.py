@@ -1,3 +1,23 @@
 """Distil a pretrained CNN into a small vision transformer with area attention and a distillation token."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distill.prediction import LoadedStudent
+
 __version__ = "0.1.0"
+
+
+def load_student(folder: str | Path) -> LoadedStudent:
+    """The student in a folder that `distill export` or a run wrote: model, transform and labels.
+
+    Raises:
+        InputError: a file is missing, damaged or was changed.
+    """
+    from distill.prediction import load_student as load  # torch only where it is needed
+
+    return load(folder)

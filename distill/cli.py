@@ -201,13 +201,33 @@ def compare(options: argparse.Namespace) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run directory")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the timm folder goes")
+    parser.add_argument("--onnx", action="store_true", help="with model.onnx: pixels in [0, 1] to logits, in float32")
+    parser.add_argument("--fp16", action="store_true", help="store the weights as float16: half the file")
+    parser.add_argument(
+        "--head", choices=("fused", "cls", "dist"), default="fused", help="one of the two heads alone (default: both)"
+    )
+    parser.add_argument("--license", default="unknown", metavar="ID", help="for the model card, such as apache-2.0")
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a run's student as a timm folder."""
-    from distill.commands import export_run
+    """Write a run's student as a timm folder, for ONNX too, or with less of it."""
+    from distill.exporting import export_run
 
-    export_run(options.run, options.to)
+    export_run(
+        options.run, options.to, onnx=options.onnx, half=options.fp16, head=options.head, license=options.license
+    )
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported student")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Say what an exported student sees in images: the five most probable classes of each."""
+    from distill.prediction import predict_images
+
+    predict_images(options.folder, options.images)
 
 
 def _teachers_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +271,7 @@ COMMANDS: dict[
     "evaluate": ("measure a run's student, or a teacher alone", _evaluate_arguments, evaluate),
     "compare": ("put runs side by side in a report", _compare_arguments, compare),
     "export": ("write a run's student as a timm folder", _export_arguments, export),
+    "predict": ("say what an exported student sees in images", _predict_arguments, predict),
     "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
     "teachers": ("list the known teachers", _teachers_arguments, teachers),
 }

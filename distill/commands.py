@@ -1,8 +1,7 @@
-"""Behind `distill evaluate` and `distill export`: models on the test set, outside any training."""
+"""Behind `distill evaluate`: models on the test set, outside any training."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,20 +89,3 @@ def _print_table(predictions: dict[str, Tensor], labels: Tensor) -> None:
             f"{metrics.nll:.4f}",
         )
     console.print(table)
-
-
-def export_run(path: Path, to: Path) -> None:
-    """Write the student of a finished run as a timm folder at `to`.
-
-    Raises:
-        InputError: the run has no export, or something stands at `to`.
-    """
-    if to.exists():
-        raise InputError(f"--to {to}: exists already. Choose another folder.")
-    load_export(path / "export")  # checked before it is passed on
-    to.parent.mkdir(parents=True, exist_ok=True)
-    staging = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(path / "export", staging)
-    staging.rename(to)
-    say(str(to))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from distill import checkpoint
+from distill.card import Card, card_of_run, data_name, render
+from distill.data import Dataset
 from distill.durable import indispensable
 from distill.errors import InputError, RunFailed
 from distill.evaluate import save_predictions
-from distill.export import write_export
+from distill.export import describe, load_export, write_export
+from distill.inputs import Preparation
+from distill.recipe import Recipe
 from distill.run import Run
 from distill.saving import Progress
 from distill.students import Student
-from distill.text_files import markdown
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Chosen:
 
 
 def export_chosen(
-    chosen: Chosen, student: Student, run: Run, *, class_names: Sequence[str], metadata: Mapping[str, str]
+    chosen: Chosen, student: Student, run: Run, *, recipe: Recipe, dataset: Dataset, metadata: Mapping[str, str]
 ) -> None:
     """Load the chosen weights from their checkpoint into `student` and export it; on the main process.
 
@@ -47,9 +51,30 @@ def export_chosen(
     except InputError as damage:
         raise RunFailed(f"{damage} A resumed run takes the best of those that are left.") from None
     student.load_state_dict(checkpoint.read_tensors(folder, "model" if chosen.weights == "raw" else "ema"))
-    card = "\n".join(f"- {markdown(key)}: {markdown(value)}" for key, value in metadata.items())
-    with indispensable(run.export, sum(value.nbytes for value in student.model.state_dict().values())):
-        write_export(student, run.export, class_names=class_names, metadata=metadata, card=card)
+    images, _ = next(dataset.evaluation_batches("test", 0, 1, 1))
+    student.preparation = Preparation.of(images[0], recipe.data.resolution)
+    names = dataset.info.class_names
+    readme = render(Card(recipe.name, data_name(recipe.data), names, metadata), student)
+    with indispensable(run.export, _size(student)):
+        write_export(student, run.export, class_names=names, metadata=metadata, readme=readme)
+
+
+def describe_export(path: Path) -> None:
+    """Let the export of the run at `path` say what the run's files have learnt since: its accuracy on the test set, its
+    teacher's and its control's. On the main process.
+
+    Raises:
+        InputError: the export is damaged.
+        RunFailed: there is no room.
+    """
+    student, class_names = load_export(path / "export")
+    card = card_of_run(path, class_names)
+    with indispensable(path / "export", _size(student)):
+        describe(path / "export", card.metadata, render(card, student))
+
+
+def _size(student: Student) -> int:
+    return sum(value.nbytes for value in student.model.state_dict().values())
 
 
 def write_predictions(run: Run, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]) -> None:

@@ -69,12 +69,16 @@ class InputAdapter(nn.Module):
         self.register_buffer("std", torch.tensor(contract.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        return (self.fit(images) - self.mean) / self.std
+
+    def fit(self, images: Tensor) -> Tensor:
+        """All but the normalisation: of the model's size and channels, still in [0, 1]."""
         size, channels = self.contract.size, self.mean.shape[1]
         if size is not None and images.shape[-2:] != (size, size):
             images = resize(images, size, self.contract.interpolation)
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
-        return (images - self.mean) / self.std
+        return images
 
 
 def resize(images: Tensor, size: int, interpolation: str) -> Tensor:

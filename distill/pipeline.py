@@ -18,6 +18,7 @@ from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError
+from distill.finishing import describe_export
 from distill.processes import (
     build_accelerator,
     join_peers,
@@ -219,6 +220,7 @@ def _execute(
             del trainer
             execute_control(recipe, place, shared, dataset)
             on_main(lambda: check_control(place.directory, directory))
+            on_main(lambda: describe_export(place.directory))
     finally:
         for tracker in accelerator.trackers:  # end_training would end the process group, which other runs still need
             tracker.finish()

@@ -23,7 +23,7 @@ from distill.digests import batch_digest, state_digest
 from distill.errors import RunFailed
 from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, student_outputs
 from distill.export import load_export
-from distill.finishing import Chosen, export_chosen, write_predictions
+from distill.finishing import Chosen, describe_export, export_chosen, write_predictions
 from distill.guard import Average, Guard
 from distill.objectives import training_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
@@ -348,7 +348,11 @@ class Trainer:
         described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
         if self.selection_split is not None:
             described[f"{self.selection_split}_top1"] = f"{self.progress.best_top1:.2f}"
-        on_main(lambda: export_chosen(chosen, self.student, run, class_names=info.class_names, metadata=described))
+        on_main(
+            lambda: export_chosen(
+                chosen, self.student, run, recipe=self.recipe, dataset=self.dataset, metadata=described
+            )
+        )
         student, _ = load_export(run.export)
         predictions = self.predict_heads(student.to(self.accelerator.device), "test")
         if (teacher := self.teacher) is not None:
@@ -362,6 +366,7 @@ class Trainer:
             predictions["teacher"] = outputs[0]
         labels = self.dataset.labels("test")
         on_main(lambda: write_predictions(run, predictions, labels, {"data": info.digest, **described}))
+        on_main(lambda: describe_export(run.path))
         values = accuracies(predictions, labels)
         epoch = chosen.step / self.steps_per_epoch
         run.log("eval", step=chosen.step, epoch=epoch, split="test", weights=chosen.weights, **values)

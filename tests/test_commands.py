@@ -213,6 +213,21 @@ def test_a_second_export_has_the_card_of_the_first(finished: Path, tmp_path: Pat
     assert again == first
 
 
+def test_the_export_tells_what_came_of_the_run(finished: Path) -> None:
+    """Also of the control, which came after it."""
+    found = load_file(finished / "predictions.safetensors")
+    percent = f"{2 * int((found['student.fused'].argmax(1) == found['labels']).sum()):.2f}"
+    with safe_open(finished / "export" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["accuracy"] == percent
+    assert metadata.keys() >= {"format", "distill_version", "recipe_sha256", "teacher", "teacher_sha256", "run"}
+    card = (finished / "export" / "README.md").read_text()
+    assert re.search(rf"^\| student, both heads \| {percent} \|", card, re.MULTILINE)
+    assert re.search(r"^\| teacher \| ", card, re.MULTILINE)
+    assert re.search(r"^\| control, both heads \| ", card, re.MULTILINE)
+    assert "distilled from cifar_resnet20" in card
+
+
 def test_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "reports" / "both.html"
     assert main(["compare", str(finished), "--out", str(report), str(finished / "control")]) == 0

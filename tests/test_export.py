@@ -6,18 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.models._hub import load_model_config_from_hf
 
 import distill.export
 from distill.errors import InputError
-from distill.export import load_export, write_export
+from distill.export import Differs, describe, load_export, write_export
 from distill.recipe import Student as Spec
-from distill.students import build_student
+from distill.students import build_student, one_head
+from distill.students.saved import read_export
 
 CLASSES = [f"class {index}" for index in range(10)]
 AREA = {"kind": "area", "max_area": [2, 2], "blocks": [0, 1]}
@@ -38,7 +42,7 @@ def build(model="vit_nano", **spec):
 
 def export(student, folder, **options):
     write_export(
-        student, folder, **{"class_names": CLASSES, "metadata": {"teacher": "none"}, "card": "# A card"} | options
+        student, folder, **{"class_names": CLASSES, "metadata": {"teacher": "none"}, "readme": "# A card"} | options
     )
 
 
@@ -109,15 +113,15 @@ def test_a_plain_student_needs_nothing_but_timm(tmp_path, unchecked):
 def test_nothing_is_left_where_the_reloaded_model_differs(what, tmp_path, monkeypatch):
     student = build()
     if what == "weights":
-        write = distill.export.write_tensors
+        write = distill.export._write_weights
 
-        def spoil(path, tensors, metadata):
-            write(path, tensors | {"norm.bias": tensors["norm.bias"] + 1e-3}, metadata)
+        def spoil(folder, weights, metadata):
+            write(folder, weights | {"norm.bias": weights["norm.bias"] + 1e-3}, metadata)
 
-        monkeypatch.setattr(distill.export, "write_tensors", spoil)
+        monkeypatch.setattr(distill.export, "_write_weights", spoil)
     else:
         student.model.register_forward_hook(lambda module, inputs, output: output + 1e-3)
-    with pytest.raises(RuntimeError, match=f"other {what}"):
+    with pytest.raises(Differs, match=f"other {what}"):
         export(student, tmp_path / "export")
     assert os.listdir(tmp_path) == []
 
@@ -125,7 +129,7 @@ def test_nothing_is_left_where_the_reloaded_model_differs(what, tmp_path, monkey
 def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path):
     student = build()
     student.architecture = "unknown_architecture"
-    with pytest.raises(RuntimeError, match=r"(?s)fresh process.*unknown_architecture"):
+    with pytest.raises(Differs, match=r"(?s)fresh process.*unknown_architecture"):
         export(student, tmp_path / "export")
     assert os.listdir(tmp_path) == []
 
@@ -152,15 +156,95 @@ def test_metadata_card_and_permissions(tmp_path, unchecked):
         metadata = file.metadata()
     assert metadata["teacher"] == "none"
     assert metadata["format"] == "pt"
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm\n")
-    assert "# A card" in card
-    assert "import distill.students" in card
-    export(build(), tmp_path / "plain")
-    assert "distill.students" not in (tmp_path / "plain" / "README.md").read_text()
+    assert metadata["distill_version"] == distill.__version__
+    assert (tmp_path / "export" / "README.md").read_text() == "# A card"
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "export").iterdir()}
     assert len(modes) == 1
     assert json.loads((tmp_path / "export" / "config.json").read_text())["architecture"] == "area_vit_nano"
+
+
+def test_two_exports_have_the_same_bytes(tmp_path, unchecked):
+    for name in ("one", "other"):
+        export(build(attention=AREA), tmp_path / name, half=True)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("spec", [{"attention": AREA, "stem": "conv"}, {"model": "resnet18"}], ids=str)
+def test_half_is_half_the_file_and_loads_as_float32(spec, tmp_path, unchecked):
+    student = build(**spec)
+    export(student, tmp_path / "whole")
+    export(student, tmp_path / "half", half=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 0.49 < sizes[1] / sizes[0] < 0.53
+    loaded, _ = load_export(tmp_path / "half")
+    weights = loaded.model.state_dict()
+    for name, tensor in student.model.state_dict().items():
+        assert weights[name].dtype == tensor.dtype
+        expected = tensor.half().to(tensor.dtype) if tensor.is_floating_point() else tensor
+        assert torch.equal(weights[name], expected)
+    expected = student(BATCH).fused
+    assert (loaded(BATCH).fused - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_weights_that_float16_cannot_hold_are_refused(tmp_path, unchecked):
+    student = build("resnet18")
+    with torch.no_grad():
+        student.model.fc.weight.mul_(1e8)
+    with pytest.raises(InputError, match="--fp16: float16 is too coarse"):
+        export(student, tmp_path / "export", half=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_head_in_half_passes_the_fresh_process(tmp_path):
+    alone = one_head(build(attention=AREA), "dist")
+    export(alone, tmp_path / "export", half=True)
+    loaded, _ = load_export(tmp_path / "export")
+    assert loaded(BATCH).dist is None
+    torch.testing.assert_close(loaded(BATCH).fused, alone(BATCH).fused, rtol=0, atol=2e-3)
+
+
+def test_whoever_looks_at_the_folder_may_refuse_it(tmp_path, unchecked):
+    def refuse(folder):
+        assert (folder / "config.json").is_file()
+        raise Differs("no")
+
+    with pytest.raises(Differs, match="no"):
+        export(build(), tmp_path / "export", inspect=refuse)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_export_can_say_more_of_itself_later(tmp_path, unchecked):
+    export(build(), tmp_path / "export")
+    before = read_export(tmp_path / "export")
+    describe(tmp_path / "export", {"accuracy": "12.34"}, "# Another card")
+    after = read_export(tmp_path / "export")
+    assert after.metadata["accuracy"] == "12.34"
+    assert after.metadata["teacher"] == "none"
+    assert all(torch.equal(tensor, before.weights[name]) for name, tensor in after.weights.items())
+    assert (tmp_path / "export" / "README.md").read_text() == "# Another card"
+
+
+@pytest.mark.parametrize("head", ["both", "dist"])
+def test_the_hub_serves_the_folder_as_it_is(head, tmp_path, unchecked, monkeypatch):
+    """timm's own way through huggingface_hub, which finds the files here instead of fetching them."""
+    student = build(attention=AREA, stem="conv")
+    student = student if head == "both" else one_head(student, head)
+    export(student, tmp_path / "export")
+
+    def download(repo_id, filename, **options):
+        assert repo_id == "somebody/student"
+        if not (tmp_path / "export" / filename).exists():
+            raise EntryNotFoundError(filename, response=Mock())
+        return str(tmp_path / "export" / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    model = timm.create_model("hf_hub:somebody/student", pretrained=True).eval()
+    assert torch.equal(model(student.adapter(BATCH)), student(BATCH).fused)
+    assert model.pretrained_cfg["label_names"] == CLASSES
+    config, name, model_args = load_model_config_from_hf("somebody/student")
+    assert (config["hf_hub_id"], name) == ("somebody/student", "area_vit_nano")
+    assert model_args["img_size"] == 32
 
 
 @pytest.fixture

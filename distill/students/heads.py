@@ -71,7 +71,10 @@ class MergedHeads(nn.Module):
     def __init__(self, body: VisionTransformerDistilled) -> None:
         super().__init__()
         self.body = body
-        self.head = nn.utils.skip_init(nn.Linear, 2 * body.embed_dim, body.num_classes)
+        weight = body.head.weight
+        self.head = nn.utils.skip_init(
+            nn.Linear, 2 * body.embed_dim, body.num_classes, device=weight.device, dtype=weight.dtype
+        )
         with torch.no_grad():
             self.head.weight.copy_(torch.cat([body.head.weight, body.head_dist.weight], 1) / 2)
             self.head.bias.copy_((body.head.bias + body.head_dist.bias) / 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,8 @@ class Saved(NamedTuple):
     """config.json, as timm understands it."""
     weights: dict[str, Tensor]
     """The state dict, on the CPU."""
+    metadata: dict[str, str]
+    """Of the weights file."""
 
 
 def read_export(folder: str | Path) -> Saved:
@@ -44,7 +45,7 @@ def read_export(folder: str | Path) -> Saved:
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-            metadata: Mapping[str, str] = file.metadata() or {}
+            metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS_FILE}: cannot be read ({error}). Export the student again.") from None
     digests = {
@@ -60,7 +61,7 @@ def read_export(folder: str | Path) -> Saved:
             raise InputError(f"{folder / name}: not what was exported: its hash differs. Export the student again.")
     if not is_sealed(folder / WEIGHTS_FILE, metadata):
         raise InputError(f"{folder / WEIGHTS_FILE}: its header is not what was exported. Export the student again.")
-    return Saved(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), weights)
+    return Saved(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), weights, metadata)
 
 
 def config_digest(folder: Path) -> str:

@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 def an_export(folder: Path) -> Kind:
     spec = from_mapping({"student": {"model": "vit_nano", "patch_size": 4}, "data": {"resolution": 8}}).student
     student = build_student(spec, resolution=8, num_classes=4, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, seed=0)
-    write_export(student, folder / "export", class_names=list("abcd"), metadata={"step": "3"}, card="a card")
+    write_export(student, folder / "export", class_names=list("abcd"), metadata={"step": "3"}, readme="a card")
     return Kind(folder / "export", ["config.json", "model.safetensors"], read_export)
 
 

@@ -213,7 +213,7 @@ def earlier(tmp_path, monkeypatch):
 
     def export(**spec):
         student = build(**spec)
-        write_export(student, tmp_path / "earlier", class_names=[str(i) for i in range(10)], metadata={}, card="")
+        write_export(student, tmp_path / "earlier", class_names=[str(i) for i in range(10)], metadata={}, readme="")
         return student, str(tmp_path / "earlier")
 
     return export

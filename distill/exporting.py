@@ -1,0 +1,115 @@
+"""Behind `distill export`: a run's student once more, as somebody needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill import run
+from distill.card import card_of_run, check_license, render
+from distill.console import say
+from distill.data import Dataset, open_dataset
+from distill.errors import InputError
+from distill.evaluate import SMALLEST_BATCH
+from distill.export import Differs, load_export, write_export
+from distill.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
+from distill.students import Student, one_head
+
+MOST_COMPARED = 10_000
+"""Test images; the more there are, the longer the export takes."""
+
+
+def export_run(
+    path: Path, to: Path, *, onnx: bool, half: bool, head: Literal["fused", "cls", "dist"], license: str
+) -> None:
+    """Write the student of a run as a timm folder at `to`, and print what became of its logits.
+
+    Raises:
+        InputError: the run has no export, something stands at `to`, it cannot be written, what was asked for is not to
+        be had, or what was written is not the student. Nothing is left at `to`.
+    """
+    if os.path.lexists(to):
+        raise InputError(f"--to {to}: exists already. Choose another folder.")
+    if onnx:
+        check_installed()
+    student, class_names = load_export(path / "export")
+    card = replace(card_of_run(path, class_names), head=head, license=check_license(license), half=half, onnx=onnx)
+    if head != "fused":
+        student = one_head(student, head)
+
+    def inspect(folder: Path) -> None:
+        if half or onnx:
+            _compare_on_test_set(student, folder, _test_set(path))
+
+    try:
+        write_export(
+            student,
+            to,
+            class_names=class_names,
+            metadata=card.metadata,
+            readme=render(card, student),
+            half=half,
+            onnx=onnx,
+            inspect=inspect,
+        )
+    except OSError as error:
+        raise InputError(f"--to {to}: cannot be written ({error.strerror or error}).") from None
+    except Differs as error:
+        raise InputError(f"--to {to}: not written: {error}.") from error
+    say(str(to))
+
+
+def _test_set(path: Path) -> Dataset | None:
+    """The data of the run at `path`, where they lie ready in one file; nothing is downloaded or packed for this."""
+    recipe = run.read_recipe(path)
+    names = (recipe.data.name, f"{recipe.data.name}.safetensors")
+    if recipe.data.name != "digits" and not any((Path(recipe.data.root) / name).is_file() for name in names):
+        return None
+    try:
+        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"))
+    except InputError:
+        return None
+    return dataset if dataset.info.digest == run.read_status(path).get("data_digest") else None
+
+
+@torch.inference_mode()
+def _compare_on_test_set(student: Student, folder: Path, dataset: Dataset | None) -> None:
+    """Compare an export with the student it was made of, and its ONNX file with itself.
+
+    Raises:
+        Differs: the ONNX file is another model.
+    """
+    if dataset is None:
+        say("The run's data are not at hand: compared on random images only.")
+        return
+    exported, _ = load_export(folder)
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+
+    def answered() -> Iterator[Tensor]:
+        for images, _ in dataset.evaluation_batches("test", 0, MOST_COMPARED, SMALLEST_BATCH):
+            before.append(student(images).fused)
+            after.append(exported(images).fused)
+            yield exported.adapter.fit(images)
+
+    has_onnx = (folder / ONNX_FILE).exists()
+    by_onnx = onnx_logits(folder / ONNX_FILE, answered()) if has_onnx else list(answered())
+    expected, logits, labels = torch.cat(before), torch.cat(after), dataset.labels("test")[:MOST_COMPARED]
+    if isinstance(by_onnx, Tensor):
+        compared = compare_logits(by_onnx, logits)
+        if compared.problem is not None:
+            raise Differs(f"the ONNX file is another model than the student: {compared.problem}")
+        say(f"ONNX: logits within {compared.difference:.2g} of torch's on {len(logits):,} test images.")
+    changed = compare_logits(logits, expected)
+    if changed.difference:
+        right = [100 * (answer.argmax(1) == labels).float().mean().item() for answer in (expected, logits)]
+        say(
+            f"float16: logits within {changed.difference:.2g} of float32's on {len(logits):,} test images, top-1 "
+            f"{right[1]:.2f} % instead of {right[0]:.2f} %."
+        )

@@ -1,0 +1,120 @@
+"""An exported student at work: image in, classes out, without its recipe, its data or its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.bar import Bar
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from distill.console import console, say
+from distill.data.augment import to_float
+from distill.data.images import EIGHT_BIT_MODES, LONGEST, to_square
+from distill.errors import InputError
+from distill.export import load_export
+from distill.inputs import InputAdapter, InputContract, Preparation
+from distill.students import merge_heads
+from distill.text_files import visible
+
+TOP = 5
+BATCH = 64
+_MODES = {1: "L", 3: "RGB"}
+
+
+class LoadedStudent(NamedTuple):
+    model: nn.Module
+    """What `transform` gives, in batches [B, C, size, size] -> logits [B, classes]: the mean of the two heads where
+    there are two, merged into one layer. In eval mode, on the CPU, without gradients.
+    """
+    transform: Transform
+    labels: list[str]
+    """Names of the classes, in the order of the logits."""
+
+
+class Transform:
+    """An image of Pillow's, of any size -> float32 [C, size, size], ready for the model: what evaluation does to a test
+    image of that size, normalisation and all.
+
+    Raises:
+        InputError: an image of more than 8 bits per channel, or one so long that it is no picture.
+    """
+
+    def __init__(self, contract: InputContract, preparation: Preparation) -> None:
+        if preparation.channels not in _MODES:
+            raise InputError(f"this student takes images of {preparation.channels} channels; no image file has these.")
+        assert contract.size is not None, "a student has one input size"
+        self.size = contract.size
+        self.preparation = preparation
+        self.adapter = InputAdapter(contract)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if image.mode not in EIGHT_BIT_MODES:
+            raise InputError(f"has pixels of PIL mode {image.mode}; convert it to 8 bits per channel.")
+        if max(image.size) > LONGEST * min(image.size):
+            raise InputError(f"{image.width} x {image.height} pixels are no picture.")
+        image = image.convert(_MODES[self.preparation.channels])
+        pixels = to_square(image, self.size, None) if self.preparation.by_pillow else self._as_it_is(image)
+        return self.adapter(to_float(pixels[None]))[0]
+
+    def _as_it_is(self, image: Image.Image) -> Tensor:
+        """uint8 [C, H, W]; the adapter resizes it."""
+        if self.preparation.square and image.width != image.height:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
+
+
+def load_student(folder: str | Path) -> LoadedStudent:
+    """The student in a folder that `distill export` or a run wrote.
+
+    Raises:
+        InputError: a file is missing, damaged or was changed.
+    """
+    student, labels = load_export(folder)
+    transform = Transform(student.adapter.contract, student.preparation)
+    student.model.train(False)  # the student keeps its two heads apart; the model by itself has one answer
+    return LoadedStudent(merge_heads(student.model).requires_grad_(False), transform, labels)
+
+
+def predict_images(folder: Path, images: Sequence[Path]) -> None:
+    """Print the most probable classes of each image.
+
+    Raises:
+        InputError: the folder holds no intact export, or a file is no image.
+    """
+    student = load_student(folder)
+    for start in range(0, len(images), BATCH):
+        paths = images[start : start + BATCH]
+        inputs = torch.stack([_read(path, student.transform) for path in paths])
+        for path, probabilities in zip(paths, student.model(inputs).softmax(-1), strict=True):
+            say(str(path))
+            console.print(_table(probabilities, student.labels))
+
+
+def _read(path: Path, transform: Transform) -> Tensor:
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # besides OSError, broken files bring Pillow to anything from SyntaxError to ValueError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read as an image ({reason}).") from None
+    try:
+        return transform(image)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _table(probabilities: Tensor, labels: Sequence[str]) -> Table:
+    top = probabilities.topk(min(TOP, len(labels)))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for share, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        table.add_row(f"{100 * share:6.2f} %", Bar(1.0, 0.0, share, width=30), Text(visible(labels[label])))
+    return table
