@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def _rows(machine: Machine) -> Iterator[Row]:
     for model in machine.sizes:
         layer = partial(layer_arm, machine, model, "fp32", batch)
         plain, areas = layer("ordinary attention", None), layer("areas of 2", AreaAttention, **AREAS["areas of 2"])
-        yield _compare(machine, f"layer of {model}, batch {batch}, fp32", areas, plain, Goal("<=", 1.2))
+        measured = _peaks(machine, [plain, areas])
+        yield _row(f"layer of {model}, batch {batch}, fp32", measured, areas, plain, Goal("<=", 1.2))
     student = arms.Student(machine.sizes[0], batch_size=batch)
     plain, areas, taught = (
         Arm(name, partial(_train, machine.device, student, sections))
@@ -78,18 +79,25 @@ def _rows(machine: Machine) -> Iterator[Row]:
         )
     )
     where = f"training {student.model}/4 32 px, batch {batch}, fp32"
-    yield _compare(machine, where, areas, plain, Goal("<=", 1.02))
-    plain = plain._replace(name="not distilling")
-    yield _compare(machine, where, taught, plain, Goal("<=", 1.05))
+    measured = _peaks(machine, [plain, areas, taught])
+    yield _row(where, measured, areas, plain, Goal("<=", 1.02))
+    measured["not distilling"] = measured[plain.name]
+    yield _row(where, measured, taught, plain._replace(name="not distilling"), Goal("<=", 1.05))
     yield _data_row(machine)
 
 
-def _compare(machine: Machine, name: str, a: Arm, b: Arm, goal: Goal) -> Row:
-    a.run(), b.run()  # what libraries keep after their first use
-    measured: dict[str, list[float]] = {a.name: [], b.name: []}
+def _peaks(machine: Machine, measured: Sequence[Arm]) -> dict[str, list[float]]:
+    """Bytes of every arm in every round."""
+    for arm in measured:
+        arm.run()  # what libraries keep after their first use
+    peaks: dict[str, list[float]] = {arm.name: [] for arm in measured}
     for _ in range(machine.repetitions):
-        for arm in (a, b):
-            measured[arm.name].append(peak(arm.run, machine.device))
+        for arm in measured:
+            peaks[arm.name].append(peak(arm.run, machine.device))
+    return peaks
+
+
+def _row(name: str, measured: Mapping[str, list[float]], a: Arm, b: Arm, goal: Goal) -> Row:
     return compare(f"memory, {name}", measured, a, b, of="bytes", goal=goal)
 
 
