@@ -56,7 +56,16 @@ def count(name: str) -> list[dict[str, Any]] | None:
     """What the tests of one file counted; None if one failed."""
     with TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        arguments = ["-m", "soak or not soak", "-o", "timeout=3600", f"--junitxml={report}", name]
+        arguments = [
+            "-m",
+            "soak or not soak",
+            "-o",
+            "timeout=3600",
+            "-o",
+            "junit_family=xunit1",
+            f"--junitxml={report}",
+            name,
+        ]
         if subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode:
             return None
         found = [entry.attrib for entry in ET.parse(report).iter("property")]

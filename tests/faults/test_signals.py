@@ -74,7 +74,9 @@ def test_a_signal_ends_a_run_that_can_be_resumed_by_pasting(
         before = read_status(folder / "run")["step"]
         paste(words[-1], "train.max_minutes=0.0001", cwd=folder)
         status = read_status(folder / "run")
-        assert (status["state"], status["step"]) == ("interrupted", before + 1), status
+        # One step later, or none where what was left of the epoch was its evaluation.
+        assert status["state"] == "interrupted", status
+        assert status["step"] in (before, before + 1), status
         (resumed,) = read_metrics(folder / "run", "resume")
         assert resumed["step"] == before
         done += 1
@@ -104,7 +106,9 @@ def test_a_signal_at_any_time_is_an_interruption(
             launched.process.send_signal(signal.SIGTERM)
             code = launched.process.wait(timeout=20)
             ended = "finished" if code == 0 else "interrupted"
-            assert (code, read_status(out).get("state")) in ((0, "finished"), (EXIT_INTERRUPTED, ended)), launched.console
+            assert (code, read_status(out).get("state")) in ((0, "finished"), (EXIT_INTERRUPTED, ended)), (
+                launched.console
+            )
             assert "Traceback" not in launched.console
             assert [path.name for path in out.rglob("*.tmp")] == []
         finally:
