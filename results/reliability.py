@@ -34,16 +34,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="TEST_FILE")
     asked = parser.parse_args().files
-    promises = json.loads(RESULT.read_text(encoding="utf-8"))["promises"] if asked and RESULT.exists() else {}
     failed = False
+    if not asked:
+        RESULT.unlink(missing_ok=True)
     for file in asked or counting_files():
         name = str(file.resolve().relative_to(ROOT))
-        promises.pop(name, None)
         lines = count(name)
         failed |= lines is None
+        promises = json.loads(RESULT.read_text(encoding="utf-8"))["promises"] if RESULT.exists() else {}
+        promises.pop(name, None)
         if lines is not None:
             promises[name] = lines
-            write_text(RESULT, json.dumps({"machine": machine(), "promises": promises}, indent=1) + "\n")
+        write_text(RESULT, json.dumps({"machine": machine(), "promises": promises}, indent=1) + "\n")
     return int(failed)
 
 
