@@ -48,6 +48,11 @@ STYLE = {
 }
 
 
+def short(name: str, most: int = 36) -> str:
+    """A name that leaves room for the chart: its beginning and its end."""
+    return name if len(name) <= most else f"{name[: most // 3]}…{name[len(name) - most + most // 3 + 1 :]}"
+
+
 class Chart:
     """A figure of one or more axes, and the texts of its marks."""
 
@@ -62,6 +67,8 @@ class Chart:
         # Where there are many, the marks are there to be pointed at, but not to be seen.
         dense = len(x) > 40
         style = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, **style}
+        if "label" in style:
+            style["label"] = short(style["label"])
         with mpl.rc_context(STYLE):
             if dense:
                 self.axes[axes].plot(x, y, **{**style, "marker": ""})

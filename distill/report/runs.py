@@ -83,7 +83,8 @@ class RunFiles:
     def training_joules(self) -> float | None:
         """What the GPU's counter of energy grew by during the training; None where nobody counted."""
         values = [event["energy"] for event in self.events if isinstance(event.get("energy"), int | float)]
-        return sum(values) if values else None
+        # Only the main process counts, and only its own GPU.
+        return sum(values) if values and self.environment.get("processes") == 1 else None
 
     @property
     def data_digest(self) -> str | None:

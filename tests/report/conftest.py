@@ -84,6 +84,21 @@ def write_analysis(path: Path, draw: np.random.Generator, outputs: Sequence[str]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
+    return run_maker(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two seeds of one recipe with controls, and another recipe with a name that finds no place to break a line."""
+    make = run_maker(tmp_path_factory.mktemp("runs"))
+    return [
+        make("one", control=True, analysis=True, strength=2.0, recipe={"seed": 0, "name": "a"}),
+        make("two", control=True, analysis=True, strength=2.5, seed=1, recipe={"seed": 1, "name": "b"}),
+        make("unbreakable-" + "x" * 80, analysis=True, seed=2, recipe={"optim": {"lr": 1}}),
+    ]
+
+
+def run_maker(folder: Path) -> MakeRun:
     def make(
         name: str = "run",
         *,
@@ -100,7 +115,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         strength: float = 0.0,
     ) -> Path:
         """`strength`: of the right class in the logits, over noise of deviation 1."""
-        path = tmp_path / name
+        path = folder / name
         path.mkdir(parents=True)
         draw = np.random.default_rng(seed)
         labels = np.random.default_rng(labels_seed).integers(0, CLASSES, SAMPLES)

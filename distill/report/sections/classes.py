@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.report.charts import Chart
+from distill.report.charts import Chart, short
 from distill.report.classes import Confusion, accuracy_by_class, confusion, most_confused
 from distill.report.comparison import Comparison, Row
 from distill.report.page import Cell, Part, Plot, Section, Table, number
@@ -124,7 +124,7 @@ def _chart(
             markersize=5.5,
             label=name,
         )
-    axes.set_yticks(places, [names[index][:24] for index in order])
+    axes.set_yticks(places, [short(names[index], 22) for index in order])
     axes.invert_yaxis()
     chart.label("right (%)", "")
     chart.legend_below()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.report.charts import Chart
+from distill.report.charts import Chart, short
 from distill.report.comparison import Comparison, Row
 from distill.report.fidelity import Fidelity, TwoByTwo, fidelity, inheritance
 from distill.report.page import Cell, Part, Plot, Section, Table, number
@@ -108,7 +108,7 @@ def _chart(comparison: Comparison, found: list[tuple[Row, Fidelity]]) -> Chart:
         chart.bars(places, shares, tips, left=left, color=colour, label=label)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     axes = chart.axes[0]
-    axes.set_yticks(places, [comparison.model_name(row) for row, _ in found])
+    axes.set_yticks(places, [short(comparison.model_name(row), 22) for row, _ in found])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.grid(visible=False, axis="y")

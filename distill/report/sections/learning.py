@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import MaxNLocator
 
-from distill.report.charts import COLOURS, TEACHER_COLOUR, Chart, css_colour
+from distill.report.charts import COLOURS, TEACHER_COLOUR, Chart, css_colour, short
 from distill.report.comparison import HEAD_NAMES, Comparison, Row
 from distill.report.curves import Curve
 from distill.report.page import Plot, Section
@@ -68,7 +68,7 @@ def top1_chart(comparison: Comparison) -> Chart:
     """Accuracy over epochs, with the teacher's as a horizontal line."""
     chart = _chart(comparison, comparison.curves.top1, "top-1 (%)")
     for curve in comparison.curves.teacher:
-        label = _label(curve, comparison.several)
+        label = short(_label(curve, comparison.several))
         chart.axes[0].axhline(curve.values[-1], color=TEACHER_COLOUR, linestyle="--", label=label)
     chart.legend()
     return chart
