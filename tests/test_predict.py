@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 import distill
@@ -29,6 +30,7 @@ from distill.recipe import Student as Spec
 from distill.students import Student, build_student, one_head
 
 GENERATOR = np.random.default_rng(0)
+PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "digits-nano"
 CLASSES = ["cat", "dog", "[red]frog", "a\x1b[31mb", "e", "f", "g"]
 
 
@@ -216,3 +218,34 @@ def test_a_bad_folder_ends_in_one_message(
 def test_students_of_other_channels_have_no_images(student: Student) -> None:
     with pytest.raises(InputError, match="4 channels"):
         Transform(student.adapter.contract, Preparation(4))
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """The test set of scikit-learn's digits: uint8 [355, 8, 8], labels."""
+    spec = Data(name="digits", resolution=16, validation=0)
+    dataset = open_dataset(spec, seed=0, device=torch.device("cpu"))
+    ((images, labels),) = dataset.evaluation_batches("test", 0, 400, 400)
+    return (images[:, 0] * 255).round().to(torch.uint8), labels
+
+
+def test_the_published_student_is_as_good_as_its_card_says(digits: tuple[Tensor, Tensor]) -> None:
+    model, transform, names = distill.load_student(PUBLISHED)
+    inputs = torch.stack([transform(Image.fromarray(image.numpy())) for image in digits[0]])
+    right = (model(inputs).argmax(1) == digits[1]).sum().item()
+    with safe_open(PUBLISHED / "model.safetensors", "pt") as file:
+        assert file.metadata()["accuracy"] == f"{100 * right / len(inputs):.2f}"
+    assert names == list("0123456789")
+    assert sum(path.stat().st_size for path in PUBLISHED.iterdir()) < 3_000_000
+
+
+def test_the_example_of_the_readme_runs(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (PUBLISHED.parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_student" in block]
+    Image.fromarray(digits[0][0].numpy()).save(tmp_path / "image.png")
+    (tmp_path / "results").symlink_to(PUBLISHED.parent)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out == f"{digits[1][0]}\n"
