@@ -48,7 +48,8 @@ def build(comparison: Comparison) -> Section | None:
 
 def _says(comparison: Comparison, found: list[tuple[Row, Fidelity]], tables: dict[str, list[TwoByTwo]]) -> str:
     row, values = next((pair for pair in found if pair[0].is_whole), found[0])
-    says = f"The {comparison.model_name(row)} agrees with the teacher on {values.agreement:.2f} % of the images"
+    whose = f"{row.model} of {row.run}" if comparison.several else row.model
+    says = f"The {whose} agrees with the teacher on {values.agreement:.2f} % of the images"
     if values.teacher_wrong:
         says += (
             f"; of the teacher's {values.teacher_wrong:,} mistakes {values.same_where_wrong:,} are made again and "

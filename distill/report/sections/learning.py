@@ -42,10 +42,10 @@ def build(comparison: Comparison) -> Section | None:
         plots.append(Plot("speed", "Speed of training", caption, _chart(comparison, curves.speed, "images/s")))
     if not plots:
         return None
-    return Section("learning", "Learning curves", _says(curves.top1), plots, None)
+    return Section("learning", "Learning curves", _says(curves.top1, comparison.several), plots, None)
 
 
-def _says(top1: Sequence[Curve]) -> str:
+def _says(top1: Sequence[Curve], several: bool) -> str:
     """Where the best of each model was."""
     found = []
     for curve in top1:
@@ -53,7 +53,8 @@ def _says(top1: Sequence[Curve]) -> str:
             best = max(curve.values)
             when = curve.epochs[curve.values.index(best)]
             late = " and was still rising" if len(curve.values) > 2 and best == curve.values[-1] else ""
-            found.append(f"{curve.model} was best after epoch {when:g} of {curve.epochs[-1]:g} ({best:.2f} %){late}")
+            model = f"{curve.model} of {curve.run}" if several else curve.model
+            found.append(f"{model} was best after epoch {when:g} of {curve.epochs[-1]:g} ({best:.2f} %){late}")
     if not found:
         return "How the training went, epoch by epoch."
     return f"On the split that checkpoints are chosen on, the {'; the '.join(found[:4])}."
