@@ -11,8 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill import run
+from distill.analysis import analyse
 from distill.console import console, say
-from distill.data import Dataset, open_dataset
+from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
 from distill.export import load_export
@@ -38,12 +39,19 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     forward = student_outputs(student.to(accelerator.device).logits)
     predictions = named_heads(predict(forward, dataset, "test", accelerator, batch_size=SMALLEST_BATCH))
     if teacher is not None:
+        say(teacher.describe())
         predictions["teacher"] = _predict_teacher(teacher, dataset, accelerator)
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
     with safe_open(earlier if earlier.exists() else path / "export" / WEIGHTS_FILE, "pt") as file:
         metadata = (file.metadata() or {}) | {"data": dataset.info.digest}
     save_predictions(earlier, predictions, labels, metadata)
+    validation: dict[str, Tensor] = {}
+    if dataset.info.sizes.get("validation"):
+        validation = named_heads(predict(forward, dataset, "validation", accelerator, batch_size=SMALLEST_BATCH))
+        if teacher is not None:
+            validation["teacher"] = _predict_teacher(teacher, dataset, accelerator, "validation")
+    analyse(path, student, teacher, dataset, predictions, validation)
     _print_table(predictions, labels)
 
 
@@ -56,6 +64,7 @@ def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
     accelerator, dataset, teacher = _set_up(recipe)
     if teacher is None:
         raise InputError(f"{target}: the recipe has no teacher to evaluate.")
+    say(teacher.describe())
     _print_table({"teacher": _predict_teacher(teacher, dataset, accelerator)}, dataset.labels("test"))
 
 
@@ -72,9 +81,8 @@ def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
     return accelerator, dataset, build_teacher(recipe, dataset, accelerator)
 
 
-def _predict_teacher(teacher: Teacher, dataset: Dataset, accelerator: Accelerator) -> Tensor:
-    say(teacher.describe())
-    return predict(lambda images: [teacher(images)], dataset, "test", accelerator, batch_size=SMALLEST_BATCH)[0]
+def _predict_teacher(teacher: Teacher, dataset: Dataset, accelerator: Accelerator, split: Split = "test") -> Tensor:
+    return predict(lambda images: [teacher(images)], dataset, split, accelerator, batch_size=SMALLEST_BATCH)[0]
 
 
 def _print_table(predictions: dict[str, Tensor], labels: Tensor) -> None:

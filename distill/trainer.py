@@ -15,6 +15,8 @@ from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from distill.analysis import analyse
+from distill.analysis.energy import EnergyMeter
 from distill.compilation import Compilation
 from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
@@ -94,6 +96,7 @@ class Trainer:
         self.progress = Progress()
         self.saved = Progress()
         self.window = Window(accelerator)
+        self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
         self.teacher_logits: Tensor | None = None
         self.cache: TeacherCache | None = None
@@ -252,7 +255,7 @@ class Trainer:
     def log(self, run: Run, display: TrainingDisplay) -> None:
         """Global means since the last line, to metrics.jsonl, the console and the trackers."""
         self.inspect()
-        values = self.window.read(self.plan.batch_size)
+        values = self.window.read(self.plan.batch_size) | self.energy.take()
         if self.cache is not None:
             values["teacher_cache/hits"] = self.cache.take_hits()
             self.cache.flush()
@@ -367,6 +370,8 @@ class Trainer:
         labels = self.dataset.labels("test")
         on_main(lambda: write_predictions(run, predictions, labels, {"data": info.digest, **described}))
         on_main(lambda: describe_export(run.path))
+        validation = self.predict_heads(student, "validation") if info.sizes.get("validation") else {}
+        on_main(lambda: analyse(run.path, student, teacher, self.dataset, predictions, validation))
         values = accuracies(predictions, labels)
         epoch = chosen.step / self.steps_per_epoch
         run.log("eval", step=chosen.step, epoch=epoch, split="test", weights=chosen.weights, **values)

@@ -112,7 +112,7 @@ def test_a_run_ends_with_its_table_and_its_paths(launched: subprocess.CompletedP
     assert {path.name for path in finished.iterdir()} - {".lock"} == {
         "recipe.yaml", "resolved.yaml", "environment.json", "status.json", "metrics.jsonl", "train.log", "checkpoints",
         "predictions.safetensors", "export", "report.html", "report.md", "report.json", "report-loss.svg",
-        "report-top1.svg", "control",
+        "report-top1.svg", "control", "analysis.json", "analysis.safetensors",
     }  # fmt: skip
     for row in ("teacher", "student, both heads", "student, class head", "student, dist. head", "control, both heads"):
         assert row in launched.stdout

@@ -1,0 +1,208 @@
+"""The analysis of a finished student, beside its run's predictions: `analysis.json` and `analysis.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.analysis.attention import Seen, look
+from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from distill.analysis.costs import count_bytes, count_flops, measure_speed
+from distill.data import Dataset
+from distill.data.randomness import permutation
+from distill.evaluate import named_heads, student_outputs
+from distill.seal import SEAL
+from distill.students import Student
+from distill.tensor_files import write_tensors
+from distill.text_files import write_text
+from teachers import Teacher
+
+NAME = "analysis"
+FORMAT = "1"
+PICTURES = 60
+THUMBNAIL = 64
+"""Pixels of a picture's side, at most."""
+LOOKED_AT = 64
+"""Images over which cosines are averaged."""
+DRAWN = 4
+"""Of these, pictures whose attention is drawn."""
+CORRUPTED = {"cpu": 1000, "cuda": 10_000}
+"""Images that are corrupted, at most; on a CPU also a tenth of the training images: then all corruptions take about the
+time of an epoch."""
+PIXELS_AT_ONCE = 2**22
+"""Values of images that are corrupted, and held as noise, at a time."""
+KEPT_BYTES = 2**29
+_log = logging.getLogger("distill")
+
+
+def analyse(
+    folder: Path,
+    student: Student,
+    teacher: Teacher | None,
+    dataset: Dataset,
+    predictions: Mapping[str, Tensor],
+    validation: Mapping[str, Tensor],
+) -> None:
+    """Write the analysis into a run directory; a full disk is a warning: the report is shorter without. On one process.
+
+    Args:
+        student: as exported, on the dataset's device, in eval mode; so is the teacher.
+        predictions: logits [N, classes] on the test set by name (`student.fused`, ..., `teacher`).
+        validation: the same on the validation split; empty without one.
+    """
+    labels, device = dataset.labels("test"), dataset.device
+    models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    sample = _take(dataset, [0]).to(device) / 255
+    flops = {name: count_flops(model, sample) for name, model in models.items()}
+    speeds = measure_speed(models, flops, sample)
+    sizes = {name: count_bytes(model) for name, model in models.items()}
+    sizes["student"] = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
+
+    shown = _disagreements(predictions, labels)
+    looked_at = _stratified(labels, LOOKED_AT)
+    corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
+    drawn = [*shown[:DRAWN], *looked_at[: DRAWN - len(shown[:DRAWN])]]
+    places = sorted({*shown, *looked_at, *corrupted, *drawn})
+    images = _take(dataset, places)
+    row = {place: index for index, place in enumerate(places)}
+
+    def of(chosen: list[int]) -> Tensor:
+        return images[[row[place] for place in chosen]]
+
+    tensors: dict[str, Tensor] = {}
+    if validation:
+        tensors |= {f"validation.{name}": logits.clone() for name, logits in validation.items()}
+        tensors["validation.labels"] = dataset.labels("validation")
+    if shown:
+        tensors |= {"pictures.indices": torch.tensor(shown), "pictures.images": _thumbnails(of(shown))}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "data": dataset.info.digest,
+        "classes": list(dataset.info.class_names),
+        "device": device.type,
+        "costs": {name: {"flops": flops[name], "bytes": sizes[name], **speeds[name]} for name in models},
+        "robustness": _robustness(student, teacher, of(corrupted), labels[corrupted], torch.tensor(corrupted), device),
+    }
+    seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255)
+    if seen is not None:
+        values["tokens"] = {"token_cosines": seen.token_cosines, "head_cosines": seen.head_cosines, "images": LOOKED_AT}
+        tensors |= _attention(seen, drawn, _thumbnails(of(drawn)))
+    metadata = {"format": FORMAT, "data": dataset.info.digest, SEAL: ""}
+    try:
+        write_tensors(folder / f"{NAME}.safetensors", tensors, metadata)
+        write_text(folder / f"{NAME}.json", json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        _log.warning("%s: cannot be written (%s); the report does without it", folder / NAME, error.strerror)
+
+
+def _how_many(dataset: Dataset, pixels: int) -> int:
+    """Images to corrupt: the same for a student and its control."""
+    most = min(CORRUPTED[dataset.device.type], KEPT_BYTES // pixels)
+    return most if dataset.device.type == "cuda" else max(1, min(most, dataset.info.sizes["train"] // 10))
+
+
+def _stratified(labels: Tensor, count: int) -> list[int]:
+    """Up to `count` places of the test set, as many of each class as of any other where there are; the same always, and
+    the first of more are the ones of fewer."""
+    order = permutation(0, 0, len(labels)).tolist()
+    taken: dict[int, int] = {}
+    turns: list[tuple[int, int, int]] = []
+    for place in order:
+        label = int(labels[place])
+        turns.append((taken.get(label, 0), len(turns), place))
+        taken[label] = taken.get(label, 0) + 1
+    return [place for _, _, place in sorted(turns)[:count]]
+
+
+def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[int]:
+    """Places where student and teacher decide otherwise, the surest first, in turns of: the teacher is right, the
+    student is, neither."""
+    if "teacher" not in predictions:
+        return []
+    student, teacher = (predictions[name].softmax(1) for name in ("student.fused", "teacher"))
+    sure, says = student.max(1)
+    teacher_sure, teacher_says = teacher.max(1)
+    weight = sure * teacher_sure
+    differ = says != teacher_says
+    groups = [differ & (teacher_says == labels), differ & (says == labels)]
+    groups.append(differ & ~groups[0] & ~groups[1])
+    turns: list[tuple[int, int, int]] = []
+    for number, group in enumerate(groups):
+        places = group.nonzero()[:, 0]
+        for turn, place in enumerate(places[weight[places].argsort(descending=True, stable=True)].tolist()):
+            turns.append((turn, number, place))
+    return [place for _, _, place in sorted(turns)[:PICTURES]]
+
+
+def _take(dataset: Dataset, places: list[int]) -> Tensor:
+    """Test images at these places, which rise: uint8 [n, C, H, W] on the CPU, in one reading of the split."""
+    wanted, batch_size, parts = torch.tensor(places), 256, []
+    start = places[0]
+    for images, _ in dataset.evaluation_batches("test", start, places[-1] + 1, batch_size):
+        here = wanted[(wanted >= start) & (wanted < start + len(images))] - start
+        parts.append((images[here.to(images.device)] * 255).round().to(torch.uint8).cpu())
+        start += len(images)
+    return torch.cat(parts)
+
+
+def _robustness(
+    student: Student, teacher: Teacher | None, images: Tensor, labels: Tensor, places: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Correct answers, and the student's agreement with the teacher, by corruption: a list over severities, the first
+    being that of the images as they are."""
+    forward = student_outputs(student.logits)
+
+    @torch.inference_mode()
+    def count(name: str, severity: int) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for part in torch.arange(len(images)).split(max(1, min(256, PIXELS_AT_ONCE // images[0].numel()))):
+            given = images[part].to(device)
+            if severity:
+                given = corrupt(name, severity, given, places[part].to(device))
+            pixels = given.to(torch.float32) / 255
+            outputs = named_heads(forward(pixels)) | ({} if teacher is None else {"teacher": teacher(pixels)})
+            decisions = {key: logits.argmax(1).cpu() for key, logits in outputs.items()}
+            right = {key: int((said == labels[part]).sum()) for key, said in decisions.items()}
+            if teacher is not None:
+                right["agreement"] = int((decisions["student.fused"] == decisions["teacher"]).sum())
+            counts = {key: counts.get(key, 0) + number for key, number in right.items()}
+        return counts
+
+    clean = count("", 0)
+    by_name = {}
+    for name in CORRUPTIONS:
+        levels = [clean, *(count(name, severity) for severity in range(1, SEVERITIES + 1))]
+        by_name[name] = {key: [level[key] for level in levels] for key in clean}
+    return {"images": len(images), "correct": by_name}
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """uint8 [n, C, H, W], no side longer than `THUMBNAIL`."""
+    longest = max(images.shape[-2:])
+    if longest <= THUMBNAIL:
+        return images
+    size = [max(1, round(side * THUMBNAIL / longest)) for side in images.shape[-2:]]
+    smaller = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    return smaller.clamp(0, 255).round().to(torch.uint8)
+
+
+def _attention(seen: Seen, drawn: list[int], images: Tensor) -> dict[str, Tensor]:
+    """Tensors of the first `DRAWN` images that were looked at; patches as float16 [depth, images, tokens, H, W]."""
+    count = len(drawn)
+    patches = seen.patches[:, :count].unflatten(-1, seen.grid)
+    tensors = {
+        "attention.indices": torch.tensor(drawn),
+        "attention.images": images,
+        "attention.patches": patches.half(),
+    }
+    for block, (masks, weights) in seen.areas.items():
+        tensors[f"attention.areas.{block}"] = masks[:count].unflatten(-1, seen.grid)
+        tensors[f"attention.area_weights.{block}"] = weights[:count]
+    return tensors

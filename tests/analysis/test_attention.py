@@ -1,0 +1,97 @@
+"""What is written down of attention is what the modules do."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distill.analysis.attention import area_weights, coverage, look
+from distill.recipe import from_mapping
+from distill.students import Student, build_student
+from distill.students.attention.area import AreaAttention
+from distill.students.attention.area_pooling import Areas, pool
+from distill.students.attention.base import PatchGrid
+
+
+def student(attention: dict[str, object], **changes: object) -> Student:
+    given = {"model": "vit_nano", "patch_size": 4, "attention": attention, "distillation_token": True} | changes
+    recipe = from_mapping({"student": given, "distill": []}, source="test")
+    statistics = {"channels": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return build_student(recipe.student, resolution=16, num_classes=4, seed=0, **statistics).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key_mode", ["mean", "max", "sum", "max_concat"])
+@pytest.mark.parametrize(("max_area", "grid"), [(2, None), ((2, 2), PatchGrid(3, 4))])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_weights_times_area_values_are_what_area_attention_answers(
+    key_mode: str, max_area: object, grid: PatchGrid | None, top_k: int
+) -> None:
+    torch.manual_seed(0)
+    module = AreaAttention(
+        24, 3, max_area=max_area, grid=grid, num_prefix_tokens=2, key_mode=key_mode, top_k=top_k
+    ).eval()  # type: ignore[arg-type]
+    tokens = torch.randn(2, 14, 24)
+    weights, areas = area_weights(module, tokens, queries=14)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 14))
+    value = module.qkv(tokens).view(2, 14, 3, 3, 8).permute(2, 0, 3, 1, 4)[2]
+    answer = module.proj((weights @ pool(value, areas, "sum")).transpose(1, 2).flatten(2))
+    assert torch.allclose(answer, module(tokens), atol=1e-5)
+    # A sum over areas is a sum over tokens, each as often as areas with weight cover it.
+    by_token = module.proj(((weights @ coverage(areas)) @ value).transpose(1, 2).flatten(2))
+    assert torch.allclose(by_token, answer, atol=1e-5)
+
+
+def test_areas_of_a_run_cover_the_patches_that_they_name() -> None:
+    covered = coverage(Areas.of(6, 2))
+    assert covered.tolist()[:6] == torch.eye(6).tolist()
+    assert [row.nonzero()[:, 0].tolist() for row in covered[6:]] == [[i, i + 1] for i in range(5)]
+    boxes = coverage(Areas.of(6, (2, 2), (2, 2), 2))
+    assert boxes[-1].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("attention", [{"kind": "standard"}, {"kind": "area", "max_area": 2, "blocks": [0, 2]}])
+def test_a_student_is_seen_block_by_block(attention: dict[str, object]) -> None:
+    model, images = student(attention), torch.rand(3, 3, 16, 16)
+    seen = look(model, images)
+    assert seen is not None
+    assert seen.grid == (4, 4)
+    assert seen.patches.shape == (6, 3, 2, 16)
+    assert sorted(seen.areas) == ([] if attention["kind"] == "standard" else [0, 2])
+    for masks, weights in seen.areas.values():
+        assert masks.shape[:3] == weights.shape == (3, 2, 4)
+        assert (weights.diff(dim=-1) <= 0).all()
+        assert masks.sum(-1).max() == 2
+    # The cosines, by the model's own parts.
+    network = model.model
+    with torch.no_grad():
+        stream = network._pos_embed(network.patch_embed(model.adapter(images)))
+        expected = [F.cosine_similarity(stream[:, 0], stream[:, 1]).mean().item()]
+        for block in network.blocks:
+            stream = block(stream)
+            expected.append(F.cosine_similarity(stream[:, 0], stream[:, 1]).mean().item())
+        heads = model.logits(images)
+        last = F.cosine_similarity(heads.cls, heads.dist).mean().item()
+    assert seen.token_cosines == pytest.approx(expected, abs=1e-5)
+    assert seen.head_cosines[-1] == pytest.approx(last, abs=1e-5)
+    assert len(seen.head_cosines) == 7
+
+
+def test_students_without_such_attention_are_none() -> None:
+    from distill.inputs import InputContract
+
+    for name in ("resnet18", "swin_tiny_patch4_window7_224"):
+        model: nn.Module = timm.create_model(name, num_classes=4)
+        contract = InputContract((0.5,) * 3, (0.5,) * 3, 224)
+        assert (
+            look(Student(model, contract, architecture=name, model_args={}).eval(), torch.rand(1, 3, 224, 224)) is None
+        )
+
+
+def test_a_student_of_one_token_has_no_cosines() -> None:
+    seen = look(student({"kind": "standard"}, distillation_token=False), torch.rand(2, 3, 16, 16))
+    assert seen is not None
+    assert seen.patches.shape[2] == 1
+    assert seen.token_cosines == seen.head_cosines == ()
