@@ -167,8 +167,10 @@ class StopRequest:
         """Handlers wait for the main thread's next line of Python; this thread learns of a signal when it comes."""
         while True:
             if select.select([self._arrivals], [], [], LOOK)[0]:
+                # Of others that somebody handles (a loader whose worker ends: SIGCHLD) word comes here too.
                 for number in os.read(self._arrivals, 64):
-                    self._arrived(number)
+                    if number in SIGNALS:
+                        self._arrived(number)
             if self._launcher is not None and self._reason is None and not self._launcher.lives:
                 self._ask(LAUNCHER_ENDED)
                 os.kill(os.getpid(), signal.SIGUSR1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from distill import checkpoint
 from distill.ending import EXIT_INTERRUPTED
 from distill.run import read_metrics, read_status
 from tests.conftest import Counted, Toy
-from tests.faults.launched import COMMANDS, Launched, paste
+from tests.faults.launched import COMMANDS, ROOT, Launched, paste
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DIRECT = [how for how in COMMANDS if "process" not in how]
@@ -134,3 +136,18 @@ def test_a_second_sigint_stops_at_once(toy: Toy, tmp_path: Path, counted: Counte
     finally:
         launched.end()
     counted("a second SIGINT stops at once", done=1, of=1)
+
+
+def test_the_end_of_a_child_is_no_reason_to_stop() -> None:
+    """torch's DataLoader handles SIGCHLD, which comes whenever one of its workers ends."""
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "from distill.signals import StopRequest\n"
+        "stop = StopRequest(None, lambda error: 1)\n"
+        "signal.signal(signal.SIGCHLD, lambda number, frame: print('a child ended'))\n"
+        "subprocess.run(['true'])\n"
+        "time.sleep(0.5)\n"
+        "assert stop.reason() is None, stop.reason()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (0, "a child ended\n"), result.stderr
