@@ -59,6 +59,7 @@ def count(name: str) -> list[dict[str, Any]] | None:
     with TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         arguments = [
+            "--numprocesses=0",
             "-m",
             "soak or not soak",
             "-o",
