@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Files of tests run side by side: threads that wait for work must not keep the cores from others. libgomp reads this
+# when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 import timm
 import torch
