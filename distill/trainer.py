@@ -29,7 +29,7 @@ from distill.finishing import Chosen, describe_export, export_chosen, write_pred
 from distill.guard import Average, Guard
 from distill.objectives import training_loss
 from distill.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.out_of_memory import advising
+from distill.out_of_memory import advising, is_out_of_memory
 from distill.processes import marking_process, on_main
 from distill.recipe import Recipe
 from distill.run import Run
@@ -371,7 +371,16 @@ class Trainer:
         on_main(lambda: write_predictions(run, predictions, labels, {"data": info.digest, **described}))
         on_main(lambda: describe_export(run.path))
         validation = self.predict_heads(student, "validation") if info.sizes.get("validation") else {}
-        on_main(lambda: analyse(run.path, student, teacher, self.dataset, predictions, validation))
+
+        def write_analysis() -> None:
+            try:
+                analyse(run.path, student, teacher, self.dataset, predictions, validation)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                _log.warning("out of memory: the report goes without its analysis; `distill evaluate` repeats it")
+
+        on_main(write_analysis)
         values = accuracies(predictions, labels)
         epoch = chosen.step / self.steps_per_epoch
         run.log("eval", step=chosen.step, epoch=epoch, split="test", weights=chosen.weights, **values)

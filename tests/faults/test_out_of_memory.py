@@ -47,17 +47,22 @@ def allow(images: int, checkpointed: int = 0, rank: int | None = None) -> None:
 
 
 def limit_memory(mib: int) -> None:
-    """Give training so many MiB more than the process has when it begins."""
-    train_step = Trainer.train_step
+    """Give training so many MiB more than the process has when it begins; what comes after it is not limited."""
+    train_step, finish = Trainer.train_step, Trainer.finish
+    before = resource.getrlimit(resource.RLIMIT_AS)
 
     def limited(trainer: Trainer, *args: Any) -> None:
         Trainer.train_step = train_step  # type: ignore[method-assign]
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + (mib << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
         train_step(trainer, *args)
 
-    Trainer.train_step = limited  # type: ignore[method-assign]
+    def unlimited(trainer: Trainer, *args: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        finish(trainer, *args)
+
+    Trainer.train_step, Trainer.finish = limited, unlimited  # type: ignore[method-assign]
 
 
 UNPAIRED = ("data.augment.mixup=0", "data.augment.cutmix=0")
@@ -79,7 +84,7 @@ CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], dict[str, str]]
 @pytest.mark.parametrize(
     "names",
     [
-        ["one of two", "for real"],
+        ["mixed in pairs", "not even two"],
         pytest.param(list(CASES), marks=pytest.mark.soak),
     ],
     ids=["some", "all"],
