@@ -84,7 +84,7 @@ CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], dict[str, str]]
 @pytest.mark.parametrize(
     "names",
     [
-        ["one of two", "not even two"],
+        ["mixed in pairs", "not even two"],
         pytest.param(list(CASES), marks=pytest.mark.soak),
     ],
     ids=["some", "all"],
