@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill import faults
-from distill.durable import NewFile, flush_folder, remove_folder
 from distill.errors import InputError, RunFailed
-from distill.tensor_files import fill
+from distill.files.durable import NewFile, flush_folder, remove_folder
+from distill.files.tensors import fill
 
 MANIFEST = "manifest.json"
 _log = logging.getLogger("distill")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from distill import __version__
-from distill.ending import exit_code, last_words, leave_word
 from distill.errors import InputError
-from distill.launcher import Command
-from distill.signals import Interrupted, StopRequest
-from distill.text_files import visible
+from distill.files.text import visible
+from distill.launching.ending import exit_code, last_words, leave_word
+from distill.launching.launcher import Command
+from distill.launching.signals import Interrupted, StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,7 +211,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a run's student as a timm folder, for ONNX too, or with less of it."""
-    from distill.exporting import export_run
+    from distill.export.command import export_run
 
     export_run(
         options.run, options.to, onnx=options.onnx, half=options.fp16, head=options.head, license=options.license
@@ -225,7 +225,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Say what an exported student sees in images: the five most probable classes of each."""
-    from distill.prediction import predict_images
+    from distill.export.prediction import predict_images
 
     predict_images(options.folder, options.images)
 

@@ -16,12 +16,12 @@ from distill.console import console, say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
-from distill.export import load_export
-from distill.processes import set_threads, start_processes
+from distill.export.folder import load_export
+from distill.launching.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping, load
 from distill.report.metrics import measure
 from distill.students.saved import WEIGHTS_FILE
-from distill.teaching import build_teacher, is_trained
+from distill.teaching.teachers import build_teacher, is_trained
 from teachers import Teacher
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distill.text_files import visible
+from distill.files.text import visible
 
 console = Console(highlight=False)
 _log = logging.getLogger("distill")

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.console import say
-from distill.out_of_memory import advising
 from distill.pipeline import control_recipe, count_parameters, open_data
 from distill.recipe import Recipe
-from distill.teacher_cache import open_cache
-from distill.teaching import build_teacher, is_trained, run_preflight, teacher_recipe
+from distill.teaching.cache import open_cache
+from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
 from distill.trainer import Trainer
+from distill.training.out_of_memory import advising
 
 
 def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:

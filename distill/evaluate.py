@@ -12,13 +12,13 @@ from torch import Tensor
 
 from distill.data import Dataset, Split
 from distill.errors import RunFailed
-from distill.out_of_memory import forget, is_out_of_memory
-from distill.processes import marking_process
+from distill.files.seal import SEAL
+from distill.files.tensors import write_tensors
+from distill.launching.processes import marking_process
+from distill.launching.signals import stoppable
+from distill.memory import forget, is_out_of_memory
 from distill.report.metrics import measure
-from distill.seal import SEAL
-from distill.signals import stoppable
 from distill.students import Heads
-from distill.tensor_files import write_tensors
 
 SMALLEST_BATCH = 128
 _log = logging.getLogger("distill")

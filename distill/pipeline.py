@@ -18,8 +18,7 @@ from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError
-from distill.finishing import describe_export
-from distill.processes import (
+from distill.launching.processes import (
     build_accelerator,
     join_peers,
     on_main,
@@ -28,11 +27,11 @@ from distill.processes import (
     start_processes,
     with_precision,
 )
+from distill.launching.signals import StopRequest, verdict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
-from distill.signals import StopRequest, verdict
-from distill.teacher_cache import open_cache
-from distill.teaching import (
+from distill.teaching.cache import open_cache
+from distill.teaching.teachers import (
     build_teacher,
     is_trained,
     run_preflight,
@@ -41,6 +40,7 @@ from distill.teaching import (
     weights_digests,
 )
 from distill.trainer import Trainer
+from distill.training.finishing import describe_export
 from teachers import Teacher
 
 MOST_NAMED = 10

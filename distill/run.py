@@ -25,12 +25,12 @@ import torch
 
 from distill import __version__
 from distill.console import LogFile
-from distill.durable import clear, describe_failure
 from distill.errors import InputError, RunFailed
-from distill.metrics_file import MetricsFile, read_lines
+from distill.files.durable import clear, describe_failure
+from distill.files.metrics import MetricsFile, read_lines
+from distill.files.text import write_text
+from distill.launching.signals import Interrupted
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
-from distill.signals import Interrupted
-from distill.text_files import write_text
 
 RUNS = Path("runs")
 HELD = (errno.EACCES, errno.EAGAIN)

@@ -17,28 +17,29 @@ from torch import Tensor, nn
 
 from distill.analysis import analyse
 from distill.analysis.energy import EnergyMeter
-from distill.compilation import Compilation
 from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
-from distill.digests import batch_digest, state_digest
 from distill.errors import RunFailed
 from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, student_outputs
-from distill.export import load_export
-from distill.finishing import Chosen, describe_export, export_chosen, write_predictions
-from distill.guard import Average, Guard
+from distill.export.folder import load_export
+from distill.files.digests import batch_digest, state_digest
+from distill.launching.processes import marking_process, on_main
+from distill.launching.signals import Interrupted, StopRequest, deferred
+from distill.memory import is_out_of_memory
 from distill.objectives import training_loss
-from distill.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.out_of_memory import advising, is_out_of_memory
-from distill.processes import marking_process, on_main
 from distill.recipe import Recipe
 from distill.run import Run
-from distill.saving import Parts, Progress, restore, save, settle
-from distill.signals import Interrupted, StopRequest, deferred
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
-from distill.teacher_cache import TeacherCache
-from distill.window import Window
+from distill.teaching.cache import TeacherCache
+from distill.training.compilation import Compilation
+from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
+from distill.training.guard import Average, Guard
+from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.training.out_of_memory import advising
+from distill.training.saving import Parts, Progress, restore, save, settle
+from distill.training.window import Window
 from teachers import Teacher
 
 LOADER_BOUND = 0.1

@@ -94,7 +94,7 @@ FORBIDDEN = {
         "accelerate",
         "teachers",
         "distill.students",
-        "distill.export",
+        "distill.export.folder",
         "distill.evaluate",
         "distill.checkpoint",
         "distill.data",
@@ -102,7 +102,7 @@ FORBIDDEN = {
     ),
     "distill.data": ("timm.models", "teachers", "distill.students", "distill.objectives", "distill.report"),
     "distill.students": ("teachers", "distill.data", "distill.objectives", "distill.report"),
-    "distill.optim": ("teachers", "distill.data", "distill.objectives", "distill.report"),
+    "distill.training.optim": ("teachers", "distill.data", "distill.objectives", "distill.report"),
     "distill.checkpoint": ("teachers", "distill.data", "distill.students", "distill.objectives", "distill.report"),
     "teachers": ("distill.data", "distill.objectives", "distill.report", "distill.checkpoint"),
 }

@@ -13,9 +13,9 @@ from timm.optim import get_optimizer_class
 from timm.scheduler import CosineLRScheduler
 
 from distill.errors import InputError
-from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.recipe.schema import Optim
 from distill.students import register_models
+from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
@@ -138,6 +138,6 @@ def test_a_timm_whose_muon_has_no_schedule_for_adamw(monkeypatch: pytest.MonkeyP
         def __init__(self, params: object, lr: float = 0.02, ns_steps: int = 5, adamw_lr: float | None = None) -> None:
             raise AssertionError("never built")
 
-    monkeypatch.setattr("distill.optim.get_optimizer_class", lambda name, bind_defaults: Muon)
+    monkeypatch.setattr("distill.training.optim.get_optimizer_class", lambda name, bind_defaults: Muon)
     with pytest.raises(InputError, match=r"optim\.name: muon needs timm 1\.0\.27"):
         build_optimizer(Optim(name="muon"), torch.nn.Linear(8, 8))

@@ -15,9 +15,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from distill import processes
 from distill.errors import InputError
-from distill.processes import bf16_instructions, with_precision
+from distill.launching import processes
+from distill.launching.processes import bf16_instructions, with_precision
 from distill.recipe import from_mapping
 from tests.conftest import environment
 
@@ -111,7 +111,7 @@ def test_the_probe_agrees_with_the_kernel() -> None:
 def test_freed_memory_stays_with_the_process() -> None:
     code = """
 import resource, torch
-from distill.processes import start_processes
+from distill.launching.processes import start_processes
 start_processes()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

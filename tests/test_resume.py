@@ -17,10 +17,10 @@ import torch
 
 import distill.trainer
 from distill import checkpoint, run
-from distill.digests import state_digest
+from distill.files.digests import state_digest
+from distill.launching.signals import Interrupted
 from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping
-from distill.signals import Interrupted
 from distill.trainer import Trainer
 from tests.conftest import Counted, Toy, environment
 from tests.warm import launch

@@ -22,20 +22,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill.data.rows
 import distill.trainer
-import distill.window
+import distill.training.window
 from distill import checkpoint
-from distill.compilation import Compilation
 from distill.data import Batch
 from distill.inputs import InputContract
+from distill.launching.processes import build_accelerator
 from distill.pipeline import open_data
-from distill.processes import build_accelerator
 from distill.recipe import Recipe, from_mapping
 from distill.recipe.schema import Train
 from distill.run import Run
 from distill.students import Student
-from distill.teaching import build_teacher
+from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
-from distill.window import Window
+from distill.training.compilation import Compilation
+from distill.training.window import Window
 from teachers import Ensemble, Teacher
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
@@ -275,7 +275,7 @@ def test_steps_ask_the_teacher_in_the_recipes_precision_and_predictions_in_fp32(
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that goes only when told."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(distill.window.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(distill.training.window.time, "perf_counter", lambda: clock.now)
     return clock
 
 

@@ -18,21 +18,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import distill.export
-from distill import pipeline, run, teacher_cache
+import distill.export.folder
+from distill import pipeline, run
 from distill.data import BatchPlan, open_dataset
 from distill.data.augment import Augmenter
 from distill.data.packed import write_packed
 from distill.data.sequential import SequentialDataset
 from distill.dry_run import dry_run_recipe
 from distill.errors import InputError
-from distill.logit_file import LogitFile
+from distill.launching.processes import build_accelerator
+from distill.launching.signals import Interrupted
 from distill.pipeline import locate, open_data
-from distill.processes import build_accelerator
 from distill.recipe import Recipe, from_mapping
-from distill.signals import Interrupted
-from distill.teacher_cache import TeacherCache, open_cache
-from distill.teaching import build_teacher
+from distill.teaching import cache as teacher_cache
+from distill.teaching.cache import TeacherCache, open_cache
+from distill.teaching.logit_file import LogitFile
+from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
 from teachers import Teacher, load_teacher
 from tests.conftest import Toy
@@ -46,7 +47,9 @@ STEPS_AN_EPOCH = 6  # 96 training images in batches of 16, each of two micro-bat
 @pytest.fixture(autouse=True)
 def in_an_empty_folder_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distill.export, "_compare_with_reloaded", lambda *args: None)  # tests/test_export.py has it
+    monkeypatch.setattr(
+        distill.export.folder, "_compare_with_reloaded", lambda *args: None
+    )  # tests/test_export.py has it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times what they save here
     yield

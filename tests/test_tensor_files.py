@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from distill.tensor_files import write_tensors
+from distill.files.tensors import write_tensors
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, -2]), "ü": torch.ones(5, dtype=torch.bfloat16)}
 TENSORS |= {"scalar": torch.tensor(2.5, dtype=torch.float64), "empty": torch.zeros(0, 3), "mask": torch.arange(3) > 1}

@@ -18,10 +18,10 @@ from distill.analysis.costs import count_bytes, count_flops, measure_speed
 from distill.data import Dataset
 from distill.data.randomness import permutation
 from distill.evaluate import named_heads, student_outputs
-from distill.seal import SEAL
+from distill.files.seal import SEAL
+from distill.files.tensors import write_tensors
+from distill.files.text import write_text
 from distill.students import Student
-from distill.tensor_files import write_tensors
-from distill.text_files import write_text
 from teachers import Teacher
 
 NAME = "analysis"

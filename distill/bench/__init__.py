@@ -19,8 +19,8 @@ from distill.bench.suites import run_suite
 from distill.bench.table import render_console, render_markdown
 from distill.console import console, say
 from distill.errors import InputError
-from distill.processes import set_threads, start_processes
-from distill.text_files import write_text
+from distill.files.text import write_text
+from distill.launching.processes import set_threads, start_processes
 
 SIZES = {"cpu": ("vit_nano", "vit_tiny"), "cuda": ("vit_tiny",)}
 """The students that the goals speak of; at 224 px on CUDA vit_small besides."""

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from distill.data import Batch, Dataset, DatasetInfo
 from distill.data.dataset import ResidentDataset, ResidentSplit
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract
-from distill.processes import build_accelerator
+from distill.launching.processes import build_accelerator
 from distill.recipe import Recipe, from_mapping
 from distill.trainer import Trainer
 from teachers import Teacher

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.bench.measure import Arm, seconds
-from distill.processes import set_threads
+from distill.launching.processes import set_threads
 from distill.run import describe_environment
 
 SIDE = {"cpu": 2048, "cuda": 8192}

@@ -75,7 +75,7 @@ def serve(threads: int) -> None:
     import torch
 
     from distill.bench import arms
-    from distill.processes import start_processes
+    from distill.launching.processes import start_processes
 
     torch.set_num_threads(threads)
     start_processes()

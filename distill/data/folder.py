@@ -30,7 +30,7 @@ from distill.data.images import common_mode, decode, header_fault, to_square
 from distill.data.locking import one_at_a_time
 from distill.data.packed import Packed, open_packed, write_packed
 from distill.errors import InputError
-from distill.text_files import write_text
+from distill.files.text import write_text
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 LAYOUT = "an image folder is train/<class>/*.png and test/<class>/*.png (or val/<class>/*.png), in PNG, JPEG, WebP, ..."

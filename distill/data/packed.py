@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.seal import SEAL, is_sealed
-from distill.tensor_files import write_tensors
+from distill.files.seal import SEAL, is_sealed
+from distill.files.tensors import write_tensors
 
 
 class Expected(NamedTuple):

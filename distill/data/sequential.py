@@ -24,9 +24,9 @@ from distill.data.randomness import keys
 from distill.data.stream import Draw, crop_box
 from distill.data.timm_sets import create
 from distill.errors import InputError
+from distill.launching.signals import outlive_one_sigterm
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
-from distill.signals import outlive_one_sigterm
 
 MODE = "RGB"
 

@@ -21,9 +21,9 @@ from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
 from distill.data.images import Box, to_square
 from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
+from distill.launching.signals import outlive_one_sigterm
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
-from distill.signals import outlive_one_sigterm
 
 
 class Reader(Protocol):

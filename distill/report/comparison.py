@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import InputError
+from distill.files.text import visible
 from distill.report.curves import Curves, curves_of
 from distill.report.metrics import Floats, Ints, Metrics, measure
 from distill.report.runs import RunFiles, read_run
 from distill.report.statistics import Verdict, mcnemar, wilson
-from distill.text_files import visible
 
 HEADS = {"fused": "student.fused", "cls": "student.cls", "dist": "student.dist"}
 

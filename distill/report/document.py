@@ -11,6 +11,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distill.errors import InputError
+from distill.files.text import write_text
 from distill.report.answer import answer, main_table
 from distill.report.comparison import Comparison, Row
 from distill.report.curves import Curve
@@ -18,7 +19,6 @@ from distill.report.page import Plot, Section
 from distill.report.sections import sections
 from distill.report.sections.cost import costs_of
 from distill.report.tables import render_markdown
-from distill.text_files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 

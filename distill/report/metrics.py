@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
-from distill.seal import SEAL, is_sealed
+from distill.files.seal import SEAL, is_sealed
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]

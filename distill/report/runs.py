@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
+from distill.files.seal import is_sealed
 from distill.recipe import read_yaml
 from distill.report.metrics import Predictions, read_predictions
-from distill.seal import is_sealed
 
 Record = Mapping[str, Any]
 ANALYSIS = "analysis"

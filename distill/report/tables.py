@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
+from distill.files.text import markdown
 from distill.report.answer import answer, main_table
 from distill.report.comparison import Comparison, Row
 from distill.report.page import Plot, Section, Table
-from distill.text_files import markdown
 
 
 def header(comparison: Comparison) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distill.digests import state_digest
 from distill.errors import InputError
-from distill.seal import is_sealed
+from distill.files.digests import state_digest
+from distill.files.seal import is_sealed
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

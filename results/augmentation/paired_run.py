@@ -26,9 +26,9 @@ from distill.data import BatchPlan, Dataset, open_dataset
 from distill.data.policies import Operation, Operations
 from distill.data.randomness import hashes, integers, keys, uniform
 from distill.objectives import training_loss
-from distill.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.recipe import Recipe, from_mapping
 from distill.students import build_student
+from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from results.augmentation import one_by_one
 
 CPU = torch.device("cpu")

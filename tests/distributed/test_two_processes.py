@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill import run
-from distill.processes import bf16_instructions
+from distill.launching.processes import bf16_instructions
 from tests.conftest import Counted, Toy, environment
 
 EVEN = (

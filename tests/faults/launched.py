@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.launcher import find_process
+from distill.launching.launcher import find_process
 from distill.run import read_metrics, read_status
 from tests.conftest import environment
 

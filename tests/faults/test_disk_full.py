@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill.export
+import distill.export.folder
 from distill import checkpoint, run
 from distill.errors import RunFailed
-from distill.finishing import write_predictions
 from distill.pipeline import Launch, Place, execute
 from distill.recipe import load
+from distill.training.finishing import write_predictions
 from tests.conftest import Counted, Toy
 from tests.distributed.test_two_processes import launch
 from tests.faults.small_runs import SMALL, same_end, start
@@ -126,7 +126,7 @@ def test_the_best_weights_that_found_no_room_are_not_chosen(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load(toy.recipe, list(SMALL))
-    monkeypatch.setattr(distill.export, "_compare_with_reloaded", lambda *_: None)
+    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *_: None)
 
     class Relief:
         """Asked after each step; there is room again from the third on."""

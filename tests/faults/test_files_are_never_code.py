@@ -21,14 +21,14 @@ from torchvision import datasets
 
 from distill.data import open_dataset
 from distill.errors import InputError
-from distill.export import write_export
+from distill.export.folder import write_export
+from distill.files.text import markdown, visible
 from distill.recipe import Data, from_mapping, load
 from distill.report.comparison import compare
 from distill.report.document import write_report
 from distill.report.tables import render_console
 from distill.students import build_student
 from distill.students.saved import read_export
-from distill.text_files import markdown, visible
 from teachers import load_teacher
 from teachers.weights import read_state_dict
 from tests.conftest import Counted, Toy, environment

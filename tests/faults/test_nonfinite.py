@@ -22,12 +22,12 @@ from torch import Tensor
 import distill.trainer
 from distill import checkpoint, run
 from distill.data import Batch, BatchPlan
-from distill.digests import state_digest
-from distill.guard import Guard
-from distill.logit_file import LogitFile
+from distill.files.digests import state_digest
+from distill.launching.processes import build_accelerator
 from distill.pipeline import open_data
-from distill.processes import build_accelerator
+from distill.teaching.logit_file import LogitFile
 from distill.trainer import Trainer
+from distill.training.guard import Guard
 from tests.conftest import Counted, Toy
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
 from tests.warm import launch

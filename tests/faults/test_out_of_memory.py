@@ -16,8 +16,8 @@ import torch
 from distill import run
 from distill.errors import RunFailed
 from distill.evaluate import predict
+from distill.launching.processes import build_accelerator
 from distill.pipeline import open_data
-from distill.processes import build_accelerator
 from distill.students import Student
 from distill.trainer import Trainer
 from tests.conftest import Counted, Toy

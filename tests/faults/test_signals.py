@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distill import checkpoint
-from distill.ending import EXIT_INTERRUPTED
+from distill.launching.ending import EXIT_INTERRUPTED
 from distill.run import read_metrics, read_status
 from tests.conftest import Counted, Toy
 from tests.faults.launched import COMMANDS, ROOT, Launched, paste
@@ -142,7 +142,7 @@ def test_the_end_of_a_child_is_no_reason_to_stop() -> None:
     """torch's DataLoader handles SIGCHLD, which comes whenever one of its workers ends."""
     code = (
         "import signal, subprocess, sys, time\n"
-        "from distill.signals import StopRequest\n"
+        "from distill.launching.signals import StopRequest\n"
         "stop = StopRequest(None, lambda error: 1)\n"
         "signal.signal(signal.SIGCHLD, lambda number, frame: print('a child ended'))\n"
         "subprocess.run(['true'])\n"

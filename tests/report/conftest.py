@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
-from distill.seal import SEAL
-from distill.tensor_files import write_tensors
+from distill.files.seal import SEAL
+from distill.files.tensors import write_tensors
 
 SAMPLES, CLASSES = 40, 10
 ALL_OUTPUTS = ("student.fused", "student.cls", "student.dist", "teacher")

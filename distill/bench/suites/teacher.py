@@ -13,7 +13,7 @@ from distill.bench.flops import TRAINING, cifar_resnet_forward, vit_forward
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave
 from distill.data import Batch
-from distill.teacher_cache import open_cache
+from distill.teaching.cache import open_cache
 from distill.trainer import Trainer
 from teachers.cifar_resnet import CifarResNet
 

@@ -15,7 +15,7 @@ from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH, accuracies, predict
-from distill.processes import with_precision
+from distill.launching.processes import with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
 from teachers import Ensemble, Teacher, judge, load_teacher

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from distill import __version__, run
 from distill.data import BatchPlan, Dataset
-from distill.digests import batch_digest
-from distill.logit_file import LogitFile
-from distill.processes import on_main
+from distill.files.digests import batch_digest
+from distill.launching.processes import on_main
 from distill.recipe import Recipe
+from distill.teaching.logit_file import LogitFile
 from teachers import Ensemble, Teacher
 
 FOLDER = run.RUNS / "teacher-cache"

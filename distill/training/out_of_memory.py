@@ -1,10 +1,9 @@
-"""Running out of memory: what it looks like, and what would have fitted."""
+"""Running out of memory in training: what would have fitted."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,25 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.data import Batch
 from distill.errors import InputError, RunFailed
-from distill.guard import Guard
-from distill.processes import return_freed_memory
+from distill.launching.processes import return_freed_memory
+from distill.memory import forget, is_out_of_memory
+from distill.training.guard import Guard
 
 if TYPE_CHECKING:
     from distill.trainer import Trainer
 
-# What torch's CPU allocator, CUDA, cuBLAS, cuDNN, the C++ library and oneDNN say; only CUDA's caching allocator has a
-# class for it.
-SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-ONEDNN = ("could not create a primitive", "could not execute a primitive")
 _log = logging.getLogger("distill")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the lack of memory, of whatever kind."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (text in ONEDNN or any(sign in text for sign in SIGNS))
 
 
 @contextmanager
@@ -50,12 +38,6 @@ def advising(trainer: Trainer) -> Iterator[None]:
         _log.info("out of memory: %s", str(error).partition("\n")[0])
         forget(error)
         raise RunFailed(_advice(trainer)) from None
-
-
-def forget(error: BaseException) -> None:
-    """Let go of what the functions that failed still hold."""
-    traceback.clear_frames(error.__traceback__)
-    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 def _advice(trainer: Trainer) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from distill.ending import LONGEST, describe
 from distill.errors import InputError, RunFailed
-from distill.launcher import Process, find_process
-from distill.signals import Interrupted
+from distill.launching.ending import LONGEST, describe
+from distill.launching.launcher import Process, find_process
+from distill.launching.signals import Interrupted
 
 KINDS: dict[str, type[BaseException]] = {"interrupted": Interrupted, "input": InputError, "failed": RunFailed}
 _log = logging.getLogger("distill")

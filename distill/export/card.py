@@ -12,11 +12,11 @@ import yaml
 
 from distill import run
 from distill.errors import InputError
+from distill.files.text import markdown
 from distill.recipe import Data
 from distill.report.metrics import Metrics, measure, read_predictions
 from distill.students import Student
 from distill.students.saved import read_export
-from distill.text_files import markdown
 
 HEADS = {"fused": "both heads", "cls": "class head", "dist": "distillation head"}
 HUB_NAMES = {

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from distill import __version__, faults
-from distill.digests import state_digest
-from distill.durable import clear, flush_folder
 from distill.errors import InputError
+from distill.export.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
+from distill.files.digests import state_digest
+from distill.files.durable import clear, flush_folder
+from distill.files.seal import SEAL
+from distill.files.tensors import write_tensors
+from distill.files.text import write_text
 from distill.inputs import InputContract, Preparation
-from distill.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
-from distill.seal import SEAL
 from distill.students import Student, check_name, register_models
 from distill.students.saved import (
     CONFIG_DIGEST,
@@ -32,8 +34,6 @@ from distill.students.saved import (
     config_digest,
     read_export,
 )
-from distill.tensor_files import write_tensors
-from distill.text_files import write_text
 
 TOLERANCE = 1e-6
 """Largest difference, absolute plus relative, between the logits here and those of the reloaded model."""
@@ -170,7 +170,7 @@ def _compare_with_reloaded(student: Student, folder: Path) -> None:
     # The fresh process finds this project where this one did, runs on the CPU, and is no rank of anything.
     roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "CUDA_VISIBLE_DEVICES": ""}
-    command = "import sys; from distill.export import reload; reload(*sys.argv[1:])"
+    command = "import sys; from distill.export.folder import reload; reload(*sys.argv[1:])"
     arguments = [str(folder), str(torch.get_num_threads())]
     result = subprocess.run(
         [sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True, check=False

@@ -6,7 +6,7 @@ import html
 import re
 from pathlib import Path
 
-from distill.durable import replacing
+from distill.files.durable import replacing
 
 
 def write_text(path: Path, text: str) -> None:

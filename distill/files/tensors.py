@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.durable import NewFile, replacing
-from distill.seal import SEAL, UNSEALED
+from distill.files.durable import NewFile, replacing
+from distill.files.seal import SEAL, UNSEALED
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -9,17 +9,17 @@ from pathlib import Path
 from torch import Tensor
 
 from distill import checkpoint
-from distill.card import Card, card_of_run, data_name, render
 from distill.data import Dataset
-from distill.durable import indispensable
 from distill.errors import InputError, RunFailed
 from distill.evaluate import save_predictions
-from distill.export import describe, load_export, write_export
+from distill.export.card import Card, card_of_run, data_name, render
+from distill.export.folder import describe, load_export, write_export
+from distill.files.durable import indispensable
 from distill.inputs import Preparation
 from distill.recipe import Recipe
 from distill.run import Run
-from distill.saving import Progress
 from distill.students import Student
+from distill.training.saving import Progress
 
 
 @dataclass(frozen=True)

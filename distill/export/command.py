@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from distill import run
-from distill.card import card_of_run, check_license, render
 from distill.console import say
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
 from distill.evaluate import SMALLEST_BATCH
-from distill.export import Differs, load_export, write_export
-from distill.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
+from distill.export.card import card_of_run, check_license, render
+from distill.export.folder import Differs, load_export, write_export
+from distill.export.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
 from distill.students import Student, one_head
 
 MOST_COMPARED = 10_000

@@ -19,12 +19,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from distill.errors import InputError, RunFailed
-from distill.launcher import Process
+from distill.launching.launcher import Process
 
 if TYPE_CHECKING:  # torch is imported long after the first signal may come
     from torch.distributed import ProcessGroup
 
-    from distill.peers import Peers
+    from distill.launching.peers import Peers
     from distill.run import Run
 
 T = TypeVar("T")

@@ -18,11 +18,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
-from distill.determinism import set_deterministic
 from distill.errors import InputError, RunFailed
-from distill.peers import Peers
+from distill.launching.determinism import set_deterministic
+from distill.launching.peers import Peers
+from distill.launching.signals import StopRequest
 from distill.recipe.schema import Recipe, Train
-from distill.signals import StopRequest
 
 T = TypeVar("T")
 _log = logging.getLogger("distill")

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from distill.errors import InputError, RunFailed
-from distill.launcher import Command
-from distill.signals import Interrupted
+from distill.launching.launcher import Command
+from distill.launching.signals import Interrupted
 
 # 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75

@@ -15,9 +15,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from distill import checkpoint
-from distill.durable import describe_failure
 from distill.errors import InputError
-from distill.processes import on_main
+from distill.files.durable import describe_failure
+from distill.launching.processes import on_main
 from distill.run import Run
 
 _log = logging.getLogger("distill")

@@ -1,0 +1,1 @@
+"""How a launch starts its processes, hears of signals, watches its peers and ends."""
