@@ -15,7 +15,7 @@ from distill.analysis import analyse
 from distill.console import console, say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
-from distill.evaluate import SMALLEST_BATCH, named_heads, predict, save_predictions, student_outputs
+from distill.evaluate import predict_heads, predict_teacher, save_predictions
 from distill.export.folder import load_export
 from distill.launching.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping, load
@@ -36,21 +36,23 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     recipe = from_mapping(run.read_recipe(path).model_dump(), overrides, source=str(path / "resolved.yaml"))
     student, _ = load_export(path / "export")
     accelerator, dataset, teacher = _set_up(recipe)
-    forward = student_outputs(student.to(accelerator.device).logits)
-    predictions = named_heads(predict(forward, dataset, "test", accelerator, batch_size=SMALLEST_BATCH))
+    student.to(accelerator.device)
     if teacher is not None:
         say(teacher.describe())
-        predictions["teacher"] = _predict_teacher(teacher, dataset, accelerator)
+
+    def answers(split: Split) -> dict[str, Tensor]:
+        logits = predict_heads(student, dataset, split, accelerator)
+        if teacher is not None:
+            logits["teacher"] = predict_teacher(teacher, dataset, split, accelerator)
+        return logits
+
+    predictions = answers("test")
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
     with safe_open(earlier if earlier.exists() else path / "export" / WEIGHTS_FILE, "pt") as file:
         metadata = (file.metadata() or {}) | {"data": dataset.info.digest}
     save_predictions(earlier, predictions, labels, metadata)
-    validation: dict[str, Tensor] = {}
-    if dataset.info.sizes.get("validation"):
-        validation = named_heads(predict(forward, dataset, "validation", accelerator, batch_size=SMALLEST_BATCH))
-        if teacher is not None:
-            validation["teacher"] = _predict_teacher(teacher, dataset, accelerator, "validation")
+    validation = answers("validation") if dataset.info.sizes.get("validation") else {}
     analyse(path, student, teacher, dataset, predictions, validation)
     _print_table(predictions, labels)
 
@@ -65,7 +67,7 @@ def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
     if teacher is None:
         raise InputError(f"{target}: the recipe has no teacher to evaluate.")
     say(teacher.describe())
-    _print_table({"teacher": _predict_teacher(teacher, dataset, accelerator)}, dataset.labels("test"))
+    _print_table({"teacher": predict_teacher(teacher, dataset, "test", accelerator)}, dataset.labels("test"))
 
 
 def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
@@ -79,10 +81,6 @@ def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
     accelerator = Accelerator(mixed_precision="no")
     dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device)
     return accelerator, dataset, build_teacher(recipe, dataset, accelerator)
-
-
-def _predict_teacher(teacher: Teacher, dataset: Dataset, accelerator: Accelerator, split: Split = "test") -> Tensor:
-    return predict(lambda images: [teacher(images)], dataset, split, accelerator, batch_size=SMALLEST_BATCH)[0]
 
 
 def _print_table(predictions: dict[str, Tensor], labels: Tensor) -> None:

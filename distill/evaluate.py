@@ -18,7 +18,8 @@ from distill.launching.processes import marking_process
 from distill.launching.signals import stoppable
 from distill.memory import forget, is_out_of_memory
 from distill.report.metrics import measure
-from distill.students import Heads
+from distill.students import Heads, Student
+from teachers import Teacher
 
 SMALLEST_BATCH = 128
 _log = logging.getLogger("distill")
@@ -106,6 +107,21 @@ def student_outputs(logits: Callable[[Tensor], Heads]) -> Callable[[Tensor], lis
         return [head for head in logits(images) if head is not None]
 
     return forward
+
+
+def predict_heads(
+    student: Student, dataset: Dataset, split: Split, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH
+) -> dict[str, Tensor]:
+    """A student's logits on a split by head, as `named_heads`; leaves it in eval mode."""
+    student.eval()
+    return named_heads(predict(student_outputs(student.logits), dataset, split, accelerator, batch_size=batch_size))
+
+
+def predict_teacher(
+    teacher: Teacher, dataset: Dataset, split: Split, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH
+) -> Tensor:
+    """A teacher's logits [N, classes] on a split."""
+    return predict(lambda images: [teacher(images)], dataset, split, accelerator, batch_size=batch_size)[0]
 
 
 def named_heads(outputs: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -21,12 +21,11 @@ from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import RunFailed
-from distill.evaluate import SMALLEST_BATCH, accuracies, named_heads, predict, student_outputs
+from distill.evaluate import SMALLEST_BATCH, accuracies, predict_heads, predict_teacher
 from distill.export.folder import load_export
 from distill.files.digests import batch_digest, state_digest
 from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import Interrupted, StopRequest, deferred
-from distill.memory import is_out_of_memory
 from distill.objectives import training_loss
 from distill.recipe import Recipe
 from distill.run import Run
@@ -222,9 +221,12 @@ class Trainer:
                 self.accelerator.backward(loss / len(micro_batches))
             self.window.add(loss, parts)
             losses.append(loss.detach())
-        self.guard.judge(step, losses, [batch.indices for batch in micro_batches])
-        if recipe.optim.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
+        norm = self.guard.judge(step, losses, [batch.indices for batch in micro_batches])
+        if (limit := recipe.optim.clip_grad) is not None:
+            if self.accelerator.scaler is None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+            else:  # the norm is that of scaled gradients
+                self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self.guard.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -298,11 +300,7 @@ class Trainer:
 
     def predict_heads(self, student: Student, split: Split) -> dict[str, Tensor]:
         """The student's logits per head on a split, and the teacher's where they are known already."""
-        student.eval()
-        outputs = predict(
-            student_outputs(student.logits), self.dataset, split, self.accelerator, batch_size=self.evaluation_batch
-        )
-        named = named_heads(outputs)
+        named = predict_heads(student, self.dataset, split, self.accelerator, batch_size=self.evaluation_batch)
         if split == "validation" and self.teacher_logits is not None:
             named["teacher"] = self.teacher_logits
         return named
@@ -359,29 +357,15 @@ class Trainer:
         )
         student, _ = load_export(run.export)
         predictions = self.predict_heads(student.to(self.accelerator.device), "test")
-        if (teacher := self.teacher) is not None:
-            outputs = predict(
-                lambda images: [teacher(images)],
-                self.dataset,
-                "test",
-                self.accelerator,
-                batch_size=self.evaluation_batch,
+        if self.teacher is not None:
+            predictions["teacher"] = predict_teacher(
+                self.teacher, self.dataset, "test", self.accelerator, batch_size=self.evaluation_batch
             )
-            predictions["teacher"] = outputs[0]
         labels = self.dataset.labels("test")
         on_main(lambda: write_predictions(run, predictions, labels, {"data": info.digest, **described}))
         on_main(lambda: describe_export(run.path))
         validation = self.predict_heads(student, "validation") if info.sizes.get("validation") else {}
-
-        def write_analysis() -> None:
-            try:
-                analyse(run.path, student, teacher, self.dataset, predictions, validation)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                _log.warning("out of memory: the report goes without its analysis; `distill evaluate` repeats it")
-
-        on_main(write_analysis)
+        on_main(lambda: analyse(run.path, student, self.teacher, self.dataset, predictions, validation))
         values = accuracies(predictions, labels)
         epoch = chosen.step / self.steps_per_epoch
         run.log("eval", step=chosen.step, epoch=epoch, split="test", weights=chosen.weights, **values)

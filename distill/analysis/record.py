@@ -21,6 +21,7 @@ from distill.evaluate import named_heads, student_outputs
 from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
+from distill.memory import is_out_of_memory
 from distill.students import Student
 from teachers import Teacher
 
@@ -50,13 +51,37 @@ def analyse(
     predictions: Mapping[str, Tensor],
     validation: Mapping[str, Tensor],
 ) -> None:
-    """Write the analysis into a run directory; a full disk is a warning: the report is shorter without. On one process.
+    """Write the analysis into a run directory; too little disk or memory is a warning: the report does without. On one
+    process.
 
     Args:
         student: as exported, on the dataset's device, in eval mode; so is the teacher.
         predictions: logits [N, classes] on the test set by name (`student.fused`, ..., `teacher`).
         validation: the same on the validation split; empty without one.
     """
+    path = folder / NAME
+    try:
+        values, tensors = _measure(folder, student, teacher, dataset, predictions, validation)
+        metadata = {"format": FORMAT, "data": dataset.info.digest, SEAL: ""}
+        write_tensors(path.with_suffix(".safetensors"), tensors, metadata)
+        write_text(path.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        _log.warning("%s: cannot be written (%s); the report does without it", path, error.strerror)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _log.warning("%s: out of memory; the report does without it, and `distill evaluate` repeats it", path)
+
+
+def _measure(
+    folder: Path,
+    student: Student,
+    teacher: Teacher | None,
+    dataset: Dataset,
+    predictions: Mapping[str, Tensor],
+    validation: Mapping[str, Tensor],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `analysis.json` and `analysis.safetensors` hold."""
     labels, device = dataset.labels("test"), dataset.device
     models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     sample = _take(dataset, [0]).to(device) / 255
@@ -94,12 +119,7 @@ def analyse(
     if seen is not None:
         values["tokens"] = {"token_cosines": seen.token_cosines, "head_cosines": seen.head_cosines, "images": LOOKED_AT}
         tensors |= _attention(seen, drawn, _thumbnails(of(drawn)))
-    metadata = {"format": FORMAT, "data": dataset.info.digest, SEAL: ""}
-    try:
-        write_tensors(folder / f"{NAME}.safetensors", tensors, metadata)
-        write_text(folder / f"{NAME}.json", json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        _log.warning("%s: cannot be written (%s); the report does without it", folder / NAME, error.strerror)
+    return values, tensors
 
 
 def _how_many(dataset: Dataset, pixels: int) -> int:
