@@ -25,16 +25,22 @@ class _Peer:
     machine: str
     """The host and the namespace of its process numbers: within one, a number is a process."""
     process: Process | None
+    note: int | None
+    """That process's descriptor of the memory that its last word goes to."""
 
 
 class Peers:
     """Collective to build. Those on this machine are watched; the rest are known by what they say, or by a connection
     that breaks.
+
+    What a process says when it leaves goes to the launch's store, for other machines, and into memory that all of its
+    own machine have open: without a launcher that keeps it, the store is gone with process 0, and its word with it.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         host = socket.gethostname()
-        own = _Peer(host, f"{host} {_pid_namespace()}", find_process(os.getpid()))
+        self._note = _new_note()
+        own = _Peer(host, f"{host} {_pid_namespace()}", find_process(os.getpid()), self._note)
         self.rank = dist.get_rank()
         self._all: list[_Peer] = [own] * dist.get_world_size()
         dist.all_gather_object(self._all, own, group=group)
@@ -43,6 +49,7 @@ class Peers:
             for rank, peer in enumerate(self._all)
             if rank != self.rank and peer.machine == own.machine and peer.process is not None and peer.process.lives
         }
+        self._notes = {rank: note for rank in self._here if (note := _open_note(self._all[rank])) is not None}
         self._store = dist.distributed_c10d._get_default_store()
 
     def anyone_gone(self) -> bool:
@@ -86,19 +93,42 @@ class Peers:
         foreseen = kind != "failed" or isinstance(error, RunFailed)
         text = str(error) if foreseen else f"{describe(error)[:LONGEST]} (details in train.log)"
         own = text if kind == "interrupted" or text.startswith("process ") else f"process {self.rank}: {text}"
+        word = json.dumps([kind, own])
         try:
-            self._store.set(f"distill/{self.rank}", json.dumps([kind, own]))
-        except RuntimeError:
-            return False
+            if self._note is not None:
+                os.write(self._note, f"{word}\n".encode())
+            if len(self._notes) < len(self._all) - 1:
+                self._store.set(f"distill/{self.rank}", word)
+        except (OSError, RuntimeError):
+            return 0 in self._notes  # which then says that this process died without a word, or has written it
         return True
 
     def _word_of(self, rank: int) -> tuple[str, str] | None:
+        if (note := self._notes.get(rank)) is not None:
+            text = os.pread(note, os.fstat(note).st_size, 0).decode(errors="replace")
+            return tuple(json.loads(text.splitlines()[-1])) if text.endswith("\n") else None
         key = f"distill/{rank}"
         try:
             found = self._store.check([key]) and self._store.get(key)
         except RuntimeError:  # the store went with its process
             return None
         return tuple(json.loads(found)) if found else None
+
+
+def _new_note() -> int | None:
+    """None where the system has no such memory."""
+    try:
+        return os.memfd_create("distill") if hasattr(os, "memfd_create") else None
+    except OSError:
+        return None
+
+
+def _open_note(peer: _Peer) -> int | None:
+    """None where it died already, or the system does not let us."""
+    try:
+        return None if peer.process is None else os.open(f"/proc/{peer.process.pid}/fd/{peer.note}", os.O_RDONLY)
+    except OSError:
+        return None
 
 
 def _pid_namespace() -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from markdown_it import MarkdownIt
 from rich.console import Console
 from torchvision import datasets
@@ -297,7 +298,7 @@ def test_a_card_shows_names_as_they_are(toy: Toy, tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x> [x](javascript:y) |`"
     student = build_student(from_mapping({"student": {"model": "vit_nano", "patch_size": 4}}).student, resolution=8,
                             num_classes=4, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, seed=0)  # fmt: skip
-    write_export(student, folder, class_names=["<script>", "](x)", "a|b", "\x1b[31m"], metadata={}, card="")
+    write_export(student, folder, class_names=["<script>", "](x)", "a|b", "\x1b[31m"], metadata={}, readme="")
     recipe = toy.mapping(teacher={"model": f"local-dir:{folder}", "min_accuracy": 0.0})
     del recipe["teacher"]["weights"]
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
@@ -305,8 +306,11 @@ def test_a_card_shows_names_as_they_are(toy: Toy, tmp_path: Path) -> None:
     assert done.wait() == [0], done.output
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
-    assert front == "library_name: timm\npipeline_tag: image-classification\n"
+    assert list(yaml.safe_load(front)) == [
+        "library_name", "pipeline_tag", "license", "datasets", "metrics", "tags", "model-index",
+    ]  # fmt: skip
     page = Tags(RENDER.render(body))
-    assert set(page.tags) <= {"p", "ul", "li", "h2", "pre", "code"}
+    table = {"table", "thead", "tbody", "tr", "th", "td"}
+    assert set(page.tags) <= {"h1", "h2", "p", "ul", "li", "pre", "code", *table}
     assert f"teacher: local-dir:{folder}" in page.text
     assert "\x1b" not in done.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from distill import run
 from distill.errors import RunFailed
 from distill.evaluate import predict
+from distill.launching.peers import Peers
 from distill.launching.processes import build_accelerator
+from distill.launching.signals import StopRequest
 from distill.pipeline import open_data
 from distill.students import Student
 from distill.trainer import Trainer
@@ -84,7 +87,7 @@ CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], dict[str, str]]
 @pytest.mark.parametrize(
     "names",
     [
-        ["mixed in pairs", "not even two"],
+        ["one of two", "not even two"],
         pytest.param(list(CASES), marks=pytest.mark.soak),
     ],
     ids=["some", "all"],
@@ -115,6 +118,53 @@ def test_the_advice_fits(toy: Toy, tmp_path: Path, counted: Counted, names: list
             assert run.is_finished(folder / "run")
         done += 1
     counted("out of memory ends in settings that fit", done=done, of=len(names))
+
+
+def one_then_the_other() -> None:
+    """Only process 1 runs out of memory, and has said so when process 0 ends before it."""
+    allow(3, 0, rank=1)
+    destroy = torch.distributed.destroy_process_group
+
+    def and_wait() -> None:
+        destroy()
+        await_the_other()
+
+    if os.environ["RANK"] == "1":
+        torch.distributed.destroy_process_group = and_wait
+
+
+def both_in_turn() -> None:
+    """Both run out of memory; process 0 has said so and ended before process 1 can."""
+    allow(3)
+    leave = Peers.leave
+
+    def wait_and_leave(peers: Peers, error: BaseException) -> bool:
+        if peers.rank == 1:
+            await_the_other()
+        return leave(peers, error)
+
+    Peers.leave = wait_and_leave  # type: ignore[method-assign]
+
+
+def await_the_other() -> None:
+    peers, until = StopRequest.current().peers, time.monotonic() + 60
+    while peers is not None and not peers.anyone_gone() and time.monotonic() < until:
+        time.sleep(0.02)
+    print("the other is gone")
+
+
+@pytest.mark.parametrize("short", [one_then_the_other, both_in_turn])
+def test_one_process_says_it_whoever_is_gone(toy: Toy, tmp_path: Path, short: Callable[[], None]) -> None:
+    """Without torchrun, what processes share ends with process 0."""
+    command = ["train", toy.recipe, "train.gradient_accumulation=1", "--out", "run"]
+    launched = launch(command, cwd=tmp_path, processes=2, before=short)
+    assert launched.wait() == [3, 3], launched.output
+    assert "the other is gone" in launched.output
+    assert launched.output.count("failed: ") == 1, launched.output
+    assert "Set train.gradient_accumulation=4" in launched.output
+    status = run.read_status(tmp_path / "run")
+    assert status["state"] == "failed"
+    assert "out of memory with 8 images" in status["reason"]
 
 
 def test_evaluation_takes_fewer_images_at_a_time(toy: Toy) -> None:
