@@ -29,8 +29,8 @@ from distill.launching.processes import (
 )
 from distill.launching.signals import StopRequest, verdict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
+from distill.recipe.objectives import OnLogits
 from distill.run import Run
-from distill.teaching.cache import open_cache
 from distill.teaching.teachers import (
     build_teacher,
     is_trained,
@@ -190,7 +190,7 @@ def _execute(
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
     trainer.teacher_logits = teacher_logits
-    trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
+    trainer.open_cache()
 
     environment = run.describe_environment(
         num_processes=accelerator.num_processes,
@@ -328,11 +328,12 @@ def wait_for(directory: Path) -> None:
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The same student on the same batches without the teacher: its heads share the labels at the weight of the whole
-    loss.
+    """The same student on the same batches without the teacher: its heads share the labels at the weight of all losses
+    on the heads.
     """
     assert recipe.label_weight is not None
-    weight = recipe.label_weight + sum(objective.weight for objective in recipe.distill)
+    on_heads = [objective.mean_weight for objective in recipe.distill if isinstance(objective, OnLogits)]
+    weight = recipe.label_weight + sum(on_heads)
     return recipe.replace(name=f"{recipe.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
 
 

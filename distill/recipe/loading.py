@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
+from distill.recipe.objectives import OnLogits
 from distill.recipe.schema import Recipe
 
 MOST_CHARACTERS = 1_000_000
@@ -90,7 +91,7 @@ def from_mapping(
         raise InputError(f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}")
     label_weight = recipe.label_weight
     if label_weight is None:
-        label_weight = 0.5 if recipe.distill else 1.0
+        label_weight = 0.5 if any(isinstance(objective, OnLogits) for objective in recipe.distill) else 1.0
     return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
 
 
