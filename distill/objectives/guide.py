@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.objectives.maps import resize
+from distill.objectives.precision import at_least_float32
 
 
 class Guide(nn.Module):
@@ -32,7 +33,7 @@ class Guide(nn.Module):
         """
         target = resize(teacher_map.detach(), (student_map.shape[2], student_map.shape[3]))
         target = standardise(target, over_processes=self.over_processes)
-        return F.mse_loss(self.projection(student_map.float()), target)
+        return F.mse_loss(self.projection(at_least_float32(student_map)), target)
 
 
 def standardise(maps: Tensor, *, over_processes: bool = False) -> Tensor:

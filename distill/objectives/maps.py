@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.objectives.precision import at_least_float32
+
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, h, w] -> [B, C, *size], float32: means over areas where it shrinks, bilinear where it grows."""
+    """[B, C, h, w] -> [B, C, *size], float32 or more: means over areas where it shrinks, bilinear where it grows."""
+    maps = at_least_float32(maps)
     height, width = maps.shape[-2:]
     if (height, width) == size:
-        return maps.float()
+        return maps
     if height >= size[0] and width >= size[1]:
-        return F.adaptive_avg_pool2d(maps.float(), size)
-    return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+        return F.adaptive_avg_pool2d(maps, size)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def pairs_of(

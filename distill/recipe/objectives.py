@@ -147,7 +147,7 @@ class AttentionTransfer(OnMaps):
         description="Where all maps, spread evenly over the blocks, are strong (Zagoruyko and Komodakis 2017).",
     )
     weight: Weight = _weight(1000.0)
-    power: Positive = Field(2.0, description="Of the absolute values that are averaged over the channels.")
+    power: float = Field(2.0, ge=1.0, description="Of the absolute values that are averaged over the channels.")
 
 
 class Relational(OnMaps):
