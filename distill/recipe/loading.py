@@ -65,6 +65,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return from_mapping(raw, overrides, source=str(path), default_name=_name_from(path))
 
 
+def load_teachers_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at a path that ends in .yaml or .yml, or one of which only the teacher's name is given; see `load`."""
+    if Path(target).suffix in {".yaml", ".yml"}:
+        return load(target, overrides)
+    return from_mapping({"teacher": {"model": target}}, overrides, source=target)
+
+
 def from_mapping(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
 ) -> Recipe:
