@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.console import say
-from distill.pipeline import control_recipe, count_parameters, open_data
+from distill.pipeline import count_parameters, open_data
 from distill.recipe import Recipe
 from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
 from distill.trainer import Trainer
@@ -27,7 +27,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
         dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
     asked = recipe
     if untrained:
-        recipe = control_recipe(recipe)
+        recipe = recipe.as_control()
     teacher = build_teacher(recipe, dataset, accelerator)
     if teacher is not None:
         run_preflight(recipe, teacher, dataset, accelerator)

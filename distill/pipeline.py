@@ -29,7 +29,6 @@ from distill.launching.processes import (
 )
 from distill.launching.signals import StopRequest, verdict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
-from distill.recipe.objectives import OnLogits
 from distill.run import Run
 from distill.teaching.teachers import (
     build_teacher,
@@ -248,7 +247,7 @@ def check_teacher(place: Place, weights: dict[str, str]) -> None:
 
 def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Dataset) -> None:
     """The control's run under `control/`, unless it is finished already."""
-    control, directory = control_recipe(recipe), place.directory / "control"
+    control, directory = recipe.as_control(), place.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
         execute(control, on_main(lambda: newest_place(directory, control)), shared, dataset=dataset)
 
@@ -325,16 +324,6 @@ def wait_for(directory: Path) -> None:
     """Return once no process holds the run directory."""
     while run.holder_of(directory) is not None:
         time.sleep(1)
-
-
-def control_recipe(recipe: Recipe) -> Recipe:
-    """The same student on the same batches without the teacher: its heads share the labels at the weight of all losses
-    on the heads.
-    """
-    assert recipe.label_weight is not None
-    on_heads = [objective.mean_weight for objective in recipe.distill if isinstance(objective, OnLogits)]
-    weight = recipe.label_weight + sum(on_heads)
-    return recipe.replace(name=f"{recipe.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
 
 
 def check_control(student: Path, directory: Run) -> None:

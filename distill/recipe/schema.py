@@ -11,7 +11,7 @@ import yaml
 from pydantic import Discriminator, Field, Tag
 
 from distill.recipe.base import Interpolation, Probability, Section, Side, Text
-from distill.recipe.objectives import Objective
+from distill.recipe.objectives import Objective, OnLogits
 
 
 class RandomResizedCrop(Section):
@@ -283,6 +283,15 @@ class Recipe(Section):
         """SHA-256 (hex) of the recipe's content less the dotted keys in `ignore`."""
         flat = {key: value for key, value in self.flat().items() if key not in set(ignore)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+    def as_control(self) -> Recipe:
+        """The same student on the same batches without the teacher: its heads share the labels at the weight of all
+        losses on the heads.
+        """
+        assert self.label_weight is not None, "a loaded recipe has it resolved"
+        on_heads = [objective.mean_weight for objective in self.distill if isinstance(objective, OnLogits)]
+        weight = self.label_weight + sum(on_heads)
+        return self.replace(name=f"{self.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
 
     def flat(self) -> dict[str, Any]:
         """Every leaf under its dotted path, for comparing two recipes."""
