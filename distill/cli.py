@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = argparse.ArgumentParser(prog=f"distill {command}", description=function.__doc__)
     add_arguments(own)
     options = own.parse_intermixed_args(rest)
-    if "arguments" in options:
+    if getattr(options, "arguments", None):
         _take_target(own, options)
     try:
         return function(options) or 0
@@ -91,10 +91,10 @@ def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     options.overrides = [text for text in options.arguments if text != targets[0]]
 
 
-def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str) -> None:
+def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str, *, number: str = "+") -> None:
     """One target of that name and its overrides; `_take_target` tells them apart."""
     parser.set_defaults(target_name=name)
-    parser.add_argument("arguments", nargs="+", metavar=f"{name} key=value", help=explanation)
+    parser.add_argument("arguments", nargs=number, metavar=f"{name} key=value", help=explanation)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,15 +231,22 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def _teachers_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, in full")
+    explanation = "a teacher's name, or a recipe (for its teacher), and overrides such as teacher.size=64"
+    _target_arguments(parser, "NAME", explanation, number="*")
 
 
 def teachers(options: argparse.Namespace) -> None:
-    """List the known teachers: accuracy, size, source and licence."""
+    """List the known teachers; with NAME, what is known of that one and its feature maps."""
     from distill.console import console
-    from teachers.listing import render
+    from distill.recipe import load_teachers_recipe
+    from teachers.listing import known_teachers, one_teacher
 
-    console.print(render(options.name))
+    if not options.arguments:
+        console.print(known_teachers())
+        return
+    recipe = load_teachers_recipe(options.target, options.overrides)
+    for spec in recipe.teachers:
+        console.print(*one_teacher(spec, recipe.data.resolution))
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -273,7 +280,7 @@ COMMANDS: dict[
     "export": ("write a run's student as a timm folder", _export_arguments, export),
     "predict": ("say what an exported student sees in images", _predict_arguments, predict),
     "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
-    "teachers": ("list the known teachers", _teachers_arguments, teachers),
+    "teachers": ("list the known teachers, or one's feature maps", _teachers_arguments, teachers),
 }
 
 if __name__ == "__main__":

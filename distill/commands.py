@@ -18,7 +18,7 @@ from distill.errors import InputError
 from distill.evaluate import predict_heads, predict_teacher, save_predictions
 from distill.export.folder import load_export
 from distill.launching.processes import set_threads, start_processes
-from distill.recipe import Recipe, from_mapping, load
+from distill.recipe import Recipe, from_mapping, load_teachers_recipe
 from distill.report.metrics import measure
 from distill.students.saved import WEIGHTS_FILE
 from distill.teaching.teachers import build_teacher, is_trained
@@ -59,10 +59,7 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
 
 def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
     """Measure the teacher of a recipe, or a teacher by its name, on the test set of the recipe's data."""
-    is_recipe = Path(target).suffix in {".yaml", ".yml"}
-    recipe = (
-        load(target, overrides) if is_recipe else from_mapping({"teacher": {"model": target}}, overrides, source=target)
-    )
+    recipe = load_teachers_recipe(target, overrides)
     accelerator, dataset, teacher = _set_up(recipe)
     if teacher is None:
         raise InputError(f"{target}: the recipe has no teacher to evaluate.")

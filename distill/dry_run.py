@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.console import say
-from distill.pipeline import control_recipe, count_parameters, open_data
+from distill.pipeline import count_parameters, open_data
 from distill.recipe import Recipe
-from distill.teaching.cache import open_cache
 from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
 from distill.trainer import Trainer
 from distill.training.out_of_memory import advising
@@ -28,12 +27,12 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
         dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
     asked = recipe
     if untrained:
-        recipe = control_recipe(recipe)
+        recipe = recipe.as_control()
     teacher = build_teacher(recipe, dataset, accelerator)
     if teacher is not None:
         run_preflight(recipe, teacher, dataset, accelerator)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
-    trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
+    trainer.open_cache()
     trainer.model.train()
     with advising(trainer):
         trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))

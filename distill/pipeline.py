@@ -30,7 +30,6 @@ from distill.launching.processes import (
 from distill.launching.signals import StopRequest, verdict
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
-from distill.teaching.cache import open_cache
 from distill.teaching.teachers import (
     build_teacher,
     is_trained,
@@ -190,7 +189,7 @@ def _execute(
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
     trainer.teacher_logits = teacher_logits
-    trainer.cache = open_cache(recipe, teacher, dataset, accelerator, steps=trainer.total_steps, plan=trainer.plan)
+    trainer.open_cache()
 
     environment = run.describe_environment(
         num_processes=accelerator.num_processes,
@@ -248,7 +247,7 @@ def check_teacher(place: Place, weights: dict[str, str]) -> None:
 
 def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Dataset) -> None:
     """The control's run under `control/`, unless it is finished already."""
-    control, directory = control_recipe(recipe), place.directory / "control"
+    control, directory = recipe.as_control(), place.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
         execute(control, on_main(lambda: newest_place(directory, control)), shared, dataset=dataset)
 
@@ -325,15 +324,6 @@ def wait_for(directory: Path) -> None:
     """Return once no process holds the run directory."""
     while run.holder_of(directory) is not None:
         time.sleep(1)
-
-
-def control_recipe(recipe: Recipe) -> Recipe:
-    """The same student on the same batches without the teacher: its heads share the labels at the weight of the whole
-    loss.
-    """
-    assert recipe.label_weight is not None
-    weight = recipe.label_weight + sum(objective.weight for objective in recipe.distill)
-    return recipe.replace(name=f"{recipe.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
 
 
 def check_control(student: Path, directory: Run) -> None:

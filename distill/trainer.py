@@ -28,13 +28,16 @@ from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import Interrupted, StopRequest, deferred
 from distill.objectives import training_loss
 from distill.recipe import Recipe
+from distill.recipe.objectives import WeightSchedule
 from distill.run import Run
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
-from distill.teaching.cache import TeacherCache
+from distill.teaching.cache import TeacherCache, open_cache
+from distill.teaching.lessons import Lessons
 from distill.training.compilation import Compilation
 from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
 from distill.training.guard import Average, Guard
+from distill.training.learner import Learner, build_objectives, gradient_shares
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.training.out_of_memory import advising
 from distill.training.saving import Parts, Progress, restore, save, settle
@@ -77,6 +80,7 @@ class Trainer:
             std=info.std,
             seed=recipe.seed,
         )
+        objectives = build_objectives(recipe, self.student, teacher)
         # Faster for convolutions, on a CPU too; a plain ViT has only its patch projection to gain.
         self.student.to(memory_format=torch.channels_last)
         self.student.to(accelerator.device)
@@ -88,31 +92,44 @@ class Trainer:
         self.compilation = Compilation(train, accelerator.device)
         self.compilation.apply(self.student)
         self.compilation.apply_to_augmentation(dataset.augmenter)
-        self.training_teacher = self._training_teacher()
-        self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model))
-        self.model: nn.Module = accelerator.prepare(self.student)
-        self.guard = Guard(accelerator, self.model, self.student, self.optimizer)
+        self.learner = Learner(self.student, objectives.to(accelerator.device))
+        self.lessons = None
+        if teacher is not None and recipe.distill:
+            self.lessons = Lessons(
+                teacher,
+                objectives.maps,
+                accelerator,
+                self.compilation,
+                self.plan,
+                steps_per_epoch=self.steps_per_epoch,
+                resolution=recipe.data.resolution,
+            )
+        self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, objectives))
+        self.model: nn.Module = accelerator.prepare(self.learner)
+        self.guard = Guard(accelerator, self.model, self.learner, self.optimizer)
         self.average = None if self.ema is None else Average(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
         self.window = Window(accelerator)
         self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
+        self.shares: dict[str, Tensor] = {}
         self.teacher_logits: Tensor | None = None
-        self.cache: TeacherCache | None = None
 
-    def _training_teacher(self) -> Teacher | None:
-        """The teacher as the steps ask it: in the recipe's precision, and compiled if the student is. None if no
-        objective needs it.
+    @property
+    def cache(self) -> TeacherCache | None:
+        return None if self.lessons is None else self.lessons.cache
+
+    def open_cache(self) -> None:
+        """Look for the teacher's stored logits, where the recipe wants them; nothing is written yet. Collective.
+
+        Raises:
+            InputError: the disk has no room for them.
         """
-        if self.teacher is None or not self.recipe.distill:
-            return None
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        if precision is None and not self.compilation.enabled:
-            return self.teacher
-        copied = self.teacher.with_weights_in(precision or torch.float32)
-        self.compilation.apply(copied)
-        return copied
+        if self.lessons is not None:
+            self.lessons.cache = open_cache(
+                self.recipe, self.teacher, self.dataset, self.accelerator, steps=self.total_steps, plan=self.plan
+            )
 
     @property
     def epoch(self) -> float:
@@ -195,9 +212,9 @@ class Trainer:
     def train_step(self, micro_batches: Sequence[Batch]) -> None:
         """One optimizer step on this process's share of the global batch."""
         recipe, step = self.recipe, self.progress.step
-        assert recipe.label_weight is not None, "a loaded recipe has it resolved"
         rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
+        weights = self.weights(step)
         self.compilation.begin_step()
         self.guard.begin_step()
         losses = []
@@ -206,18 +223,11 @@ class Trainer:
             torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                teacher_logits = None
-                if self.training_teacher is not None:
-                    teacher_logits = self.teach(self.training_teacher, batch.images, index)
-                heads = self.model(batch.images)
-                loss, parts = training_loss(
-                    heads,
-                    batch.targets,
-                    teacher_logits,
-                    label_weight=recipe.label_weight,
-                    objectives=recipe.distill,
-                    label_smoothing=recipe.train.label_smoothing,
-                )
+                seen = None if self.lessons is None else self.lessons.seen(batch.images, step, index)
+                learned = self.model(batch.images, batch.targets, seen)
+                loss, parts = training_loss(learned, weights)
+                if index == 0 and recipe.train.log_gradient_share and (step + 1) % recipe.train.log_every == 0:
+                    self.shares = self.gradient_shares(learned, weights)
                 self.accelerator.backward(loss / len(micro_batches))
             self.window.add(loss, parts)
             losses.append(loss.detach())
@@ -241,27 +251,36 @@ class Trainer:
         """
         self.window.skipped += self.guard.read(self.recipe.train.max_bad_steps)
 
-    def teach(self, teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
-        """The teacher's logits float32 [B, classes] on a micro-batch of the step at hand, from the cache where it has
-        them.
-        """
+    def weights(self, step: int) -> dict[str, float]:
+        """Of each part of the loss at step `step`, from 0."""
+        assert self.recipe.label_weight is not None, "a loaded recipe has it resolved"
+        progress = step / self.schedule_steps
+        return {"label": self.recipe.label_weight} | {
+            objective.method: objective.weight_at(progress) for objective in self.recipe.distill
+        }
 
-        def ask() -> Tensor:
-            with self.accelerator.autocast():
-                return teacher(images)
-
-        if self.cache is None:
-            return ask()
-        epoch, step = divmod(self.progress.step, self.steps_per_epoch)
-        return self.cache.logits(epoch, self.plan.slices(step)[micro_batch], ask)
+    def gradient_shares(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Each part's share of the norms of the student's gradients on this process's micro-batch."""
+        scaler = self.accelerator.scaler
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return gradient_shares(parts, weights, trained, scale=1.0 if scaler is None else scaler.get_scale())
 
     def log(self, run: Run, display: TrainingDisplay) -> None:
         """Global means since the last line, to metrics.jsonl, the console and the trackers."""
         self.inspect()
         values = self.window.read(self.plan.batch_size) | self.energy.take()
-        if self.cache is not None:
-            values["teacher_cache/hits"] = self.cache.take_hits()
-            self.cache.flush()
+        weights = self.weights(self.progress.step - 1)
+        values |= {
+            f"weight/{objective.method}": weights[objective.method]
+            for objective in self.recipe.distill
+            if isinstance(objective.weight, WeightSchedule)
+        }
+        if self.shares:
+            shares = self.accelerator.reduce(torch.stack(list(self.shares.values())), "mean").tolist()
+            values |= {f"gradient_share/{name}": share for name, share in zip(self.shares, shares, strict=True)}
+        if (cache := self.cache) is not None:
+            values["teacher_cache/hits"] = cache.take_hits()
+            cache.flush()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
         run.log("train", step=self.progress.step, epoch=self.epoch, **values, lr=rate)
         run.status(step=self.progress.step, epoch=self.epoch, metrics=values)
@@ -312,7 +331,7 @@ class Trainer:
     @property
     def parts(self) -> Parts:
         keep = self.recipe.train.keep_checkpoints
-        return Parts(self.student, self.ema, self.optimizer, self.accelerator.scaler, keep)
+        return Parts(self.student, self.learner.objectives, self.ema, self.optimizer, self.accelerator.scaler, keep)
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; returns on all processes when it stands, or after a warning that it does not: the next

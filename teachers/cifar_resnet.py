@@ -69,6 +69,23 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x)))
 
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, intermediates_only: bool = False, **kwargs: Any
+    ) -> Any:
+        """The output of `forward_features` and those of stages `indices` (timm: of the last n, or of all), in order.
+
+        Of timm's other arguments only what a CNN does anyway: maps without norms of their own, as [B, C, h, w].
+        """
+        assert kwargs.get("output_fmt", "NCHW") == "NCHW", "a CNN's maps are NCHW"
+        wanted = range(3)[-indices:] if isinstance(indices, int) else indices or range(3)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        intermediates = []
+        for index, stage in enumerate((self.layer1, self.layer2, self.layer3)):
+            x = stage(x)
+            if index in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, 64, H / 4, W / 4] -> logits [B, num_classes], or [B, 64] with `pre_logits`."""
         x = x.mean((2, 3))

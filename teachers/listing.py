@@ -1,31 +1,43 @@
-"""`distill teachers`: the zoo as a table."""
+"""`distill teachers`: the zoo as a table, and what one teacher offers."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
-from distill.errors import InputError
+from distill.recipe import Teacher as Spec
 from teachers.zoo import ZOO
 
+ANY_CLASSES = 10
+"""What a network answers is nothing to its maps."""
 
-def render(name: str | None) -> Table:
-    """All known teachers, one a row; or one of them, one fact a row.
+
+def known_teachers() -> Table:
+    """The zoo, one teacher a row."""
+    table = Table("teacher.model", "data", "px", "top-1 %", "", "licence", title="Teachers whose weights are known")
+    for key, entry in ZOO.items():
+        accuracy = f"{entry.accuracy.top1:.2f}"
+        table.add_row(key, entry.dataset, str(entry.size), accuracy, entry.accuracy.source, entry.license)
+    table.caption = "Any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH is a teacher too."
+    return table
+
+
+def one_teacher(spec: Spec, resolution: int) -> list[Table]:
+    """What the zoo knows of it, and its feature maps for images of this side; needs none of its weights.
 
     Raises:
-        InputError: no teacher of that name.
+        InputError: no such model, or one that has no maps that can be read.
     """
-    if name is None:
-        table = Table("teacher.model", "data", "px", "top-1 %", "", "licence", title="Teachers whose weights are known")
-        for key, entry in ZOO.items():
-            accuracy = f"{entry.accuracy.top1:.2f}"
-            table.add_row(key, entry.dataset, str(entry.size), accuracy, entry.accuracy.source, entry.license)
-        table.caption = "Any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH is a teacher too."
-        return table
-    if name not in ZOO:
-        raise InputError(
-            f"{name}: not in the zoo, which has {', '.join(ZOO)}. Other models need no entry to be a teacher."
-        )
-    table = Table("key", "value", title=name)
-    for key, value in ZOO[name].model_dump().items():
-        table.add_row(key, str(value))
-    return table
+    from teachers.sources import untrained_source
+    from teachers.teacher import Teacher
+
+    tables = []
+    if spec.model in ZOO:
+        known = Table("key", "value", title=spec.model)
+        for key, value in ZOO[spec.model].model_dump().items():
+            known.add_row(key, str(value))
+        tables.append(known)
+    teacher = Teacher(str(spec.model), *untrained_source(spec, ANY_CLASSES), ANY_CLASSES)
+    maps = Table("map", "channels", "size", title=f"Feature maps at {teacher.contract.size} px")
+    for name, (channels, height, width) in teacher.map_shapes(resolution).items():
+        maps.add_row(name, str(channels), f"{height} x {width}")
+    return [*tables, maps]

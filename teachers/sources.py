@@ -51,6 +51,36 @@ def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
     return _from_timm(spec, spec.model, num_classes)
 
 
+def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
+    """The network that `spec` names with random weights, and its contract: nothing is downloaded but the description of
+    a model of the hub.
+
+    Raises:
+        InputError: no such model.
+    """
+    if spec.model is None:
+        raise InputError(f"teacher.recipe: {spec.recipe} trains this teacher; name the model that it is.")
+    if spec.model in ZOO:
+        entry = ZOO[spec.model]
+        network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(entry.mean))
+        return Source(network, _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation)))
+    if spec.model.startswith("torchvision/"):
+        name = spec.model.removeprefix("torchvision/")
+        _, contract = _torchvision_preset(spec, name)
+        return Source(torchvision.models.get_model(name, weights=None, num_classes=num_classes), contract)
+    scheme, colon, rest = spec.model.partition(":")
+    if scheme == "local-dir" and colon:
+        network = _folder_network(Path(rest))
+    elif scheme in ("hf_hub", "hf-hub") and colon:
+        _hub_config(rest)
+        network = timm.create_model(f"hf-hub:{rest}")
+    else:
+        _timm_config(spec.model)
+        network = timm.create_model(spec.model)
+    network.reset_classifier(num_classes)
+    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
+
+
 def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     entry = ZOO[name]
     contract = _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation))
@@ -61,7 +91,8 @@ def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     return Source(network, contract)
 
 
-def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _timm_config(name: str) -> timm.models.PretrainedCfg:
+    """timm's description of the weights of a model that it knows."""
     base = name.partition(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, [*ZOO, *timm.list_models()], n=3)
@@ -71,10 +102,14 @@ def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
             "Other forms are hf_hub:NAME, torchvision/NAME and local-dir:PATH."
         )
     try:
-        config = timm.get_pretrained_cfg(name)
+        return timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag after the dot
         known = ", ".join(timm.list_pretrained(base + ".*")) or "none"
         raise InputError(f"teacher.model: {error} timm has: {known}.") from None
+
+
+def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    config = _timm_config(name)
     contract = _contract(spec, _timm_contract(config.to_dict()))
     if spec.weights is not None:
         network = timm.create_model(name, num_classes=num_classes, in_chans=len(contract.mean))
@@ -88,14 +123,20 @@ def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     )
 
 
-def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
-    url = f"https://huggingface.co/{name}"
+def _hub_config(name: str) -> Mapping[str, Any]:
+    """The hub's description of a model's weights."""
     try:
         config, _, _ = timm.models.load_model_config_from_hf(name)
     except (OSError, EntryNotFoundError, HTTPException) as error:
-        raise InputError(_no_download(url, error)) from error
+        raise InputError(_no_download(f"https://huggingface.co/{name}", error)) from error
     except (ValueError, KeyError) as error:
         raise InputError(f"teacher.model: hf_hub:{name} is no model that timm can load ({error}).") from error
+    return config
+
+
+def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    url = f"https://huggingface.co/{name}"
+    config = _hub_config(name)
     contract = _contract(spec, _timm_contract(config))
     _same_classes(f"hf_hub:{name}", config.get("num_classes"), num_classes)
     if spec.weights is None:
@@ -128,17 +169,22 @@ def _no_download(url: str, error: Exception) -> str:
     )
 
 
-def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source:
+def _folder_network(folder: Path) -> Any:
+    """The network that a folder of timm's layout describes, without its weights."""
     import distill.students  # noqa: F401  registers the names that our own exports carry; other teachers do without it
 
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"teacher.model: {folder} has no config.json. Give one that `distill export` or timm wrote.")
     try:
-        network = timm.create_model(f"local-dir:{folder}")
+        return timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # whatever the file says wrong surfaces somewhere inside the model's constructor
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{config}: does not describe a model that timm can build ({reason}).") from error
+
+
+def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source:
+    network = _folder_network(folder)
     _same_classes(str(folder), network.num_classes, num_classes)
     candidates = [Path(spec.weights)] if spec.weights else [folder / name for name in _FOLDER_FILES]
     weights = next((path for path in candidates if path.is_file()), candidates[0])
@@ -146,7 +192,8 @@ def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source
     return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
 
 
-def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _torchvision_preset(spec: recipe.Teacher, name: str) -> tuple[Any, InputContract]:
+    """torchvision's best weights for a classifier, and what they take."""
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
@@ -154,7 +201,12 @@ def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Sour
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     interpolation = _interpolation(preset.interpolation.value)
-    contract = _contract(spec, InputContract(tuple(preset.mean), tuple(preset.std), preset.crop_size[0], interpolation))
+    contract = InputContract(tuple(preset.mean), tuple(preset.std), preset.crop_size[0], interpolation)
+    return weights, _contract(spec, contract)
+
+
+def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    weights, contract = _torchvision_preset(spec, name)
     if spec.weights is not None:
         network = torchvision.models.get_model(name, num_classes=num_classes)
         load_weights(network, Path(spec.weights), num_classes=num_classes)

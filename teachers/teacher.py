@@ -15,6 +15,7 @@ from distill import recipe
 from distill.errors import InputError
 from distill.inputs import InputAdapter, InputContract
 from teachers.cifar_resnet import CifarResNet
+from teachers.maps import Reader, map_names, no_map, reader_of
 from teachers.sources import open_source
 from teachers.weights import digest
 
@@ -51,16 +52,57 @@ class Teacher(nn.Module):
         self.network = network.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
+        self._readers: dict[tuple[str, ...], Reader] = {}
         self._try_out()
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph as targets
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Any:
+        """Logits; with names of prepared `maps`, logits and these feature maps, as `features` has them."""
         channels = len(self.contract.mean)
         if images.shape[1] not in (1, channels):
             raise InputError(
                 f"teacher {self.name}: takes images of {channels} channel(s), the data have {images.shape[1]}."
             )
-        return self.network(self.adapter(images)).float()
+        inputs = self.adapter(images)
+        if not maps:
+            return self.network(inputs).float()
+        logits, found = self._readers[maps](inputs)
+        return logits.float(), found
+
+    def features(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Feature maps [B, C, h, w] by name, in the network's own precision; see `map_shapes`.
+
+        Raises:
+            InputError: it has no such map, or none at all.
+        """
+        self.prepare_maps(names, images.shape[-1])
+        _, maps = self(images, tuple(names))
+        if wrong := [name for name, found in maps.items() if not isinstance(found, Tensor) or found.dim() != 4]:
+            raise no_map(self.name, wrong[0], map_names(self.network, self._blank(images.shape[-1])))
+        return maps
+
+    def prepare_maps(self, names: Sequence[str], resolution: int) -> None:
+        """Make ready to give these maps of images of this side; raises InputError where there is no such map."""
+        if (key := tuple(names)) and key not in self._readers:
+            self._readers[key] = reader_of(self.name, self.network, names, self._blank(resolution))
+
+    def map_shapes(self, resolution: int, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
+        """(C, h, w) of its feature maps, from the first to the last, or of those named, for images of this side.
+
+        Raises:
+            InputError: as `features`.
+        """
+        blank = self._blank(resolution)
+        chosen = map_names(self.network, blank) if names is None else names
+        if not chosen:
+            raise InputError(f"teacher {self.name}: has no feature maps. Take another, or a method on logits.")
+        return {name: (*found.shape[1:],) for name, found in self.features(blank, chosen).items()}
+
+    def _blank(self, resolution: int) -> Tensor:
+        """An image as the network takes it, of the size that images of this side are resized to."""
+        size = self.contract.size or resolution
+        device = next((weight.device for weight in self.network.parameters()), None)
+        return torch.zeros(1, len(self.contract.mean), size, size, device=device)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode."""
@@ -72,6 +114,7 @@ class Teacher(nn.Module):
         each forward pass. Autocast remembers the casts of weights only if they are trained.
         """
         copied = copy.deepcopy(self)
+        copied._readers = {}
         for module in copied.modules():
             # A subclass may compute with its weights before it uses them (weight standardisation).
             if type(module) in (nn.Conv2d, nn.Linear):
@@ -86,10 +129,8 @@ class Teacher(nn.Module):
         )
 
     def _try_out(self) -> None:
-        size = self.contract.size or 32
-        blank = torch.zeros(1, len(self.contract.mean), size, size)
         try:
-            shape = list(self(blank).shape)
+            shape = list(self(self._blank(32)).shape)
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             raise InputError(
                 f"teacher {self.name}: cannot take its inputs, {self.contract} ({error}). "
@@ -129,9 +170,17 @@ class Ensemble(Teacher):
         return [member for member in self.members if isinstance(member, Teacher)]
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Any:
+        assert not maps, "the members have maps, the ensemble has none"
         pairs = zip(self.members, self.shares, strict=True)
         return torch.stack([member(images).log_softmax(1) + math.log(share) for member, share in pairs]).logsumexp(0)
+
+    def prepare_maps(self, names: Sequence[str], resolution: int) -> None:
+        if names:
+            raise InputError(f"teacher {self.name}: an ensemble has no feature maps of its own; name a single teacher.")
+
+    def map_shapes(self, resolution: int, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
+        raise InputError(f"teacher {self.name}: an ensemble has no feature maps of its own; name a single teacher.")
 
     def describe(self) -> str:
         return f"ensemble of {len(self.members)}: {self._lines}"

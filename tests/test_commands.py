@@ -249,9 +249,15 @@ def test_teachers_and_validate(toy: Toy, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["teachers"]) == 0
     assert re.search("cifar_resnet20 .*91.73.*measured", capsys.readouterr().out)
     assert main(["teachers", "cifar_resnet56"]) == 0
-    assert "93.39" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "93.39" in shown
+    assert re.search("layer3 .* 64 .* 8 x 8", shown)
+    assert main(["teachers", "torchvision/resnet18", "teacher.size=64"]) == 0
+    assert re.search("layer2 .* 128 .* 8 x 8", capsys.readouterr().out)
+    assert main(["teachers", str(toy.recipe)]) == 0
+    assert re.search("layer1 .* 16 .* 32 x 32", capsys.readouterr().out)
     assert main(["teachers", "resnet57"]) == 2
-    assert "resnet57: not in the zoo" in capsys.readouterr().err
+    assert "'resnet57' is neither in the zoo" in capsys.readouterr().err
     assert main(["validate", str(toy.recipe), "seed=4"]) == 0
     assert capsys.readouterr().out == load(toy.recipe, ["seed=4"]).to_yaml()
 

@@ -13,15 +13,21 @@ from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
 
-from distill.objectives import training_loss
+from distill.objectives import Objectives, Seen, training_loss
 from distill.objectives.hard import hard
 from distill.objectives.soft import soft
 from distill.recipe import from_mapping
 from distill.students import Heads
 
 
-def objectives(*sections):
-    return from_mapping({"distill": list(sections), "teacher": {"model": "resnet18"}}).distill
+def loss_of(heads, targets, teacher_logits, *sections, label_weight, label_smoothing):
+    """The loss of these sections of a recipe, and its parts."""
+    distill = from_mapping({"distill": list(sections), "teacher": {"model": "resnet18"}}).distill
+    objectives = Objectives(distill, label_smoothing=label_smoothing)
+    parts = objectives(heads, {}, targets, None if teacher_logits is None else Seen(teacher_logits, {}))
+    return training_loss(
+        parts, {"label": label_weight} | {section.method: section.weight_at(0.5) for section in distill}
+    )
 
 
 def logits(seed, batch=6, classes=10, scale=3.0):
@@ -105,10 +111,7 @@ def test_the_whole_loss_equals_timms_token_distillation_task(kind):
     expected = task(images, labels)["loss"]
     heads = Heads(*model.train()(images))
     section = {"method": kind, "weight": 0.7} | ({"temperature": 2.0} if kind == "soft" else {})
-    loss, parts = training_loss(
-        heads, F.one_hot(labels, 10).float(), teacher,
-        label_weight=0.3, objectives=objectives(section), label_smoothing=0.1,
-    )  # fmt: skip
+    loss, parts = loss_of(heads, F.one_hot(labels, 10).float(), teacher, section, label_weight=0.3, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
     assert set(parts) == {"label", kind}
 
@@ -127,8 +130,8 @@ def label_loss(student, targets, smoothing):
 def test_the_parts_recombine_and_fall_on_their_heads(two_heads):
     heads = Heads(logits(0).requires_grad_(), logits(1).requires_grad_() if two_heads else None)
     teacher, targets = logits(2), mixed_targets()
-    sections = objectives({"method": "hard", "weight": 0.3}, {"method": "soft", "weight": 0.9, "temperature": 4.0})
-    loss, parts = training_loss(heads, targets, teacher, label_weight=0.25, objectives=sections, label_smoothing=0.1)
+    sections = {"method": "hard", "weight": 0.3}, {"method": "soft", "weight": 0.9, "temperature": 4.0}
+    loss, parts = loss_of(heads, targets, teacher, *sections, label_weight=0.25, label_smoothing=0.1)
     learner = heads.dist if two_heads else heads.cls
     expected = {
         "label": label_loss(heads.cls, targets, 0.1),
@@ -149,12 +152,10 @@ def test_the_parts_recombine_and_fall_on_their_heads(two_heads):
 
 def test_without_objectives_both_heads_learn_the_labels():
     heads, targets = Heads(logits(0), logits(1)), mixed_targets()
-    loss, parts = training_loss(heads, targets, None, label_weight=2.0, objectives=[], label_smoothing=0.0)
+    loss, parts = loss_of(heads, targets, None, label_weight=2.0, label_smoothing=0.0)
     expected = (label_loss(heads.cls, targets, 0.0) + label_loss(heads.dist, targets, 0.0)) / 2
     assert parts["label"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-6)
     assert set(parts) == {"label"}
-    single, _ = training_loss(
-        Heads(heads.cls, None), targets, None, label_weight=1.0, objectives=[], label_smoothing=0.0
-    )
+    single, _ = loss_of(Heads(heads.cls, None), targets, None, label_weight=1.0, label_smoothing=0.0)
     assert single.item() == pytest.approx(label_loss(heads.cls, targets, 0.0).item(), rel=1e-6)

@@ -195,7 +195,7 @@ def test_a_compiled_run_on_a_cpu_begins_as_an_eager_one(toy: Toy) -> None:
         trainer = trainer_of(toy_recipe(toy, student={"drop_path": 0.0}, train=train))
         assert all(
             (module is not None and module._compiled_call_impl is not None) == compiled
-            for module in (trainer.student, trainer.training_teacher)
+            for module in (trainer.student, trainer.lessons and trainer.lessons.teacher)
         )
         losses[compiled] = []
         batches = batches_of(trainer)
@@ -258,12 +258,13 @@ def test_weights_cast_once_give_the_logits_of_autocast_bit_for_bit() -> None:
 
 def test_steps_ask_the_teacher_in_the_recipes_precision_and_predictions_in_fp32(toy: Toy) -> None:
     in_bf16 = trainer_of(toy_recipe(toy, train={"precision": "bf16"}))
-    assert in_bf16.training_teacher is not None
-    assert in_bf16.training_teacher.network.conv1.weight.dtype == torch.bfloat16
+    assert in_bf16.lessons is not None
+    assert in_bf16.lessons.teacher.network.conv1.weight.dtype == torch.bfloat16
     assert in_bf16.teacher is not None
     assert {parameter.dtype for parameter in in_bf16.teacher.parameters()} == {torch.float32}
     in_fp32 = trainer_of(toy_recipe(toy))
-    assert in_fp32.training_teacher is in_fp32.teacher
+    assert in_fp32.lessons is not None
+    assert in_fp32.lessons.teacher is in_fp32.teacher
     without = trainer_of(toy_recipe(toy, distill=[]))
     assert without.training_teacher is None
 

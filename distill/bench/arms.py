@@ -37,6 +37,8 @@ DEIT = {
 }
 """DeiT's augmentation (Touvron et al. 2021, table 9)."""
 
+HARD = {"method": "hard", "weight": 0.5}
+
 
 @dataclass(frozen=True)
 class Student:
@@ -115,10 +117,10 @@ def fixed_batch(trainer: Trainer) -> list[Batch]:
     return next(trainer.dataset.training_batches(trainer.plan, 0))
 
 
-def distilling(teacher: str, **options: Any) -> dict[str, Any]:
-    """The sections of a recipe that distil from `teacher` by its decisions, as DeiT does."""
+def distilling(teacher: str, *methods: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The sections of a recipe that distil from `teacher` by these methods, or by its decisions, as DeiT does."""
     return {
         "teacher": {"model": teacher, **options},
         "label_weight": 0.5,
-        "distill": [{"method": "hard", "weight": 0.5}],
+        "distill": [dict(method) for method in methods] or [HARD],
     }

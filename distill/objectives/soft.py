@@ -1,6 +1,6 @@
 """Soft distillation: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section
 2; with the KL divergence as in Touvron et al. 2021 (arXiv 2012.12877), equation 2; and Sun et al. 2024, "Logit
-Standardization in Knowledge Distillation" (arXiv 2403.01993), section 4.2."""
+Standardization in Knowledge Distillation" (arXiv 2403.01993), section 4."""
 
 from __future__ import annotations
 

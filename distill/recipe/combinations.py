@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from distill.recipe.objectives import OnMaps
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
 
 if TYPE_CHECKING:
@@ -139,10 +140,29 @@ def _losses(recipe: Recipe) -> Iterator[Combination]:
     methods = [objective.method for objective in recipe.distill]
     if len(set(methods)) != len(methods):
         yield Combination((("distill",),), f"each method at most once, got {methods}")
-    if recipe.label_weight == 0 and not any(objective.weight for objective in recipe.distill):
+    if recipe.label_weight == 0 and not any(objective.mean_weight for objective in recipe.distill):
         yield Combination((("label_weight",), ("distill",)), "all weights of the loss are 0: nothing would be learned")
     if recipe.control and not recipe.distill:
         yield Combination((("control",), ("distill",)), "a control of plain training would be the same run again")
+    for index, objective in enumerate(recipe.distill):
+        if isinstance(objective, OnMaps):
+            yield from _maps(recipe, objective, ("distill", index))
+
+
+def _maps(recipe: Recipe, objective: OnMaps, at: tuple[str | int, ...]) -> Iterator[Combination]:
+    method = f"{objective.method} learns from feature maps of the teacher"
+    if isinstance(recipe.teacher, list):
+        yield Combination((at, ("teacher",)), f"{method}, and an ensemble has none of its own; name a single teacher")
+    elif recipe.teacher is not None and recipe.teacher.cache:
+        yield Combination(
+            (("teacher", "cache"), at), f"{method}, and only logits are stored; set teacher.cache to false"
+        )
+    depth = VIT_SIZES[recipe.student.model].depth if recipe.student.model in VIT_SIZES else None
+    blocks = [pair.block for pair in objective.pairs or () if pair.block is not None]
+    if depth is not None and (wrong := [block for block in blocks if block >= depth]):
+        yield Combination(
+            ((*at, "pairs"), ("student", "model")), f"{recipe.student.model} has blocks 0 to {depth - 1}, got {wrong}"
+        )
 
 
 def _train(recipe: Recipe) -> Iterator[Combination]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
+from distill.recipe.objectives import OnLogits
 from distill.recipe.schema import Recipe
 
 MOST_CHARACTERS = 1_000_000
@@ -64,6 +65,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return from_mapping(raw, overrides, source=str(path), default_name=_name_from(path))
 
 
+def load_teachers_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at a path that ends in .yaml or .yml, or one of which only the teacher's name is given; see `load`."""
+    if Path(target).suffix in {".yaml", ".yml"}:
+        return load(target, overrides)
+    return from_mapping({"teacher": {"model": target}}, overrides, source=target)
+
+
 def from_mapping(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
 ) -> Recipe:
@@ -90,7 +98,7 @@ def from_mapping(
         raise InputError(f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}")
     label_weight = recipe.label_weight
     if label_weight is None:
-        label_weight = 0.5 if recipe.distill else 1.0
+        label_weight = 0.5 if any(isinstance(objective, OnLogits) for objective in recipe.distill) else 1.0
     return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
 
 

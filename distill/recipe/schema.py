@@ -8,28 +8,10 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-
-class Section(BaseModel):
-    """Common ground of all sections: unknown keys are errors, types are strict, values never change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _visible(text: str) -> str:
-    """Names and paths go to consoles, files and pages: none may steer a terminal, break a line or turn it around."""
-    if any(ord(character) < 32 or character in _INVISIBLE for character in text):
-        raise ValueError("should have no control characters in it")
-    return text
-
-
-_INVISIBLE = frozenset(map(chr, (*range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A))))
-Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_visible)]
-Side = Annotated[int, Field(gt=0, le=10_000)]
-"""Of an image or a patch, in pixels."""
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
+from distill.recipe.base import Interpolation, Probability, Section, Side, Text
+from distill.recipe.objectives import Objective, OnLogits
 
 
 class RandomResizedCrop(Section):
@@ -188,24 +170,6 @@ class Student(Section):
     weights: Text | None = Field(None, description="Start from an earlier export folder.")
 
 
-class Hard(Section):
-    method: Literal["hard"] = Field(
-        "hard", description="Cross-entropy with the teacher's decision (Touvron et al. 2021)."
-    )
-    weight: float = Field(0.5, ge=0.0, description="Weight in the loss.")
-
-
-class Soft(Section):
-    method: Literal["soft"] = Field(
-        "soft", description="KL divergence from the teacher's softened output (Hinton et al. 2015)."
-    )
-    weight: float = Field(0.5, ge=0.0, description="Weight in the loss.")
-    temperature: float = Field(3.0, gt=0.0, description="Softens both outputs; the loss is scaled by its square.")
-
-
-Objective = Annotated[Hard | Soft, Discriminator("method")]
-
-
 class Optim(Section):
     name: Text = Field(
         "adamw",
@@ -261,6 +225,9 @@ class Train(Section):
     checkpoint_every: int | None = Field(None, gt=0, description="Steps between checkpoints; null: every epoch.")
     keep_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept; the best one is kept besides.")
     log_every: int = Field(50, gt=0, description="Steps between lines of metrics.")
+    log_gradient_share: bool = Field(
+        False, description="Also log each loss part's share of the norms of the gradients, at some cost a line."
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="Also log there, through accelerate.")
 
 
@@ -286,7 +253,7 @@ class Recipe(Section):
     label_weight: float | None = Field(
         None,
         ge=0.0,
-        description="Of the label loss; null: 0.5 with distillation, 1 without. Without a teacher the heads share it.",
+        description="Of the label loss; null: 0.5 where another loss teaches a head, else 1. Then the heads share it.",
     )
     distill: list[Objective] = Field(
         [], description="Distillation losses, added up with their weights; []: plain training."
@@ -317,6 +284,15 @@ class Recipe(Section):
         flat = {key: value for key, value in self.flat().items() if key not in set(ignore)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
+    def as_control(self) -> Recipe:
+        """The same student on the same batches without the teacher: its heads share the labels at the weight of all
+        losses on the heads.
+        """
+        assert self.label_weight is not None, "a loaded recipe has it resolved"
+        on_heads = [objective.mean_weight for objective in self.distill if isinstance(objective, OnLogits)]
+        weight = self.label_weight + sum(on_heads)
+        return self.replace(name=f"{self.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
+
     def flat(self) -> dict[str, Any]:
         """Every leaf under its dotted path, for comparing two recipes."""
         return dict(_leaves(self.model_dump(mode="json"), ""))
@@ -327,7 +303,7 @@ class Recipe(Section):
 OPERATIONAL_KEYS = frozenset(
     {"name", "data.root", "data.workers", "train.gradient_accumulation", "train.gradient_checkpointing",
      "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_bad_steps",
-     "train.trackers"}
+     "train.log_gradient_share", "train.trackers"}
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
@@ -77,11 +78,39 @@ class Student(nn.Module):
             ) from None
 
     def logits(self, images: Tensor) -> Heads:
-        output = self.model(self.adapter(images))
-        return Heads(*output) if isinstance(output, tuple) else Heads(output, None)
+        return _heads(self.model(self.adapter(images)))
 
-    def forward(self, images: Tensor) -> Heads:
-        return self.logits(images)
+    def forward(self, images: Tensor, blocks: tuple[int, ...] = ()) -> Any:
+        """`Heads`; with `blocks` (rising; of a CNN or a pyramid they are stages, as timm counts them) `Heads` and, by
+        block, what comes out of it: tokens on the patch grid, without prefix tokens, or a feature map, [B, D, H, W].
+        """
+        if not blocks:
+            return self.logits(images)
+        model: Any = self.model
+        features, maps = model.forward_intermediates(self.adapter(images), indices=list(blocks))
+        return _heads(model.forward_head(features)), dict(zip(blocks, maps, strict=True))
+
+    def map_channels(self) -> list[int]:
+        """The channels D of each block's map, as `forward` gives it.
+
+        Raises:
+            InputError: timm cannot read the maps of this model.
+        """
+        contract, was_training = self.adapter.contract, self.training
+        assert contract.size is not None, "a student has one input size"
+        blank = next(self.parameters()).new_zeros(1, len(contract.mean), contract.size, contract.size)
+        model: Any = self.model
+        try:
+            with torch.no_grad():
+                maps = model.eval().forward_intermediates(blank, intermediates_only=True)
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise InputError(
+                f"student.model: {self.architecture} does not give its feature maps ({error}). Take another model, or "
+                "distillation methods on logits."
+            ) from None
+        finally:
+            self.train(was_training)
+        return [found.shape[1] for found in maps]
 
     def timm_config(self, class_names: Sequence[str]) -> dict[str, Any]:
         """config.json of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
@@ -108,6 +137,10 @@ class Student(nn.Module):
                 **{key: _as_json(known[key]) for key in ("first_conv", "classifier") if known.get(key)},
             },
         }
+
+
+def _heads(output: Tensor | tuple[Tensor, Tensor]) -> Heads:
+    return Heads(*output) if isinstance(output, tuple) else Heads(output, None)
 
 
 def _as_json(names: str | Sequence[str]) -> str | list[str]:

@@ -7,15 +7,16 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from torch import nn
 
 from distill.errors import InputError
 from distill.recipe.schema import Optim
 
 
-def build_optimizer(spec: Optim, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over the timm `model`.
+def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None = None) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over the timm `model`, and over what the losses own: with AdamW under Muon, and
+    without layer decay.
 
     Weight decay falls on matrices and kernels only: not on biases, norms, and what the model lists in
     `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
@@ -37,9 +38,13 @@ def build_optimizer(spec: Optim, model: nn.Module) -> torch.optim.Optimizer:
                 f"optim.name: {spec.name} needs timm 1.0.27 or newer; before, its AdamW part had no schedule."
             )
         arguments |= _muon_arguments(model)
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments
     )
+    for group in param_groups_weight_decay(objectives, spec.weight_decay) if objectives is not None else ():
+        if group["params"]:
+            optimizer.add_param_group(group | ({"use_fallback": True} if "ns_steps" in parameters else {}))
+    return optimizer
 
 
 def _muon_arguments(model: nn.Module) -> dict[str, Any]:

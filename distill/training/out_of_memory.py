@@ -15,6 +15,7 @@ from distill.data import Batch
 from distill.errors import InputError, RunFailed
 from distill.launching.processes import return_freed_memory
 from distill.memory import forget, is_out_of_memory
+from distill.objectives.guide import Guide
 from distill.training.guard import Guard
 
 if TYPE_CHECKING:
@@ -75,9 +76,13 @@ def _work_alone(trainer: Trainer) -> None:
         trainer.model._remove_autograd_hooks()  # a backward pass would wait for the others
     trainer.optimizer.zero_grad()
     trainer.accelerator._models.clear()
-    trainer.model = trainer.student
-    trainer.guard = Guard(trainer.accelerator, trainer.student, trainer.student, trainer.optimizer)
-    trainer.cache = None  # a teacher whose logits are stored may have to be asked all the same
+    trainer.model = trainer.learner
+    for module in trainer.learner.modules():
+        if isinstance(module, Guide):
+            module.over_processes = False
+    trainer.guard = Guard(trainer.accelerator, trainer.learner, trainer.learner, trainer.optimizer)
+    if trainer.lessons is not None:
+        trainer.lessons.cache = None  # a teacher whose logits are stored may have to be asked all the same
     torch.compiler.reset()
 
 

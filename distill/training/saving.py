@@ -45,6 +45,8 @@ class Parts:
     """All of a run that lives in tensors, and how often it is kept."""
 
     student: nn.Module
+    objectives: nn.Module
+    """What the losses own."""
     ema: ModelEmaV3 | None
     optimizer: AcceleratedOptimizer
     scaler: torch.amp.GradScaler | None
@@ -53,8 +55,10 @@ class Parts:
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """File stem -> state dict."""
-        states = {"model": self.student.state_dict()}
-        return states if self.ema is None else states | {"ema": self.ema.module.state_dict()}
+        states = {"model": self.student.state_dict(), "objectives": self.objectives.state_dict()}
+        if self.ema is not None:
+            states["ema"] = self.ema.module.state_dict()
+        return {stem: state for stem, state in states.items() if state}
 
 
 def save(parts: Parts, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]) -> str | None:
@@ -91,6 +95,8 @@ def restore(parts: Parts, folder: Path, run: Run) -> tuple[Progress, dict[str, A
     checkpoint.verify(folder)
     state = checkpoint.read_state(folder)
     parts.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
+    if parts.objectives.state_dict():
+        parts.objectives.load_state_dict(checkpoint.read_tensors(folder, "objectives"))
     if parts.ema is not None:
         parts.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
     parts.optimizer.load_state_dict(checkpoint.read_optimizer(folder))

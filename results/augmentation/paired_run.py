@@ -25,9 +25,9 @@ from torch.nn.functional import one_hot
 from distill.data import BatchPlan, Dataset, open_dataset
 from distill.data.policies import Operation, Operations
 from distill.data.randomness import hashes, integers, keys, uniform
-from distill.objectives import training_loss
 from distill.recipe import Recipe, from_mapping
 from distill.students import build_student
+from distill.training.learner import Learner, build_objectives
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from results.augmentation import one_by_one
 
@@ -72,6 +72,7 @@ def right_answers(recipe: Recipe, seed: int, arm: str, epochs: int, max_steps: i
     info = dataset.info
     described = {"num_classes": info.num_classes, "channels": info.channels, "mean": info.mean, "std": info.std}
     student = build_student(recipe.student, resolution=recipe.data.resolution, seed=seed, **described).train()
+    learner = Learner(student, build_objectives(recipe, student, None))
     optimizer = build_optimizer(recipe.optim, student.model)
     plan = BatchPlan(seed, recipe.train.batch_size)
     in_epoch = plan.steps_per_epoch(info.sizes["train"])
@@ -79,10 +80,9 @@ def right_answers(recipe: Recipe, seed: int, arm: str, epochs: int, max_steps: i
     batches = (batch for epoch in range(epochs) for (batch,) in dataset.training_batches(plan, epoch))
     for step, batch in zip(range(total), batches, strict=False):
         set_learning_rate(optimizer, learning_rate(recipe.optim, step, steps_per_epoch=in_epoch, total_steps=total))
-        heads = student.logits(batch.images)
-        loss, _ = training_loss(heads, batch.targets, None, label_weight=1.0, objectives=[], label_smoothing=0.1)
+        parts = learner(batch.images, batch.targets, None)
         optimizer.zero_grad()
-        loss.backward()
+        parts["label"].backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
     student.eval()

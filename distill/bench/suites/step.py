@@ -1,5 +1,5 @@
-"""The training step alone, on one fixed batch: area attention over ordinary, compiled over eager, and how near the step
-comes to the machine's matrix rate.
+"""The training step alone, on one fixed batch: area attention over ordinary, compiled over eager, each distillation
+method over plain training, and how near the step comes to the machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from distill.bench import arms
 from distill.bench.flops import TRAINING, vit_forward
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave
+from distill.bench.methods import measure_methods
 
 ORDINARY = {"kind": "standard"}
 AREAS: dict[str, Mapping[str, Any]] = {
@@ -35,6 +36,7 @@ def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
         for student in _students(machine, precision):
             yield from _area_over_plain(machine, accelerator, student)
         accelerator.free_memory()
+    yield from measure_methods(machine)
     yield from _growth(machine)
     if cuda:
         yield from _compiled_over_eager(machine)

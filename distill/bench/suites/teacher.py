@@ -57,9 +57,10 @@ def _distilling(machine: Machine, student: arms.Student) -> Iterator[Row]:
 def _record(trainer: Trainer, batch: list[Batch], folder: Path) -> None:
     """Give the trainer a cache in `folder` that has the batch already."""
     with chdir(folder):
-        trainer.cache = open_cache(
-            trainer.recipe, trainer.teacher, trainer.dataset, trainer.accelerator, steps=1, plan=trainer.plan
-        )
+        if trainer.lessons is not None:
+            trainer.lessons.cache = open_cache(
+                trainer.recipe, trainer.teacher, trainer.dataset, trainer.accelerator, steps=1, plan=trainer.plan
+            )
         assert trainer.cache is not None
         trainer.cache.start()
         trainer.train_step(batch)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
-from distill.report.comparison import Comparison
+from distill.errors import InputError
+from distill.recipe import OPERATIONAL_KEYS, from_mapping
+from distill.report.comparison import Comparison, Row
+from distill.report.metrics import Ints
 from distill.report.page import Cell, Section, Table, number
-from distill.report.runs import Record, RunFiles
-from distill.report.statistics import paired
+from distill.report.statistics import Paired, Verdict, mcnemar, p_text, paired
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Group:
     """The same recipe under several seeds."""
 
     name: str
-    top1: Mapping[str, Mapping[int, float]]
-    """Accuracies (percent) by model, by seed."""
+    answers: Mapping[str, Mapping[int, Row]]
+    """By model, by seed."""
 
 
 def build(comparison: Comparison) -> Section | None:
-    groups = [group for group in _groups(comparison) if len(group.top1["student"]) > 1]
+    groups = [group for group in _groups(comparison) if len(group.answers["student"]) > 1]
     if not groups:
         return None
     rows, data = [], []
     for group in groups:
-        for model, by_seed in group.top1.items():
-            values = list(by_seed.values())
+        for model, by_seed in group.answers.items():
+            values = [row.metrics.top1 for row in by_seed.values()]
             mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
             rows.append(
                 [
@@ -45,66 +45,99 @@ def build(comparison: Comparison) -> Section | None:
             )
             figures = {"seeds": list(by_seed), "top1": values, "mean": mean, "deviation": deviation}
             data.append({"recipe": group.name, "model": model, **figures})
-    verdicts = list(_verdicts(groups))
+    tests = list(_tests(groups, comparison.labels))
     lines = [
-        [Cell(first), Cell(second), Cell(test.words, test.points), Cell(str(seeds), seeds)]
-        for first, second, test, seeds in verdicts
+        [
+            Cell(test.first),
+            Cell(test.second),
+            Cell(test.pooled.words, test.pooled.points),
+            Cell("" if test.paired.p is None else p_text(test.paired.p), test.paired.p),
+            Cell(str(test.seeds), test.seeds),
+        ]
+        for test in tests
     ]
     tested = [
-        {"first": first, "second": second, "seeds": seeds, "points": test.points, "p": test.p, "words": test.words}
-        for first, second, test, seeds in verdicts
+        {
+            "first": test.first,
+            "second": test.second,
+            "seeds": test.seeds,
+            "points": test.paired.points,
+            "p_over_seeds": test.paired.p,
+            "p_pooled": test.pooled.p,
+            "words": test.pooled.words,
+        }
+        for test in tests
     ]
-    says = "Over the seeds: " + "; ".join(
-        f"{first} against {second}: {test.words}" for first, second, test, _ in verdicts
-    )
-    if not verdicts:
+    says = "Over the seeds: " + "; ".join(f"{test.first} against {test.second}: {test.pooled.words}" for test in tests)
+    if not tests:
         says = "Runs of the same recipe under several seeds, and how far they are spread"
     parts = [
         Table("seeds", "Mean and standard deviation of top-1.", ["recipe", "model", "seeds", "mean %", "sd"], rows, 2)
     ]
     if lines:
-        header = ["first", "second", "first against second", "seeds"]
-        parts.append(Table("seeds-tests", "Paired t-tests over the seeds that both have.", header, lines, 3))
+        header = ["first", "second", "first against second", "t-test", "seeds"]
+        caption = (
+            "Over the seeds that both have: McNemar's exact test of all their answers together (an image counts once a "
+            "seed), and a paired t-test of their accuracies."
+        )
+        parts.append(Table("seeds-tests", caption, header, lines, 3))
     return Section("seeds", "Several seeds", f"{says}.", parts, {"groups": data, "tests": tested})
 
 
-def _verdicts(groups: list[Group]) -> Any:
-    """(first, second, test, seeds) of student and control within a group, and of the students of two groups."""
+@dataclass(frozen=True)
+class SeedsTest:
+    """Two models over the seeds that both have."""
+
+    first: str
+    second: str
+    seeds: int
+    pooled: Verdict
+    paired: Paired
+
+
+def _tests(groups: list[Group], labels: Ints) -> Iterator[SeedsTest]:
+    """Of student and control within a group, and of the students of two groups."""
     for group in groups:
-        if "control" in group.top1:
-            yield from _tested(f"student of {group.name}", group.top1["student"], "its control", group.top1["control"])
+        if "control" in group.answers:
+            yield from _test(
+                f"student of {group.name}", group.answers["student"], "its control", group.answers["control"], labels
+            )
     for a, b in combinations(groups, 2):
-        yield from _tested(f"student of {a.name}", a.top1["student"], f"student of {b.name}", b.top1["student"])
+        yield from _test(
+            f"student of {a.name}", a.answers["student"], f"student of {b.name}", b.answers["student"], labels
+        )
 
 
-def _tested(first: str, a: Mapping[int, float], second: str, b: Mapping[int, float]) -> Any:
+def _test(first: str, a: Mapping[int, Row], second: str, b: Mapping[int, Row], labels: Ints) -> Iterator[SeedsTest]:
     common = sorted(set(a) & set(b))
     if len(common) > 1:
-        yield first, second, paired([a[seed] for seed in common], [b[seed] for seed in common]), len(common)
+        rights = [np.concatenate([rows[seed].logits.argmax(1) == labels for seed in common]) for rows in (a, b)]
+        accuracies = [[rows[seed].metrics.top1 for seed in common] for rows in (a, b)]
+        yield SeedsTest(first, second, len(common), mcnemar(first, second, *rights), paired(*accuracies))
 
 
 def _groups(comparison: Comparison) -> list[Group]:
-    """Runs whose recipes are the same but for name and seed, each seed once, in the order of the runs."""
+    """Runs whose recipes are the same but for what only names or runs them, by seed, in the order of the runs.
+
+    A control serves all groups whose own control would be the same.
+    """
     found: dict[str, dict[int, str]] = {}
+    controls: dict[tuple[str, int], Row] = {}
+    control_of: dict[str, str] = {}
     for name, run in comparison.runs.items():
-        if run.recipe:
-            found.setdefault(_recipe_but_for_seed(run.recipe), {}).setdefault(_seed(run), name)
+        try:
+            recipe = from_mapping(run.recipe)
+        except InputError:  # of a version that knew other keys
+            continue
+        kind = recipe.digest(OPERATIONAL_KEYS | {"seed", "control"})
+        control_of[kind] = recipe.as_control().digest(OPERATIONAL_KEYS | {"seed"})
+        found.setdefault(kind, {}).setdefault(recipe.seed, name)
+        if (row := comparison.row(name, "control")) is not None:
+            controls.setdefault((control_of[kind], recipe.seed), row)
     groups = []
-    for names in found.values():
-        top1: dict[str, dict[int, float]] = {"student": {}}
-        for seed, name in names.items():
-            for model in ("student", "control"):
-                if (row := comparison.row(name, model)) is not None:
-                    top1.setdefault(model, {})[seed] = row.metrics.top1
-        if len(top1.get("control", {})) < 2:
-            top1.pop("control", None)
-        groups.append(Group(next(iter(names.values())), top1))
+    for kind, names in found.items():
+        students = {seed: row for seed, name in names.items() if (row := comparison.row(name, "student"))}
+        theirs = {seed: row for seed in names if (row := controls.get((control_of[kind], seed)))}
+        answers = {"student": students} | ({"control": theirs} if len(theirs) > 1 else {})
+        groups.append(Group(next(iter(names.values())), answers))
     return groups
-
-
-def _seed(run: RunFiles) -> int:
-    return int(run.recipe.get("seed", 0))
-
-
-def _recipe_but_for_seed(recipe: Record) -> str:
-    return json.dumps({key: value for key, value in recipe.items() if key not in ("seed", "name")}, sort_keys=True)

@@ -1,0 +1,38 @@
+"""Attention transfer: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention" (arXiv 1612.03928), section
+3.1, equation 2."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.objectives.maps import resize
+from distill.objectives.precision import at_least_float32
+
+
+def attention_transfer(student_map: Tensor, teacher_map: Tensor, power: float) -> Tensor:
+    """mean((Q_student - Q_teacher)^2) over samples and positions, in float32, where Q [B, h w] is the mean over
+    channels of |map|^power, each sample's divided by its L2 norm.
+
+    As in the published code. The paper's equation 2 has the norm of the difference, not squared, and half of it: it
+    does not become smaller with the number of positions.
+
+    Args:
+        student_map: [B, C, h, w].
+        teacher_map: [B, any number of channels, H, W], resized to h, w.
+        power: 1 or more; larger looks only where the maps are largest.
+
+    Returns:
+        A scalar from 0 to 2 / (h w), and 0 when both look at the same places. A factor on all of a sample's map changes
+        nothing, nor does the order or the sign of channels.
+    """
+    height, width = student_map.shape[2:]
+    teacher_map = resize(at_least_float32(teacher_map.detach()), (height, width))
+    return (_attention(student_map, power) - _attention(teacher_map, power)).square().mean()
+
+
+def _attention(maps: Tensor, power: float) -> Tensor:
+    maps = at_least_float32(maps).flatten(2)
+    # A factor changes neither the result nor its gradient, and powers of numbers up to 1 do not overflow.
+    peak = maps.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    return F.normalize((maps / peak).abs().pow(power).mean(dim=1), dim=1)

@@ -1,0 +1,108 @@
+"""Feature maps of a frozen network, beside its logits, in one forward pass: by timm's `forward_intermediates` where the
+network has it, else by torchvision's feature extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from distill.errors import InputError
+
+Reader = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""The network's inputs [B, C, H, W] -> its logits [B, classes] and the maps [B, C, h, w] by name."""
+
+
+def map_names(network: nn.Module, inputs: Tensor) -> list[str]:
+    """The network's own stages, from the first to the last: timm's feature information, or, of another network, the
+    last of the outermost modules at each size of map that square `inputs` pass through.
+    """
+    return _timm_names(network) or _last_of_each_size(network, inputs)
+
+
+def reader_of(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor) -> Reader:
+    """What gives the maps `names`, one or more, of teacher `name`.
+
+    Raises:
+        InputError: the network has no such map; the message lists those that it has, as `map_names` of `inputs`.
+    """
+    known = _timm_names(network)
+    if not known:
+        return _traced(name, network, names, inputs)
+    if wrong := [one for one in names if one not in known]:
+        raise no_map(name, wrong[0], known)
+    order = sorted({known.index(one) for one in names})
+    return partial(_by_timm, network, {known[index]: index for index in order})
+
+
+def no_map(teacher: str, wrong: str, known: Sequence[str]) -> InputError:
+    """That a teacher has no map of that name, but those that are known."""
+    return InputError(f"teacher {teacher}: no feature map '{wrong}'; it has {', '.join(known) or 'none'}.")
+
+
+def _timm_names(network: nn.Module) -> list[str]:
+    if not hasattr(network, "forward_intermediates"):
+        return []
+    information = getattr(network, "feature_info", None) or []
+    return [stage["module"] for stage in getattr(information, "info", information)]
+
+
+def _by_timm(network: Any, indices: dict[str, int], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    features, maps = network.forward_intermediates(inputs, indices=list(indices.values()))
+    return network.forward_head(features), dict(zip(indices, maps, strict=True))
+
+
+def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor) -> Reader:
+    """By fx; `names` are those of modules, or of nodes of its graph."""
+    try:
+        _, nodes = get_graph_node_names(network, suppress_diff_warning=True)
+        if wrong := [one for one in names if not any(f"{node}.".startswith(f"{one}.") for node in nodes)]:
+            raise no_map(name, wrong[0], map_names(network, inputs))
+        # Keys without dots: they become attributes. The graph's last node is what the network returns.
+        keys = {one: f"map_{index}" for index, one in enumerate(names)}
+        extractor = create_feature_extractor(
+            network, train_return_nodes=keys, eval_return_nodes=keys | {nodes[-1]: "logits"}, suppress_diff_warning=True
+        )
+    except InputError:
+        raise
+    except Exception as error:  # whatever fx met that it cannot trace
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"teacher {name}: its feature maps cannot be read ({reason}). Take a timm model, or a method on logits."
+        ) from None
+
+    def read(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = extractor(images)
+        return outputs["logits"], {one: outputs[key] for one, key in keys.items()}
+
+    extractor.eval()
+    return read
+
+
+def _last_of_each_size(network: nn.Module, inputs: Tensor) -> list[str]:
+    last: dict[int, str] = {}
+
+    def note(name: str, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.dim() != 4:
+            return
+        height, width = output.shape[2:]
+        # Maps are square here, unless their channels come last.
+        if height == width > 1 and (width not in last or name.count(".") <= last[width].count(".")):
+            last[width] = name
+
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
+        for name, module in network.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            network(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(last.values())
