@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -77,7 +78,7 @@ class CifarResNet(nn.Module):
         Of timm's other arguments only what a CNN does anyway: maps without norms of their own, as [B, C, h, w].
         """
         assert kwargs.get("output_fmt", "NCHW") == "NCHW", "a CNN's maps are NCHW"
-        wanted = range(3)[-indices:] if isinstance(indices, int) else indices or range(3)
+        wanted, _ = feature_take_indices(3, indices)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         intermediates = []
         for index, stage in enumerate((self.layer1, self.layer2, self.layer3)):

@@ -3,7 +3,7 @@ network has it, else by torchvision's feature extraction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,10 +60,12 @@ def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor)
     """By fx; `names` are those of modules, or of nodes of its graph."""
     try:
         _, nodes = get_graph_node_names(network, suppress_diff_warning=True)
-        if wrong := [one for one in names if not any(f"{node}.".startswith(f"{one}.") for node in nodes)]:
+        # What a module returns is the last of its nodes; what the network returns, the last of all.
+        ends = {one: [node for node in nodes if f"{node}.".startswith(f"{one}.")][-1:] for one in names}
+        if wrong := [one for one, end in ends.items() if end in ([], nodes[-1:])]:
             raise no_map(name, wrong[0], map_names(network, inputs))
-        # Keys without dots: they become attributes. The graph's last node is what the network returns.
-        keys = {one: f"map_{index}" for index, one in enumerate(names)}
+        # Keys without dots: they become attributes.
+        keys = {node: f"map_{index}" for index, (node,) in enumerate(ends.values())}
         extractor = create_feature_extractor(
             network, train_return_nodes=keys, eval_return_nodes=keys | {nodes[-1]: "logits"}, suppress_diff_warning=True
         )
@@ -77,10 +79,26 @@ def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor)
 
     def read(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = extractor(images)
-        return outputs["logits"], {one: outputs[key] for one, key in keys.items()}
+        return outputs["logits"], {one: outputs[keys[node]] for one, (node,) in ends.items()}
 
     extractor.eval()
+    _copy_where_they_arise(extractor, keys.values())
     return read
+
+
+def _copy_where_they_arise(extractor: Any, keys: Iterable[str]) -> None:
+    """Let what `extractor` returns under these keys be copies: what follows may work in place."""
+    (output,) = (node for node in extractor.graph.nodes if node.op == "output")
+    returned = dict(output.args[0])
+    for key in keys:
+        with extractor.graph.inserting_after(returned[key]):
+            returned[key] = extractor.graph.call_function(_copy, (returned[key],))
+    output.args = (returned,)
+    extractor.recompile()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _last_of_each_size(network: nn.Module, inputs: Tensor) -> list[str]:
@@ -97,7 +115,7 @@ def _last_of_each_size(network: nn.Module, inputs: Tensor) -> list[str]:
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
         for name, module in network.named_modules()
-        if name
+        if name and not isinstance(module, nn.AdaptiveAvgPool2d)  # the head's; it may even enlarge
     ]
     try:
         with torch.no_grad():

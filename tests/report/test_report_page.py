@@ -64,6 +64,16 @@ def reported(three_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -
     return html, json.loads(data.read_text())
 
 
+def test_on_paper_plots_stand_two_by_two(browser: Any, reported: tuple[Path, dict[str, Any]]) -> None:
+    shown = Shown(browser, reported[0], width=794)  # A4 at 96 pixels an inch
+    shown.page.emulate_media(media="print")
+    widths = shown.page.evaluate("[...document.querySelectorAll('.part.plot > svg')].map(svg => svg.clientWidth)")
+    assert len(widths) > 5
+    assert min(widths) > 794 / 3
+    wide = "[...document.querySelectorAll('body *')].filter(part => part.getBoundingClientRect().right > 794)"
+    assert shown.page.evaluate(f"{wide}.map(part => part.outerHTML.slice(0, 80))") == []
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_quiet_asks_for_nothing_and_fits(
