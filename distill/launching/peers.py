@@ -61,8 +61,15 @@ class Peers:
         return [rank for rank, process in self._here.items() if not process.lives and self._word_of(rank) is None]
 
     def first_here(self) -> bool:
-        """Whether this is the lowest of the living ranks of this machine."""
-        return not any(process.lives for rank, process in self._here.items() if rank < self.rank)
+        """Whether this is the lowest of the living ranks of this machine, and no lower one spoke of process 0's death
+        before it ended.
+        """
+        lower = [rank for rank in self._here if rank < self.rank]
+        return not any(self._here[rank].lives or self._spoke_of_a_death(rank) for rank in lower)
+
+    def _spoke_of_a_death(self, rank: int) -> bool:
+        word = self._word_of(rank)
+        return word is not None and word[1].startswith("process 0 died")
 
     def end(self) -> BaseException | None:
         """What the others ended with: a death before what anyone said, a failure before an interruption."""

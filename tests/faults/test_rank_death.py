@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill.launching import signals
+from distill.launching.peers import Peers
 from distill.run import read_status
+from distill.trainer import Trainer
 from tests.conftest import Counted, Toy
 from tests.faults.launched import Launched, paste
+from tests.warm import launch
 
 ACCELERATE, TORCHRUN = "accelerate, 2 processes", "torchrun, 2 processes"
 
@@ -54,3 +60,32 @@ def test_the_others_stop_and_say_who_died(
         status = read_status(out)
         assert (status["state"], status["step"]) == ("interrupted", 7)
     counted("a process that died was named, the others stopped", done=done, of=len(cases), slowest_s=round(slowest, 1))
+
+
+def one_after_the_other() -> None:
+    """Process 0 dies in the first step, and process 2 leaves only when process 1 has said so and ended."""
+    rank, leave, signals.TO_END_STEP = int(os.environ["RANK"]), Peers.leave, 2.0
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait_and_leave(peers: Peers, error: BaseException) -> bool:
+        until = time.monotonic() + 60
+        while any(process.lives for process in peers._here.values()) and time.monotonic() < until:
+            time.sleep(0.02)
+        print("the others are gone")
+        return leave(peers, error)
+
+    if rank == 0:
+        Trainer.train_step = die  # type: ignore[method-assign]
+    if rank == 2:
+        Peers.leave = wait_and_leave  # type: ignore[method-assign]
+
+
+def test_of_two_that_live_one_speaks(toy: Toy, tmp_path: Path) -> None:
+    command = ["train", toy.recipe, "train.batch_size=12", "train.gradient_accumulation=1", "--out", "run"]
+    launched = launch(command, cwd=tmp_path, processes=3, before=one_after_the_other)
+    assert launched.wait() == [-signal.SIGKILL, 3, 3], launched.output
+    assert "the others are gone" in launched.output
+    assert launched.output.count("failed: process 0 died") == launched.output.count("failed: ") == 1, launched.output
+    assert read_status(tmp_path / "run")["state"] == "failed"
