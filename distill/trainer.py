@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -224,9 +225,12 @@ class Trainer:
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 seen = None if self.lessons is None else self.lessons.seen(batch.images, step, index)
-                learned = self.model(batch.images, batch.targets, seen)
+                shares = recipe.train.log_gradient_share and index == 0 and (step + 1) % recipe.train.log_every == 0
+                # What is compiled is right for one backward pass only.
+                with torch.compiler.set_stance("force_eager") if shares else nullcontext():
+                    learned = self.model(batch.images, batch.targets, seen)
                 loss, parts = training_loss(learned, weights)
-                if index == 0 and recipe.train.log_gradient_share and (step + 1) % recipe.train.log_every == 0:
+                if shares:
                     self.shares = self.gradient_shares(learned, weights)
                 self.accelerator.backward(loss / len(micro_batches))
             self.window.add(loss, parts)
@@ -277,7 +281,8 @@ class Trainer:
         }
         if self.shares:
             shares = self.accelerator.reduce(torch.stack(list(self.shares.values())), "mean").tolist()
-            values |= {f"gradient_share/{name}": share for name, share in zip(self.shares, shares, strict=True)}
+            if all(map(math.isfinite, shares)):  # else the step was left out, or all weights are 0
+                values |= {f"gradient_share/{name}": share for name, share in zip(self.shares, shares, strict=True)}
         if (cache := self.cache) is not None:
             values["teacher_cache/hits"] = cache.take_hits()
             cache.flush()

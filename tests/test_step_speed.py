@@ -266,7 +266,7 @@ def test_steps_ask_the_teacher_in_the_recipes_precision_and_predictions_in_fp32(
     assert in_fp32.lessons is not None
     assert in_fp32.lessons.teacher is in_fp32.teacher
     without = trainer_of(toy_recipe(toy, distill=[]))
-    assert without.training_teacher is None
+    assert without.lessons is None
 
 
 # Waiting for data

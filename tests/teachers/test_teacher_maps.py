@@ -92,8 +92,8 @@ SHAPES: dict[tuple[str, int], dict[str, tuple[int, int, int]]] = {
     },
     # Without `avgpool`, which makes 7x7 of 2x2.
     ("torchvision/vgg11", 64): {
-        "features.1": (64, 64, 64), "features.4": (128, 32, 32), "features.9": (256, 16, 16), "features.14": (512, 8, 8),
-        "features.19": (512, 4, 4), "features": (512, 2, 2),
+        "features.1": (64, 64, 64), "features.4": (128, 32, 32), "features.9": (256, 16, 16),
+        "features.14": (512, 8, 8), "features.19": (512, 4, 4), "features": (512, 2, 2),
     },
     ("torchvision/mobilenet_v3_small", 64): {
         "features.0": (16, 32, 32), "features.1": (16, 16, 16), "features.3": (24, 8, 8), "features.8": (48, 4, 4),
