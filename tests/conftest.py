@@ -25,7 +25,18 @@ import yaml
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Counted = Callable[..., None]
 
+SOAK_TIMEOUT = 4 * 3600
+"""Seconds for one of the large counts: beside trainings, a machine takes several times as long as alone. What they
+launch has limits of its own.
+"""
+
 SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT))
 
 
 def _shared(part: str) -> Path:

@@ -27,7 +27,7 @@ ACCELERATE, TORCHRUN = "accelerate, 2 processes", "torchrun, 2 processes"
         pytest.param([(ACCELERATE, 0)], id="1"),
         pytest.param(
             [(how, rank) for how in (ACCELERATE, TORCHRUN) for rank in (0, 1)] * 3,
-            id="12", marks=[pytest.mark.soak, pytest.mark.timeout(900)],
+            id="12", marks=pytest.mark.soak,
         ),
     ],
 )  # fmt: skip

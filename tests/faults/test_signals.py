@@ -55,7 +55,7 @@ GRID = [(how, number) for how, number in itertools.product(COMMANDS, (*SIGNALS, 
     "cases",
     [
         pytest.param([("python distill/train.py", signal.SIGTERM)], id="1"),
-        pytest.param(GRID, id=f"{len(GRID)}", marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
+        pytest.param(GRID, id=f"{len(GRID)}", marks=pytest.mark.soak),
     ],
 )
 def test_a_signal_ends_a_run_that_can_be_resumed_by_pasting(
@@ -90,9 +90,7 @@ def test_a_signal_ends_a_run_that_can_be_resumed_by_pasting(
     "delays",
     [
         pytest.param((1.5,), id="1"),
-        pytest.param(
-            [0.3 * step for step in range(1, 31)], id="30", marks=[pytest.mark.soak, pytest.mark.timeout(900)]
-        ),
+        pytest.param([0.3 * step for step in range(1, 31)], id="30", marks=pytest.mark.soak),
     ],
 )
 def test_a_signal_at_any_time_is_an_interruption(

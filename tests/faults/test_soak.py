@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 TEACHER = f"teacher.recipe={ROOT / 'recipes' / 'teachers' / 'digits_cnn.yaml'}"
 FIRST_KILL, LAST_KILL = 0.5, 14.0
-"""Seconds after its start in which a process is killed: while it imports, prepares, trains, saves or exports."""
+"""Seconds after its start in which a process is killed: while it imports, prepares, trains, saves or exports. On a
+loaded machine the last one comes later: in half the time of an undisturbed run.
+"""
 
 
 class Soak:
@@ -30,13 +32,16 @@ class Soak:
         self.folder = folder
         self.command = [sys.executable, "-m", "distill.train", str(recipe), *overrides]
         self.kills = self.runs = 0
+        self.last_kill = LAST_KILL
         self.dice = random.Random(0)
         folder.mkdir()
 
     def undisturbed(self) -> Path:
         place = self.folder / "undisturbed"
         place.mkdir()
+        began = time.monotonic()
         assert self.start(place, "--out", "run").wait() == 0, (place / "console").read_text()
+        self.last_kill = max(LAST_KILL, (time.monotonic() - began) / 2)
         return place
 
     def killed(self, kills: int) -> Path:
@@ -47,7 +52,7 @@ class Soak:
         while not run.is_finished(place / "run"):
             process = self.start(place, "--out", "run", "--resume", "auto")
             try:
-                code = process.wait(self.dice.uniform(FIRST_KILL, LAST_KILL) if kills else None)
+                code = process.wait(self.dice.uniform(FIRST_KILL, self.last_kill) if kills else None)
                 assert code == 0, (place / "console").read_text()
             except subprocess.TimeoutExpired:
                 process.send_signal(self.dice.choice([signal.SIGKILL] * 3 + [signal.SIGTERM]))
@@ -91,7 +96,6 @@ def test_kills_change_nothing(toy: Toy, tmp_path: Path, counted: Counted) -> Non
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
 def test_thirty_minutes_of_kills(tmp_path: Path, counted: Counted) -> None:
     soak = Soak(tmp_path / "soak", QUICKSTART, TEACHER)
     expected = soak.undisturbed()

@@ -64,7 +64,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("rounds", "fresh"),
-    [(1, False), pytest.param(10, True, marks=[pytest.mark.soak, pytest.mark.timeout(900)])],
+    [(1, False), pytest.param(10, True, marks=pytest.mark.soak)],
     ids=["1", "10"],
 )
 def test_four_at_once_pack_one_good_file(
@@ -104,7 +104,6 @@ def test_of_several_on_one_directory_one_runs(toy: Toy, tmp_path: Path, counted:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_the_lock_of_a_killed_run_is_free(toy: Toy, tmp_path: Path, counted: Counted) -> None:
     done = 0
     arguments = [*COMMANDS["distill train"], str(toy.recipe), "train.epochs=1000", "--out", "run", "--resume", "auto"]
