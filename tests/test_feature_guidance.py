@@ -269,6 +269,9 @@ def test_projections_depend_on_the_seed(toy: Toy) -> None:
     assert all(torch.equal(value, same[name]) for name, value in one.items())
     assert all(not torch.equal(value, other[name]) for name, value in one.items())
     assert one.keys() == {f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")}
+    trainer, state = trainer_of(recipe_of(toy)), torch.get_rng_state()
+    build_objectives(trainer.recipe, trainer.student, trainer.teacher)
+    assert torch.equal(torch.get_rng_state(), state), "the random state is left as it was"
 
 
 def test_guide_alone_lets_both_heads_learn_the_labels(toy: Toy) -> None:
