@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import distill.data.rows
 import distill.export.folder
 from distill import checkpoint, run
 from distill.data import Batch
@@ -21,14 +22,14 @@ from distill.errors import InputError
 from distill.launching.signals import Interrupted
 from distill.recipe import Recipe, from_mapping
 from distill.trainer import Trainer
+from distill.training.learner import build_objectives
 from distill.training.optim import build_optimizer
 from distill.training.out_of_memory import _advice, _work_alone
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
 from tests.test_optim import needs_scheduled_muon
 from tests.test_resume import go, same_end, train_lines
-from tests.test_step_speed import batches_of, take_steps, trainer_of
-from tests.warm import launch
+from tests.test_step_speed import Calls, Operators, batches_of, take_steps, trainer_of
 
 GUIDE = {"method": "guide", "weight": {"start": 2.5, "end": 0.0, "until": 0.7}}
 GUIDED: list[dict[str, Any]] = [{"method": "hard", "weight": 0.25}, GUIDE, {"method": "fitnet", "weight": 1e-3}]
@@ -268,6 +269,9 @@ def test_projections_depend_on_the_seed(toy: Toy) -> None:
     assert all(torch.equal(value, same[name]) for name, value in one.items())
     assert all(not torch.equal(value, other[name]) for name, value in one.items())
     assert one.keys() == {f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")}
+    trainer, state = trainer_of(recipe_of(toy)), torch.get_rng_state()
+    build_objectives(trainer.recipe, trainer.student, trainer.teacher)
+    assert torch.equal(torch.get_rng_state(), state), "the random state is left as it was"
 
 
 def test_guide_alone_lets_both_heads_learn_the_labels(toy: Toy) -> None:
@@ -362,6 +366,27 @@ def test_a_cnn_learns_from_maps_too(toy: Toy) -> None:
     assert trainer.learner.objectives.on_maps["guide"] == [(0, "layer1"), (1, "layer2"), (2, "layer3")]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_between_two_log_lines_waits_for_the_device(
+    toy: Toy, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do maps, standardisation and resizing."""
+    monkeypatch.setattr(distill.data.rows, "picks_rows", lambda device: False)
+    trainer = trainer_of(recipe_of(toy, distill=ALL, train={"precision": precision}))
+    batches = batches_of(trainer)
+    take_steps(trainer, batches, 2)
+    found: list[str] = []
+    with Calls(found), Operators(found):
+        take_steps(trainer, batches, 2)
+    assert found == []
+
+
+def test_before_its_teacher_is_trained_a_student_is_built_without_maps(toy: Toy) -> None:
+    trainer = trainer_of(recipe_of(toy))
+    without = build_objectives(trainer.recipe, trainer.student, None)
+    assert (without.blocks, without.maps, without.on_logits, without.state_dict()) == ((), (), {}, {})
+
+
 # Out of memory
 
 
@@ -392,52 +417,3 @@ def test_alone_nobody_is_waited_for(toy: Toy, monkeypatch: pytest.MonkeyPatch) -
     maps = torch.rand(2, 16, 4, 4)
     guide: Any = trainer.learner.objectives.owned["guide"]
     guide[0](torch.rand(2, 96, 2, 2), maps)
-
-
-# Processes
-
-
-def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
-    settings = ["student.drop_path=0", "train.gradient_accumulation=1", "train.max_steps=12", "train.epochs=9",
-                "train.ema=null", "distill=[{method: hard, weight: 0.25}, {method: guide}, {method: fitnet, weight: "
-                "0.001}]"]  # fmt: skip
-    lines = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        done = launch(["train", toy.recipe, *settings, "--out", "run"], cwd=folder, processes=processes)
-        assert done.wait(200) == [0] * processes, done.output
-        lines.append(train_lines(folder / "run"))
-    one, two = lines
-    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 13))
-    for key in ("loss", "loss/label", "loss/hard", "loss/guide"):
-        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=1e-5), key
-    ends = [checkpoint.read_tensors(tmp_path / name / "run" / "checkpoints" / "last", "objectives") for name in "12"]
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-4)
-
-
-# Compilation
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_with_maps_it_begins_as_eager(toy: Toy) -> None:
-    """Without graph breaks; and shares, which take several backward passes, are right and harm no step."""
-    found: dict[bool, tuple[list[float], dict[str, float]]] = {}
-    counters = torch._dynamo.utils.counters
-    for compiled in (False, True):
-        counters.clear()
-        train = {"compile": compiled, "ema": None, "log_gradient_share": True, "log_every": 2}
-        distill = [{"method": "hard"}, {"method": "guide"}]
-        trainer = trainer_of(recipe_of(toy, distill=distill, student={"drop_path": 0.0}, train=train))
-        batches, losses = batches_of(trainer), []
-        for _ in range(4):
-            take_steps(trainer, batches, 1)
-            losses.append(trainer.window.read(16)["loss"])
-        found[compiled] = losses, {name: share.item() for name, share in trainer.shares.items()}
-        # Student and teacher; the step that is not compiled made no third.
-        assert counters["stats"]["unique_graphs"] == (2 if compiled else 0)
-        assert not counters["graph_break"]
-    assert found[True][0][0] == pytest.approx(found[False][0][0], abs=1e-5)
-    assert found[True][0] == pytest.approx(found[False][0], rel=1e-4)
-    assert found[True][1] == pytest.approx(found[False][1], rel=1e-3)
