@@ -154,7 +154,8 @@ def _maps(recipe: Recipe, objective: OnMaps, at: tuple[str | int, ...]) -> Itera
     if len(recipe.teachers) > 1:
         yield Combination((at, ("teacher",)), f"{method}, and an ensemble has none of its own; name a single teacher")
     elif recipe.teachers and recipe.teachers[0].cache:
-        yield Combination((at, ("teacher",)), f"{method}, and only logits are stored; set teacher.cache to false")
+        path: tuple[str | int, ...] = ("teacher", 0) if isinstance(recipe.teacher, list) else ("teacher",)
+        yield Combination(((*path, "cache"), at), f"{method}, and only logits are stored; set teacher.cache to false")
     depth = VIT_SIZES[recipe.student.model].depth if recipe.student.model in VIT_SIZES else None
     blocks = [pair.block for pair in objective.pairs or () if pair.block is not None]
     if depth is not None and (wrong := [block for block in blocks if block >= depth]):
