@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -29,7 +28,6 @@ from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import Interrupted, StopRequest, deferred
 from distill.objectives import training_loss
 from distill.recipe import Recipe
-from distill.recipe.objectives import WeightSchedule
 from distill.run import Run
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
@@ -38,10 +36,11 @@ from distill.teaching.lessons import Lessons
 from distill.training.compilation import Compilation
 from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
 from distill.training.guard import Average, Guard
-from distill.training.learner import Learner, build_objectives, gradient_shares
+from distill.training.learner import Learner, build_objectives
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.training.out_of_memory import advising
 from distill.training.saving import Parts, Progress, restore, save, settle
+from distill.training.shares import GradientShares
 from distill.training.window import Window
 from teachers import Teacher
 
@@ -114,7 +113,7 @@ class Trainer:
         self.window = Window(accelerator)
         self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
-        self.shares: dict[str, Tensor] = {}
+        self.shares = GradientShares(train, accelerator, self.student)
         self.teacher_logits: Tensor | None = None
 
     @property
@@ -215,7 +214,7 @@ class Trainer:
         recipe, step = self.recipe, self.progress.step
         rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
-        weights = self.weights(step)
+        weights = recipe.loss_weights(step / self.schedule_steps)
         self.compilation.begin_step()
         self.guard.begin_step()
         losses = []
@@ -225,13 +224,12 @@ class Trainer:
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 seen = None if self.lessons is None else self.lessons.seen(batch.images, step, index)
-                shares = recipe.train.log_gradient_share and index == 0 and (step + 1) % recipe.train.log_every == 0
-                # What is compiled is right for one backward pass only.
-                with torch.compiler.set_stance("force_eager") if shares else nullcontext():
+                shares_due = self.shares.due(step, index)
+                with self.shares.forward_pass(shares_due):
                     learned = self.model(batch.images, batch.targets, seen)
                 loss, parts = training_loss(learned, weights)
-                if shares:
-                    self.shares = self.gradient_shares(learned, weights)
+                if shares_due:
+                    self.shares.measure(learned, weights)
                 self.accelerator.backward(loss / len(micro_batches))
             self.window.add(loss, parts)
             losses.append(loss.detach())
@@ -255,34 +253,12 @@ class Trainer:
         """
         self.window.skipped += self.guard.read(self.recipe.train.max_bad_steps)
 
-    def weights(self, step: int) -> dict[str, float]:
-        """Of each part of the loss at step `step`, from 0."""
-        assert self.recipe.label_weight is not None, "a loaded recipe has it resolved"
-        progress = step / self.schedule_steps
-        return {"label": self.recipe.label_weight} | {
-            objective.method: objective.weight_at(progress) for objective in self.recipe.distill
-        }
-
-    def gradient_shares(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """Each part's share of the norms of the student's gradients on this process's micro-batch."""
-        scaler = self.accelerator.scaler
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        return gradient_shares(parts, weights, trained, scale=1.0 if scaler is None else scaler.get_scale())
-
     def log(self, run: Run, display: TrainingDisplay) -> None:
         """Global means since the last line, to metrics.jsonl, the console and the trackers."""
         self.inspect()
-        values = self.window.read(self.plan.batch_size) | self.energy.take()
-        weights = self.weights(self.progress.step - 1)
-        values |= {
-            f"weight/{objective.method}": weights[objective.method]
-            for objective in self.recipe.distill
-            if isinstance(objective.weight, WeightSchedule)
-        }
-        if self.shares:
-            shares = self.accelerator.reduce(torch.stack(list(self.shares.values())), "mean").tolist()
-            if all(map(math.isfinite, shares)):  # else the step was left out, or all weights are 0
-                values |= {f"gradient_share/{name}": share for name, share in zip(self.shares, shares, strict=True)}
+        values = self.window.read(self.plan.batch_size) | self.energy.take() | self.shares.read()
+        weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
+        values |= {f"weight/{name}": weights[name] for name in self.recipe.scheduled}
         if (cache := self.cache) is not None:
             values["teacher_cache/hits"] = cache.take_hits()
             cache.flush()

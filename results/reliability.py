@@ -63,7 +63,7 @@ def count(name: str) -> list[dict[str, Any]] | None:
             "-m",
             "soak or not soak",
             "-o",
-            "timeout=3600",
+            "timeout=14400",
             "-o",
             "junit_family=xunit1",
             f"--junitxml={report}",

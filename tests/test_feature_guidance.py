@@ -178,9 +178,9 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
     take_steps(trainers[False], batches_of(trainers[False]), 4)
     batches = batches_of(trainer)
     take_steps(trainer, batches, 1)
-    assert trainer.shares == {}, "only at the steps that are logged"
+    assert trainer.shares.latest == {}, "only at the steps that are logged"
     take_steps(trainer, batches, 1)
-    found = {name: share.item() for name, share in trainer.shares.items()}
+    found = {name: share.item() for name, share in trainer.shares.latest.items()}
     take_steps(trainer, batches, 2)
     states = [each.learner.state_dict() for each in trainers.values()]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -191,7 +191,7 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
     batches = batches_of(again)
     take_steps(again, batches, 1)
     batch: Batch = next(batches)[0]
-    weights = again.weights(1)
+    weights = again.recipe.loss_weights(1 / again.schedule_steps)
     lengths = {}
     for name in found:
         torch.manual_seed(distill.trainer._seed_of(again.recipe.seed, 1, 0, 0))

@@ -151,12 +151,11 @@ def _losses(recipe: Recipe) -> Iterator[Combination]:
 
 def _maps(recipe: Recipe, objective: OnMaps, at: tuple[str | int, ...]) -> Iterator[Combination]:
     method = f"{objective.method} learns from feature maps of the teacher"
-    if isinstance(recipe.teacher, list):
+    if len(recipe.teachers) > 1:
         yield Combination((at, ("teacher",)), f"{method}, and an ensemble has none of its own; name a single teacher")
-    elif recipe.teacher is not None and recipe.teacher.cache:
-        yield Combination(
-            (("teacher", "cache"), at), f"{method}, and only logits are stored; set teacher.cache to false"
-        )
+    elif recipe.teachers and recipe.teachers[0].cache:
+        path: tuple[str | int, ...] = ("teacher", 0) if isinstance(recipe.teacher, list) else ("teacher",)
+        yield Combination(((*path, "cache"), at), f"{method}, and only logits are stored; set teacher.cache to false")
     depth = VIT_SIZES[recipe.student.model].depth if recipe.student.model in VIT_SIZES else None
     blocks = [pair.block for pair in objective.pairs or () if pair.block is not None]
     if depth is not None and (wrong := [block for block in blocks if block >= depth]):

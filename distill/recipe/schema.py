@@ -11,7 +11,7 @@ import yaml
 from pydantic import Discriminator, Field, Tag
 
 from distill.recipe.base import Interpolation, Probability, Section, Side, Text
-from distill.recipe.objectives import Objective, OnLogits
+from distill.recipe.objectives import Objective, OnLogits, WeightSchedule
 
 
 class RandomResizedCrop(Section):
@@ -283,6 +283,18 @@ class Recipe(Section):
         """SHA-256 (hex) of the recipe's content less the dotted keys in `ignore`."""
         flat = {key: value for key, value in self.flat().items() if key not in set(ignore)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        """Of each part of the loss after a share `progress`, 0 to 1, of the run."""
+        assert self.label_weight is not None, "a loaded recipe has it resolved"
+        return {"label": self.label_weight} | {
+            objective.method: objective.weight_at(progress) for objective in self.distill
+        }
+
+    @property
+    def scheduled(self) -> list[str]:
+        """The parts of the loss whose weight changes over the run."""
+        return [objective.method for objective in self.distill if isinstance(objective.weight, WeightSchedule)]
 
     def as_control(self) -> Recipe:
         """The same student on the same batches without the teacher: its heads share the labels at the weight of all

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -66,23 +64,3 @@ def build_objectives(recipe: Recipe, student: Student, teacher: Teacher | None) 
             )
         except ValueError as error:
             raise InputError(f"distill: {error}.") from None
-
-
-def gradient_shares(
-    parts: Mapping[str, Tensor], weights: Mapping[str, float], parameters: Sequence[nn.Parameter], scale: float = 1.0
-) -> dict[str, Tensor]:
-    """Each weighted part's gradient norm over the sum of these norms: scalars, 0 to 1.
-
-    Args:
-        parts: losses whose graph is still there; it stays.
-        parameters: of the student.
-        scale: that the gradients can be computed at without underflow (fp16).
-    """
-    norms = []
-    for name, part in parts.items():
-        gradients = torch.autograd.grad(
-            weights[name] * scale * part, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        norms.append(torch.nn.utils.get_total_norm(gradients))
-    total = torch.stack(norms).sum()
-    return {name: norm / total for name, norm in zip(parts, norms, strict=True)}

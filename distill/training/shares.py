@@ -1,0 +1,63 @@
+"""How much each part of the loss moves the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.recipe.schema import Train
+
+
+class GradientShares:
+    """At the steps that are logged, if the recipe asks: each weighted part's share of the norms of the student's
+    gradients, in the first micro-batch of this process.
+    """
+
+    def __init__(self, train: Train, accelerator: Accelerator, student: nn.Module) -> None:
+        self._every = train.log_every if train.log_gradient_share else 0
+        self._accelerator = accelerator
+        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.latest: dict[str, Tensor] = {}
+        """Scalars from 0 to 1 by part, on the device."""
+
+    def due(self, step: int, micro_batch: int) -> bool:
+        """Whether they are measured at this micro-batch of step `step`, from 0."""
+        return bool(self._every) and micro_batch == 0 and (step + 1) % self._every == 0
+
+    @staticmethod
+    def forward_pass(due: bool) -> AbstractContextManager[object]:
+        """Within which the forward pass happens: what is compiled is right for one backward pass only."""
+        return torch.compiler.set_stance("force_eager") if due else nullcontext()
+
+    def measure(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        """`parts`: losses whose graph is still there, and stays."""
+        scaler = self._accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()  # or fp16 gradients vanish
+        norms = []
+        for name, part in parts.items():
+            gradients = torch.autograd.grad(
+                weights[name] * scale * part,
+                self._parameters,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            norms.append(torch.nn.utils.get_total_norm(gradients))
+        total = torch.stack(norms).sum()
+        self.latest = {name: norm / total for name, norm in zip(parts, norms, strict=True)}
+
+    def read(self) -> dict[str, float]:
+        """The latest as a line of metrics has them, means over the processes; nothing where a step was left out or all
+        weights are 0. Collective.
+        """
+        if not self.latest:
+            return {}
+        shares = self._accelerator.reduce(torch.stack(list(self.latest.values())), "mean").tolist()
+        if not all(map(math.isfinite, shares)):
+            return {}
+        return {f"gradient_share/{name}": share for name, share in zip(self.latest, shares, strict=True)}
