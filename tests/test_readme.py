@@ -77,3 +77,15 @@ def test_the_speeds_are_those_of_the_benchmark() -> None:
     for row in figures["rows"]:
         assert f"| {row['name']} | {row['arm_a']} over {row['arm_b']} | {row['ratio']:.3f} |" in written
         assert row["repetitions"] >= 5
+
+
+def test_the_counts_are_those_of_the_reliability_run() -> None:
+    """Of a promise that is counted in small and in large, the large count."""
+    figures = json.loads((ROOT / "results" / "reliability.json").read_text(encoding="utf-8"))["promises"]
+    counts: dict[str, tuple[int, int]] = {}
+    for line in (line for lines in figures.values() for line in lines):
+        earlier = counts.get(line["promise"], (0, 0))
+        counts[line["promise"]] = max(earlier, (line["of"], line["done"]))
+    section = README.split("## What can be relied on\n")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| (.+?) \| ([\d,]+) of ([\d,]+) \|$", section, flags=re.MULTILINE)
+    assert sorted(shown) == sorted((promise, f"{done:,}", f"{of:,}") for promise, (of, done) in counts.items())
