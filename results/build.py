@@ -1,0 +1,248 @@
+"""Builds results/README.md and its plots from the collected runs, results/runs, and from nothing else.
+
+    python -m results.build
+
+No number in it is typed: run `python -m results.campaign`, `python -m results.collect`, then this. The same runs give
+the same bytes. What has not been run yet says so.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from distill.errors import InputError
+from distill.files.text import markdown, write_text
+from distill.recipe import Recipe
+from distill.report.charts import COLOURS, Chart
+from distill.report.runs import RunFiles
+from distill.report.statistics import p_text
+from results.arms import ARMS, QUESTIONS, Arm, Block, Goal, Question, seeds_of
+from results.cells import Cells, Difference, read_cells
+
+HERE = Path(__file__).resolve().parent
+NOT_RUN = "not run"
+STYLES = ("-", "--", ":")
+INTRODUCTION = """\
+# Results
+
+Built by `python -m results.build` out of the run files in [runs](runs); no number is typed by hand. `python -m
+results.campaign cpu` (or `gpu`) runs what is missing, `python -m results.collect` brings its files here;
+[LOG.md](LOG.md) is the log of what was tried and learned.
+
+CIFAR-10. Top-1 accuracy is that of the 10,000 test images, which each run reads once, at its end, for the weights that
+were chosen on its validation images: mean and standard deviation over the seeds. A difference is that of the answers
+under the seeds that both arms have: McNemar's exact test of all of them together, in which an image counts once a seed;
+p is not adjusted for the number of tests. "In common" says what the two arms share under each seed: the weights that
+they began from, and the batches that they saw. Minutes are those of a run from its first step to its test, whatever
+else the machine had to do."""
+
+
+def main(*, runs: Path = HERE / "runs", to: Path = HERE) -> int:
+    try:
+        texts = build(read_cells(runs))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(texts) > 1:
+        (to / "plots").mkdir(exist_ok=True)
+    for old in (to / "plots").glob("*.svg"):
+        if f"plots/{old.name}" not in texts:
+            old.unlink()
+    for name, text in texts.items():
+        write_text(to / name, text)
+    return 0
+
+
+def build(cells: Cells) -> dict[str, str]:
+    """The texts of all files, by their names."""
+    plots = {f"plots/{block.name}.svg": chart for block in _blocks() if (chart := curves(cells, block)) is not None}
+    parts = [INTRODUCTION, "## Goals", goals(cells)]
+    for number, question in enumerate(QUESTIONS, start=1):
+        parts += [f"## {number}. {question.title}", question.asks]
+        for block in question.blocks:
+            parts += [budget(cells, block), table(cells, block)]
+            if f"plots/{block.name}.svg" in plots:
+                caption = "Validation accuracy after each epoch, of the weights' moving average; means over the seeds."
+                parts += [f"![Validation accuracy by epoch](plots/{block.name}.svg)", caption]
+    parts += ["## Arms", "Each is one command; `seed=1` and `seed=2` give the others.", commands()]
+    return {"README.md": "\n\n".join(parts) + "\n", **{name: chart.to_svg_file() for name, chart in plots.items()}}
+
+
+def _blocks() -> Iterator[Block]:
+    return (block for question in QUESTIONS for block in question.blocks)
+
+
+def lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int]) -> str:
+    """A table in Markdown; the columns `words` are words, the others numbers. Cells are Markdown already."""
+    rules = [":---" if index in words else "---:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rules, *rows])
+
+
+def table(cells: Cells, block: Block) -> str:
+    """A block's arms; where none of them has been run, their names."""
+    names = dict.fromkeys(name for name, _ in block.rows)
+    if not any(name in cells.runs for name in names):
+        return f"None of these has been run: {', '.join(f'`{name}`' for name in names)}."
+    header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "p", "in common", "minutes"]
+    rows = [_row(cells, ARMS[name], against) for name, against in block.rows]
+    return lines(header, rows, words=(0, 1, 5, 8))
+
+
+def _row(cells: Cells, arm: Arm, against: str | None) -> list[str]:
+    values = cells.top1(arm.name)
+    tested = ["none", "", "", ""]
+    if against is not None:
+        difference = cells.difference(arm.name, against)
+        tested = [f"`{against}`", *([NOT_RUN] * 3 if difference is None else _tested(cells, arm, against, difference))]
+    measured = [_spread(values), _number(cells.validation(arm.name), ".2f")] if values else [NOT_RUN, NOT_RUN]
+    minutes = _number(cells.minutes(arm.name), ".1f") if values else NOT_RUN
+    return [
+        f"`{arm.name}`",
+        markdown(arm.says),
+        f"{len(values)} of {len(seeds_of(arm.name))}",
+        *measured,
+        *tested,
+        minutes,
+    ]
+
+
+def _tested(cells: Cells, arm: Arm, against: str, difference: Difference) -> list[str]:
+    p = p_text(difference.p).removeprefix("p ").removeprefix("= ")
+    return [f"{difference.points:+.2f}", p, cells.matched(arm.name, against) or "neither"]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """'61.20 ± 0.35'; of one seed there is no deviation."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def budget(cells: Cells, block: Block) -> str:
+    """What the arms of a block have to learn with, as recipes and runs say it."""
+    names = list(dict.fromkeys(name for name, _ in block.rows))
+    found: dict[str, list[str]] = {}
+    for name in names:
+        recipe = ARMS[name].load(0)
+        found.setdefault(f"{_model(recipe)}, {_schedule(recipe)}", []).append(name)
+    machines = list(dict.fromkeys(filter(None, (_machine(cells, name) for name in names))))
+    teachers = list(dict.fromkeys(filter(None, (_teacher(cells, name) for name in names))))
+    budgets = [
+        f"**Budget: {text}**" + (f" ({', '.join(f'`{name}`' for name in arms)})" if len(found) > 1 else "")
+        for text, arms in found.items()
+    ]
+    told = [f"Run on {' and '.join(machines)}."] if machines else []
+    told += [f"Teacher: {' and '.join(teachers)}."] if teachers else []
+    return " ".join([f"{'; '.join(budgets)}.", *told])
+
+
+def _model(recipe: Recipe) -> str:
+    student = recipe.student
+    patches = f" on patches of {student.patch_size}" if student.patch_size else ""
+    return f"{student.model}{patches} at {recipe.data.resolution} px"
+
+
+def _schedule(recipe: Recipe) -> str:
+    train, held_out = recipe.train, recipe.data.validation
+    share = f"{100 * held_out:g} %" if held_out < 1 else f"{held_out:,g}"
+    return f"{train.epochs} epochs in batches of {train.batch_size:,}, {share} of the training images held out"
+
+
+def _machine(cells: Cells, arm: str) -> str | None:
+    for run in cells.runs.get(arm, {}).values():
+        environment = run.environment
+        threads = f", {environment['threads']} thread(s) a run" if environment["device"] == "cpu" else ""
+        return markdown(f"{environment['device_name']} in {environment['precision']}{threads}")
+    return None
+
+
+def _teacher(cells: Cells, arm: str) -> str | None:
+    for run in cells.runs.get(arm, {}).values():
+        if (teacher := cells.teacher(run)) is not None:
+            return f"{markdown(teacher[0])}, {teacher[1]:.2f} %"
+    return None
+
+
+def goals(cells: Cells) -> str:
+    rows = [_goal(cells, question, goal) for question in QUESTIONS for block in question.blocks for goal in block.goals]
+    return lines(["question", "goal", "arm", "measured", "met"], rows, words=(0, 1, 2, 3, 4))
+
+
+def _goal(cells: Cells, question: Question, goal: Goal) -> list[str]:
+    measured, met = _measured(cells, goal)
+    return [question.title, markdown(goal.says), f"`{goal.arm}`", measured, met]
+
+
+def _measured(cells: Cells, goal: Goal) -> tuple[str, str]:
+    """What there is of it, and whether it is met: 'yes', 'no' or 'not run'."""
+    values, minutes = cells.top1(goal.arm), cells.minutes(goal.arm)
+    if not values:
+        return NOT_RUN, NOT_RUN
+    said, met = [], True
+    if goal.top1 is not None:
+        said.append(f"{_spread(values)} %")
+        met = met and float(np.mean(values)) >= goal.top1
+    if goal.minutes is not None:
+        said.append(f"{_number(minutes, '.1f')} min")
+        met = met and minutes is not None and minutes <= goal.minutes
+    if goal.against is not None:
+        is_teacher = goal.against == "teacher"
+        found = cells.against_teacher(goal.arm) if is_teacher else cells.difference(goal.arm, goal.against)
+        if found is None:
+            return NOT_RUN, NOT_RUN
+        said.append(f"{found.words}, {found.seeds} seed(s)")
+        met = met and found.points > 0 and found.points >= goal.points and (goal.p is None or found.p < goal.p)
+    return ", ".join(said), "yes" if met else "no"
+
+
+def curves(cells: Cells, block: Block) -> Chart | None:
+    """Validation accuracy by epoch of a block's arms; None where none has been run."""
+    chart = Chart(size=(7.5, 4.2))
+    chart.label("epoch", "validation top-1 (%)")
+    chart.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    names = list(dict.fromkeys(name for name, _ in block.rows))
+    drawn = False
+    for index, name in enumerate(names):
+        points = _points(cells, list(cells.runs.get(name, {}).values()))
+        if points:
+            drawn = True
+            chart.line(
+                list(points), list(points.values()), [], label=name,
+                color=COLOURS[index % len(COLOURS)], linestyle=STYLES[index // len(COLOURS) % len(STYLES)],
+            )  # fmt: skip
+    if not drawn:
+        return None
+    chart.legend()
+    return chart
+
+
+def _points(cells: Cells, runs: Sequence[RunFiles]) -> dict[float, float]:
+    """Mean accuracy by epoch, where all runs have one; of the moving average, if there is one."""
+    found = []
+    for run in runs:
+        assert cells.comparison is not None, "it has these runs"
+        measured = [curve for curve in cells.comparison.curves.top1 if curve.run == run.path.name]
+        averaged = [curve for curve in measured if curve.variant.endswith("EMA")]
+        found += [dict(zip(curve.epochs, curve.values, strict=True)) for curve in (averaged or measured)[:1]]
+    common = [epoch for epoch in found[0] if all(epoch in points for points in found)] if found else []
+    return {epoch: float(np.mean([points[epoch] for points in found])) for epoch in common}
+
+
+def commands() -> str:
+    rows = []
+    for arm in ARMS.values():
+        command = ["accelerate", "launch", "distill/train.py", arm.recipe, *arm.all_overrides(0)]
+        rows.append([f"`{arm.name}`", f"`{shlex.join(command)}`"])
+    return lines(["arm", "command"], rows, words=(0, 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

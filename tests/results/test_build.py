@@ -1,0 +1,157 @@
+"""results/README.md out of runs whose numbers are counted by hand."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from distill.errors import InputError
+from distill.report.runs import read_run
+from results import build
+from results.arms import ARMS, Goal
+from results.cells import read_cells
+from results.collect import collect
+from tests.results.conftest import SAMPLES, MakeCell
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The tables' lines by their first cell, the last one of each; cells without their marks."""
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return {line.split(" | ")[0].strip("|` "): [cell.strip("|` ") for cell in line.split(" | ")] for line in lines}
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f". {title}\n")[1].split("\n## ")[0]
+
+
+def right(run: Path, output: str = "student.fused") -> list[bool]:
+    predictions = read_run(run).predictions
+    pairs = zip(predictions.logits[output], predictions.labels, strict=True)
+    return [max(range(10), key=logits.__getitem__) == label for logits, label in pairs]
+
+
+def test_means_differences_and_tests_are_those_counted_by_hand(tmp_path: Path, make_cell: MakeCell) -> None:
+    ours = [make_cell("nano-hard-guide", seed, 2.0) for seed in (0, 1, 2)]
+    theirs = [make_cell("nano-control", seed, 1.0) for seed in (0, 1)]
+    collect([tmp_path / "there"], tmp_path / "kept")
+    texts = build.build(read_cells(tmp_path / "kept"))
+    found = rows(section(texts["README.md"], "Does distillation help?"))
+    top1 = [100 * sum(right(run)) / SAMPLES for run in ours]
+    _, says, seeds, measured, validation, against, points, p, common, minutes = found["nano-hard-guide"]
+    assert (seeds, against) == ("3 of 3", "nano-control")
+    assert measured == f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}"
+    assert validation == "44.00"  # 40 + 3 after the fourth epoch, and 1 for the moving average
+    assert minutes == f"{40 / 60:.1f}"
+    only = [0, 0]
+    for run, control in zip(ours, theirs, strict=False):
+        for a, b in zip(right(run), right(control), strict=True):
+            only[0] += a and not b
+            only[1] += b and not a
+    assert points == f"{100 * (only[0] - only[1]) / (2 * SAMPLES):+.2f}"
+    exact = stats.binomtest(only[0], sum(only)).pvalue
+    assert p == ("< 0.001" if exact < 0.001 else f"{exact:.3g}")
+    assert common == "weights and batches"
+    assert says.startswith("hard labels and guidance")
+    assert found["nano-control"][2] == "2 of 3"
+    assert found["nano-soft-t1"][3:5] == found["nano-soft-t1"][6:8] == ["not run", "not run"]
+    assert "None of these has been run: `tiny-control`" in texts["README.md"]
+    assert f"Teacher: local-dir:export, {100 * sum(right(ours[0], 'teacher')) / SAMPLES:.2f} %" in texts["README.md"]
+    assert texts.keys() == {"README.md", *(f"plots/nano-{name}.svg" for name in ("methods", "attention", "both"))}
+
+
+def test_one_seed_has_no_deviation_and_its_own_test(tmp_path: Path, make_cell: MakeCell) -> None:
+    one, other = make_cell("nano-plain", 1, 2.0, weights="other"), make_cell("nano-area-4", 1, 1.5, batch="other")
+    collect([tmp_path / "there"], tmp_path / "kept")
+    cells = read_cells(tmp_path / "kept")
+    difference = cells.difference("nano-area-4", "nano-plain")
+    assert difference is not None
+    a, b = right(other), right(one)
+    only = sum(x and not y for x, y in zip(a, b, strict=True)), sum(y and not x for x, y in zip(a, b, strict=True))
+    assert difference.seeds == 1
+    assert difference.points == pytest.approx(100 * (only[0] - only[1]) / SAMPLES)
+    assert difference.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    found = rows(section(build.build(cells)["README.md"], "Does area attention help?"))
+    assert found["nano-area-4"][3] == f"{100 * sum(a) / SAMPLES:.2f}"
+    assert found["nano-area-4"][8] == "neither"
+
+
+def test_a_difference_turned_round_is_the_same_one(tmp_path: Path, make_cell: MakeCell) -> None:
+    for seed in (0, 1):
+        make_cell("nano-hard", seed, 2.0)
+        make_cell("nano-plain", seed, 1.0)
+    collect([tmp_path / "there"], tmp_path / "kept")
+    cells = read_cells(tmp_path / "kept")
+    one, other = cells.difference("nano-hard", "nano-plain"), cells.difference("nano-plain", "nano-hard")
+    assert one is not None
+    assert other is not None
+    assert (one.points, one.p, one.seeds) == (-other.points, other.p, 2)
+    assert one.points > 0
+
+
+def test_goals(tmp_path: Path, make_cell: MakeCell) -> None:
+    for seed in (0, 1):
+        make_cell("nano-hard-guide", seed, 3.0)
+        make_cell("nano-control", seed, 0.5)
+    collect([tmp_path / "there"], tmp_path / "kept")
+    cells = read_cells(tmp_path / "kept")
+    name, control = "nano-hard-guide", "nano-control"
+    mean = float(np.mean(cells.top1(name)))
+
+    def met(**wanted: float | str) -> str:
+        return build._measured(cells, Goal("", name, **wanted))[1]  # type: ignore[arg-type]
+
+    assert met(top1=mean) == met(top1=mean, minutes=1) == met(against=control, points=1.0, p=0.01) == "yes"
+    assert met(top1=mean + 0.01) == met(top1=mean, minutes=0.5) == met(against=control, points=90.0) == "no"
+    assert met(against="nano-plain") == "not run"
+    teacher = cells.against_teacher(name)
+    assert teacher is not None
+    runs = [tmp_path / "there" / f"run-{name}-{seed}" for seed in (0, 1)]
+    by_hand = [sum(right(run)) - sum(right(run, "teacher")) for run in runs]
+    assert teacher.points == pytest.approx(100 * sum(by_hand) / (2 * SAMPLES))
+    assert met(against="teacher") == ("yes" if teacher.points > 0 else "no")
+    assert build._measured(cells, Goal("", "laptop", top1=80.0)) == ("not run", "not run")
+
+
+def test_building_twice_gives_the_same_bytes_and_old_plots_go(tmp_path: Path, make_cell: MakeCell) -> None:
+    for seed in (0, 1):
+        make_cell("nano-hard", seed)
+    collect([tmp_path / "there"], tmp_path / "kept")
+    written = []
+    for name in ("one", "two"):
+        (tmp_path / name / "plots").mkdir(parents=True)
+        (tmp_path / name / "plots" / "old.svg").touch()
+        assert build.main(runs=tmp_path / "kept", to=tmp_path / name) == 0
+        files = [path for path in sorted((tmp_path / name).rglob("*")) if path.is_file()]
+        written.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
+    assert written[0] == written[1]
+    assert {str(path) for path in written[0]} == {"README.md", "plots/nano-methods.svg"}
+
+
+def test_nothing_run_says_so_and_leaves_no_cell_empty(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    texts = build.build(read_cells(tmp_path / "kept"))
+    assert texts.keys() == {"README.md"}
+    assert texts["README.md"].count("None of these has been run: ") == 8
+    goals = [line for line in texts["README.md"].splitlines() if line.endswith("| not run | not run |")]
+    assert len(goals) == 7
+    for name in ARMS:
+        assert f"| `{name}` | `accelerate launch distill/train.py " in texts["README.md"]
+
+
+def test_a_run_that_is_not_what_its_name_says_is_refused(tmp_path: Path, make_cell: MakeCell) -> None:
+    make_cell("nano-hard", 0)
+    collect([tmp_path / "there"], tmp_path / "kept")
+    (tmp_path / "kept" / "nano-hard-0").rename(tmp_path / "kept" / "nano-hard-1")
+    with pytest.raises(InputError, match="nano-hard-1: its recipe is not"):
+        read_cells(tmp_path / "kept")
+    (tmp_path / "kept" / "nano-hard-1").rename(tmp_path / "kept" / "nano-gone-0")
+    with pytest.raises(InputError, match=r"no cells .*: nano-gone-0"):
+        read_cells(tmp_path / "kept")
+
+
+def test_what_is_committed_is_what_the_runs_give() -> None:
+    assert build.build(read_cells(build.HERE / "runs"))["README.md"] == (build.HERE / "README.md").read_text("utf-8")
