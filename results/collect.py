@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,7 @@ def copy(run: RunFiles, to: Path, name: str) -> None:
     write_text(new / "resolved.yaml", yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
     status = {key: run.status[key] for key in STATUS if key in run.status}
     weights = {Path(key).name: digest for key, digest in run.status.get("teacher_weights", {}).items()}
-    # The last line of a run with a control is written after the control's training.
-    own = replace(run, events=tuple(event for event in run.events if event.get("event") != "control"))
-    status |= {"teacher_weights": weights, "training_seconds": own.training_seconds}
+    status |= {"teacher_weights": weights, "training_seconds": run.training_seconds}
     _write_json(new / "status.json", portable(status))
     environment = {key: run.environment[key] for key in ENVIRONMENT if key in run.environment}
     _write_json(new / "environment.json", portable(environment))
@@ -106,14 +103,8 @@ def _write_json(path: Path, value: Record) -> None:
 
 def _write_predictions(run: RunFiles, to: Path, path: Path) -> None:
     labels = torch.from_numpy(run.predictions.labels.astype(np.uint8))
-    students = {name: logits for name, logits in run.predictions.logits.items() if name != "teacher"}
-    fused = students["student.fused"]
-    kept = {
-        name: torch.from_numpy(halved(logits))
-        for name, logits in students.items()
-        if name == "student.fused" or not np.array_equal(logits, fused)  # of one head: the same again
-    }
-    write_tensors(path, {"labels": labels, **kept}, {})
+    fused = torch.from_numpy(halved(run.predictions.logits["student.fused"]))
+    write_tensors(path, {"labels": labels, "student.fused": fused}, {})
     teacher = run.predictions.logits.get("teacher")
     digest = teacher_of(run)
     if teacher is not None and digest is not None and not (to / TEACHERS / f"{digest}.safetensors").exists():

@@ -68,13 +68,15 @@ class RunFiles:
 
     @property
     def training_seconds(self) -> float | None:
-        """Time between the lines of the metrics, without the pauses before a resumption; None without lines."""
+        """Time between the lines of the metrics, without the pauses before a resumption and the control's own training;
+        None without lines.
+        """
         total, before = 0.0, None
         for event in self.events:
             now = event.get("time")
             if not isinstance(now, int | float) or not math.isfinite(now):
                 continue
-            if before is not None and event.get("event") not in ("resume", "start"):
+            if before is not None and event.get("event") not in ("resume", "start", "control"):
                 total += max(0.0, now - before)
             before = now
         return total or None
