@@ -16,7 +16,7 @@ def answer(comparison: Comparison) -> str:
 
 
 def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
-    student, control = comparison.row(name, "student"), comparison.row(name, "control")
+    student, control = comparison.row(name, "student"), comparison.control_of(name)
     teacher = comparison.teacher_of(name)
     if student is None:
         return

@@ -96,6 +96,14 @@ class Comparison:
         """The answer of a run's 'student' or 'control'."""
         return next((row for row in self.wholes if (row.run, row.model) == (run, model)), None)
 
+    def control_of(self, run: str) -> Row | None:
+        """The control's answer: the run's own, or that of another run whose control would be the same."""
+        own, digest = self.row(run, "control"), self.runs[run].control_digest
+        if own is not None or digest is None:
+            return own
+        others = (self.row(name, "control") for name, other in self.runs.items() if other.control_digest == digest)
+        return next((row for row in others if row is not None), None)
+
     def verdict(self, a: Row, b: Row) -> Verdict:
         rights = [row.logits.argmax(1) == self.labels for row in (a, b)]
         return mcnemar(self.name(a), self.name(b), *rights)

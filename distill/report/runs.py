@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
 from distill.files.seal import is_sealed
-from distill.recipe import read_yaml
+from distill.recipe import OPERATIONAL_KEYS, from_mapping, read_yaml
 from distill.report.metrics import Predictions, read_predictions
 
 Record = Mapping[str, Any]
@@ -80,6 +80,17 @@ class RunFiles:
                 total += max(0.0, now - before)
             before = now
         return total or None
+
+    @property
+    def control_digest(self) -> str | None:
+        """Identifies the control that this run has or would have; None where it distils nothing, or where its recipe
+        is of a version that knew other keys.
+        """
+        try:
+            recipe = from_mapping(self.recipe)
+        except InputError:
+            return None
+        return recipe.as_control().digest(OPERATIONAL_KEYS) if recipe.distill else None
 
     @property
     def training_joules(self) -> float | None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from distill.report.answer import answer
 from distill.report.comparison import compare
 from distill.report.sections import seeds
 from tests.report.conftest import MakeRun
@@ -28,6 +29,11 @@ def test_a_control_serves_every_recipe_whose_control_it_would_be(make_run: MakeR
         make_run("other-1", seed=5, recipe=hard | {"train": {"epochs": 7}, "seed": 1}),
     ]
     comparison = compare(runs)
+    shared = comparison.control_of("hard-1")
+    assert shared is not None
+    assert (shared.run, shared.model) == ("soft-1", "control")
+    assert comparison.control_of("other-0") is None
+    assert answer(comparison).count("The same network trained without the teacher") == 4
     section = seeds.build(comparison)
     assert section is not None
     groups = {(group["recipe"], group["model"]): group for group in section.data["groups"]}

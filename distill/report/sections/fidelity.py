@@ -27,7 +27,7 @@ def build(comparison: Comparison) -> Section | None:
         for name in comparison.runs
         if (teacher := comparison.teacher_of(name)) is not None
         and (student := comparison.row(name, "student")) is not None
-        and (control := comparison.row(name, "control")) is not None
+        and (control := comparison.control_of(name)) is not None
     }
     parts: list[Part] = [_table(comparison, found)]
     wholes = [(row, values) for row, values in found if row.is_whole and values.teacher_wrong]

@@ -117,27 +117,18 @@ def _test(first: str, a: Mapping[int, Row], second: str, b: Mapping[int, Row], l
 
 
 def _groups(comparison: Comparison) -> list[Group]:
-    """Runs whose recipes are the same but for what only names or runs them, by seed, in the order of the runs.
-
-    A control serves all groups whose own control would be the same.
-    """
+    """Runs whose recipes are the same but for what only names or runs them, by seed, in the order of the runs."""
     found: dict[str, dict[int, str]] = {}
-    controls: dict[tuple[str, int], Row] = {}
-    control_of: dict[str, str] = {}
     for name, run in comparison.runs.items():
         try:
             recipe = from_mapping(run.recipe)
         except InputError:  # of a version that knew other keys
             continue
-        kind = recipe.digest(OPERATIONAL_KEYS | {"seed", "control"})
-        control_of[kind] = recipe.as_control().digest(OPERATIONAL_KEYS | {"seed"})
-        found.setdefault(kind, {}).setdefault(recipe.seed, name)
-        if (row := comparison.row(name, "control")) is not None:
-            controls.setdefault((control_of[kind], recipe.seed), row)
+        found.setdefault(recipe.digest(OPERATIONAL_KEYS | {"seed", "control"}), {}).setdefault(recipe.seed, name)
     groups = []
-    for kind, names in found.items():
+    for names in found.values():
         students = {seed: row for seed, name in names.items() if (row := comparison.row(name, "student"))}
-        theirs = {seed: row for seed in names if (row := controls.get((control_of[kind], seed)))}
-        answers = {"student": students} | ({"control": theirs} if len(theirs) > 1 else {})
+        controls = {seed: row for seed, name in names.items() if (row := comparison.control_of(name))}
+        answers = {"student": students} | ({"control": controls} if len(controls) > 1 else {})
         groups.append(Group(next(iter(names.values())), answers))
     return groups
