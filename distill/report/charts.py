@@ -6,6 +6,7 @@ Inline, text stays text, and what is not data takes the page's colour.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,13 @@ STYLE = {
     # Every point that a reader can point at stays a point.
     "path.simplify": False,
 }
+
+
+MOST_WITHIN = 4
+"""Lines of a legend within the axes."""
+LONG_LABEL = 24
+LEGEND_LINE = 0.21
+"""Inches."""
 
 
 def short(name: str, most: int = 36) -> str:
@@ -91,8 +99,17 @@ class Chart:
                 self._name(drawn, [tip])
 
     def legend(self, axes: int = 0, **more: Any) -> None:
+        """In the axes; one of many lines stands below them, where it hides none."""
+        handles, labels = self.axes[axes].get_legend_handles_labels()
+        if len(labels) <= MOST_WITHIN:
+            with mpl.rc_context(STYLE):
+                self.axes[axes].legend(**more)
+            return
+        columns = 1 if max(map(len, labels)) > LONG_LABEL else 2
+        width, height = self.figure.get_size_inches()
+        self.figure.set_size_inches(width, height + LEGEND_LINE * math.ceil(len(labels) / columns))
         with mpl.rc_context(STYLE):
-            self.axes[axes].legend(**more)
+            self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
     def legend_below(self, axes: int = 0, columns: int = 3) -> None:
         """One legend for all axes, under them."""

@@ -127,6 +127,7 @@ class Attention:
     """Pictures under the attention of the prefix tokens: rows of views by picture and token."""
 
     name: str
+    title: str
     grid: tuple[int, int]
     """Patches (height, width)."""
     pictures: Sequence[tuple[str, str, Sequence[tuple[str, Sequence[View]]]]]

@@ -67,8 +67,9 @@ def loss_chart(comparison: Comparison) -> Chart:
 
 def top1_chart(comparison: Comparison) -> Chart:
     """Accuracy over epochs, with the teacher's as a horizontal line."""
-    chart = _chart(comparison, comparison.curves.top1, "top-1 (%)")
-    for curve in comparison.curves.teacher:
+    chart = _lines(comparison, comparison.curves.top1, "top-1 (%)")
+    # A teacher that several runs have is one line.
+    for curve in {curve.values: curve for curve in reversed(comparison.curves.teacher)}.values():
         label = short(_label(curve, comparison.several))
         chart.axes[0].axhline(curve.values[-1], color=TEACHER_COLOUR, linestyle="--", label=label)
     chart.legend()
@@ -76,6 +77,13 @@ def top1_chart(comparison: Comparison) -> Chart:
 
 
 def _chart(comparison: Comparison, curves: Sequence[Curve], label: str) -> Chart:
+    chart = _lines(comparison, curves, label)
+    if len(curves) > 1:
+        chart.legend()
+    return chart
+
+
+def _lines(comparison: Comparison, curves: Sequence[Curve], label: str) -> Chart:
     chart = Chart()
     chart.label("epoch", label)
     chart.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -94,8 +102,6 @@ def _chart(comparison: Comparison, curves: Sequence[Curve], label: str) -> Chart
             linestyle=":" if curve.variant.endswith("EMA") else style,
             label=name,
         )
-    if len(curves) > 1:
-        chart.legend()
     return chart
 
 

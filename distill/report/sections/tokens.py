@@ -38,8 +38,8 @@ def build(comparison: Comparison) -> Section | None:
         )
         parts.append(Plot("cosines", "Likeness of the tokens", caption, _chart(comparison, cosines)))
     parts += [
-        _attention(name, run, len(parts))
-        for name, run in comparison.runs.items()
+        _attention(f"Attention of {name}" if comparison.several else "Attention", run, len(parts) + number)
+        for number, (name, run) in enumerate(comparison.runs.items())
         if run.analysis is not None and "attention.patches" in run.analysis.tensors
     ]
     if not parts:
@@ -81,7 +81,7 @@ def _chart(comparison: Comparison, cosines: list[tuple[str, str, list[float], li
     return chart
 
 
-def _attention(name: str, run: RunFiles, number: int) -> Attention:
+def _attention(title: str, run: RunFiles, number: int) -> Attention:
     assert run.analysis is not None
     tensors = run.analysis.tensors
     patches = tensors["attention.patches"].astype(np.float64)  # [depth, images, tokens, H, W]
@@ -103,7 +103,7 @@ def _attention(name: str, run: RunFiles, number: int) -> Attention:
             rows.append((TOKENS[token] if token < len(TOKENS) else f"token {token}", views))
         label = run.class_names[int(run.predictions.labels[place])]
         pictures.append((to_png(image), f"{label} (test image {place})", rows))
-    return Attention(f"attention-{number}", (height, width), pictures)
+    return Attention(f"attention-{number}", title, (height, width), pictures)
 
 
 def _glowing(image: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
