@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -52,18 +53,35 @@ def test_the_readme_names_every_section_of_a_recipe() -> None:
     assert {key for key in Recipe.model_fields if f"`{key}`" not in rows} == set()
 
 
+CELLS = {
+    ("nano", "student"): "nano-soft-t3-0",
+    ("nano", "control"): "nano-control-0",
+    ("nano_guide", "student"): "nano-hard-guide-0",
+}
+"""Run and model of the report: the run's files under results/runs."""
+
+
 def test_the_results_are_those_of_the_run_files() -> None:
     folder = ROOT / "results" / "cifar10-nano"
-    report = (folder / "report.md").read_text(encoding="utf-8")
-    table = [line for line in report.splitlines() if line.startswith("|")]
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
     assert "\n".join(table) in README
-    shown = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in table[2:]}
+    shown = {tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ")[2] for line in table[2:]}
     rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
     assert [f"{row['top1']:.2f}" for row in rows] == list(shown.values())
-    for path, model in ((folder, "student"), (folder / "control", "control")):
+    for (run, model), cell in CELLS.items():
+        path = ROOT / "results" / "runs" / cell
         (test,) = [line for line in read_metrics(path, "eval") if line["split"] == "test"]
-        assert f"{test['student/top1']:.2f}" == shown[f"{model}, both heads"]
+        assert f"{test['student/top1']:.2f}" == shown[run, f"{model}, both heads"]
         assert read_status(path)["state"] == "finished"
+
+
+def test_the_methods_figures_are_those_of_the_results() -> None:
+    section = README.split("## What the teacher teaches\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("| `nano-")]
+    assert len(shown) >= 3
+    assert set(shown) <= set((ROOT / "results" / "README.md").read_text(encoding="utf-8").splitlines())
 
 
 def test_the_speeds_are_those_of_the_benchmark() -> None:
