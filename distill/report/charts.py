@@ -51,7 +51,7 @@ STYLE = {
 
 MOST_WITHIN = 4
 """Lines of a legend within the axes."""
-LONG_LABEL = 24
+LONG_LABEL = 20
 LEGEND_LINE = 0.21
 """Inches."""
 

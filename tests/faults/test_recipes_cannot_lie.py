@@ -34,16 +34,23 @@ def typos(word: str) -> set[str]:
     return (deleted | transposed | inserted | substituted) - {word, ""}
 
 
-def holding(path: tuple[str, ...], key: str) -> dict[str, Any]:
-    """A recipe in which `key` stands where the last key of `path` belongs."""
+LISTS = {"distill", "pairs"}
+"""Keys of lists of sections."""
+
+
+def holding(path: tuple[str, ...], key: str) -> tuple[dict[str, Any], str]:
+    """A recipe in which `key` stands where the last key of `path` belongs, and the dotted path that it has there."""
     inner: dict[str, Any] = {key: 1}
     if path[:-1] == ("student", "attention"):
         inner |= {} if path[-1] == "kind" else {"kind": "area"}
-    if path[:-1] == ("distill",):
-        inner |= {} if path[-1] == "method" else {"method": "soft"}
-    for section in reversed(path[:-1]):
-        inner = {section: [inner] if section == "distill" else inner}
-    return inner
+    dotted = key
+    for depth in range(len(path) - 1, 0, -1):
+        section = path[depth - 1]
+        if section == "distill" and path[-1] != "method":
+            inner |= {"method": "soft" if depth == len(path) - 1 else "guide"}
+        inner = {section: [inner] if section in LISTS else inner}
+        dotted = f"{section}.0.{dotted}" if section in LISTS else f"{section}.{dotted}"
+    return inner, dotted
 
 
 def problems_of(raw: dict[str, Any]) -> dict[str, str]:
@@ -60,8 +67,8 @@ def test_every_typo_of_every_key_is_rejected_and_its_key_suggested(per_key: int,
         words = sorted(typos(path[-1]) - set(_keys_under(path[:-1])))
         for word in chance.sample(words, min(per_key, len(words))):
             tried += 1
-            at = ".".join((*path[:-1], "0", word) if path[0] == "distill" and len(path) > 1 else (*path[:-1], word))
-            message = problems_of(holding(path, word)).get(at, "")
+            recipe, at = holding(path, word)
+            message = problems_of(recipe).get(at, "")
             rejected += message.startswith("unknown key")
             suggested += message.endswith(f"did you mean '{path[-1]}'?")
     share = suggested / tried
