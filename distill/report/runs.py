@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
 from distill.files.seal import is_sealed
-from distill.recipe import OPERATIONAL_KEYS, from_mapping, read_yaml
+from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
 from distill.report.metrics import Predictions, read_predictions
 
 Record = Mapping[str, Any]
@@ -81,16 +82,21 @@ class RunFiles:
             before = now
         return total or None
 
-    @property
-    def control_digest(self) -> str | None:
-        """Identifies the control that this run has or would have; None where it distils nothing, or where its recipe
-        is of a version that knew other keys.
-        """
+    @cached_property
+    def known_recipe(self) -> Recipe | None:
+        """The recipe, checked; None where it is of a version that knew other keys."""
         try:
-            recipe = from_mapping(self.recipe)
+            return from_mapping(self.recipe)
         except InputError:
             return None
-        return recipe.as_control().digest(OPERATIONAL_KEYS) if recipe.distill else None
+
+    @cached_property
+    def control_digest(self) -> str | None:
+        """Identifies the control that this run has or would have; None where it distils nothing, or its recipe is not
+        known.
+        """
+        recipe = self.known_recipe
+        return recipe.as_control().digest(OPERATIONAL_KEYS) if recipe is not None and recipe.distill else None
 
     @property
     def training_joules(self) -> float | None:

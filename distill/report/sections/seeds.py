@@ -8,8 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from distill.errors import InputError
-from distill.recipe import OPERATIONAL_KEYS, from_mapping
+from distill.recipe import OPERATIONAL_KEYS
 from distill.report.comparison import Comparison, Row
 from distill.report.metrics import Ints
 from distill.report.page import Cell, Section, Table, number
@@ -120,11 +119,8 @@ def _groups(comparison: Comparison) -> list[Group]:
     """Runs whose recipes are the same but for what only names or runs them, by seed, in the order of the runs."""
     found: dict[str, dict[int, str]] = {}
     for name, run in comparison.runs.items():
-        try:
-            recipe = from_mapping(run.recipe)
-        except InputError:  # of a version that knew other keys
-            continue
-        found.setdefault(recipe.digest(OPERATIONAL_KEYS | {"seed", "control"}), {}).setdefault(recipe.seed, name)
+        if (recipe := run.known_recipe) is not None:
+            found.setdefault(recipe.digest(OPERATIONAL_KEYS | {"seed", "control"}), {}).setdefault(recipe.seed, name)
     groups = []
     for names in found.values():
         students = {seed: row for seed, name in names.items() if (row := comparison.row(name, "student"))}
