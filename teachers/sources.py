@@ -61,9 +61,7 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
     if spec.model is None:
         raise InputError(f"teacher.recipe: {spec.recipe} trains this teacher; name the model that it is.")
     if spec.model in ZOO:
-        entry = ZOO[spec.model]
-        network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(entry.mean))
-        return Source(network, _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation)))
+        return _zoo_source(spec, spec.model, num_classes)
     if spec.model.startswith("torchvision/"):
         name = spec.model.removeprefix("torchvision/")
         _, contract = _torchvision_preset(spec, name)
@@ -81,14 +79,21 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
     return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
 
 
-def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _zoo_source(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    """The network of a zoo entry, without its weights."""
     entry = ZOO[name]
     contract = _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation))
+    network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(contract.mean))
+    return Source(network, contract)
+
+
+def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+    entry = ZOO[name]
     if spec.weights is None:
         _same_classes(f"the weights of {name}", entry.num_classes, num_classes)
-    network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(contract.mean))
-    load_weights(network, Path(spec.weights or download(entry.url, entry.sha256)), num_classes=num_classes)
-    return Source(network, contract)
+    source = _zoo_source(spec, name, num_classes)
+    load_weights(source.network, Path(spec.weights or download(entry.url, entry.sha256)), num_classes=num_classes)
+    return source
 
 
 def _timm_config(name: str) -> timm.models.PretrainedCfg:

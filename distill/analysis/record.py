@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,67 +60,67 @@ def analyse(
         predictions: logits [N, classes] on the test set by name (`student.fused`, ..., `teacher`).
         validation: the same on the validation split; empty without one.
     """
-    path = folder / NAME
-    try:
-        values, tensors = _measure(folder, student, teacher, dataset, predictions, validation)
+    with _spared(folder / NAME):
+        labels, device = dataset.labels("test"), dataset.device
+        models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+        sample = _take(dataset, [0]).to(device) / 255
+        flops = {name: count_flops(model, sample) for name, model in models.items()}
+        speeds = measure_speed(models, flops, sample)
+        sizes = {name: count_bytes(model) for name, model in models.items()}
+        sizes["student"] = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
+
+        shown = _disagreements(predictions, labels)
+        looked_at = _stratified(labels, LOOKED_AT)
+        corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
+        drawn = [*shown[:DRAWN], *looked_at[: DRAWN - len(shown[:DRAWN])]]
+        places = sorted({*shown, *looked_at, *corrupted, *drawn})
+        images = _take(dataset, places)
+        row = {place: index for index, place in enumerate(places)}
+
+        def of(chosen: list[int]) -> Tensor:
+            return images[[row[place] for place in chosen]]
+
+        tensors: dict[str, Tensor] = {}
+        if validation:
+            tensors |= {f"validation.{name}": logits.clone() for name, logits in validation.items()}
+            tensors["validation.labels"] = dataset.labels("validation")
+        if shown:
+            tensors |= {"pictures.indices": torch.tensor(shown), "pictures.images": _thumbnails(of(shown))}
+        values: dict[str, Any] = {
+            "format": FORMAT,
+            "data": dataset.info.digest,
+            "classes": list(dataset.info.class_names),
+            "device": device.type,
+            "costs": {name: {"flops": flops[name], "bytes": sizes[name], **speeds[name]} for name in models},
+            "robustness": _robustness(
+                student, teacher, of(corrupted), labels[corrupted], torch.tensor(corrupted), device
+            ),
+        }
+        seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255)
+        if seen is not None:
+            values["tokens"] = {
+                "token_cosines": seen.token_cosines,
+                "head_cosines": seen.head_cosines,
+                "images": LOOKED_AT,
+            }
+            tensors |= _attention(seen, drawn, _thumbnails(of(drawn)))
         metadata = {"format": FORMAT, "data": dataset.info.digest, SEAL: ""}
-        write_tensors(path.with_suffix(".safetensors"), tensors, metadata)
-        write_text(path.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        _log.warning("%s: cannot be written (%s); the report does without it", path, error.strerror)
+        try:
+            write_tensors(folder / f"{NAME}.safetensors", tensors, metadata)
+            write_text(folder / f"{NAME}.json", json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            _log.warning("%s: cannot be written (%s); the report does without it", folder / NAME, error.strerror)
+
+
+@contextmanager
+def _spared(path: Path) -> Iterator[None]:
+    """Within, the lack of memory ends in a warning."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         _log.warning("%s: out of memory; the report does without it, and `distill evaluate` repeats it", path)
-
-
-def _measure(
-    folder: Path,
-    student: Student,
-    teacher: Teacher | None,
-    dataset: Dataset,
-    predictions: Mapping[str, Tensor],
-    validation: Mapping[str, Tensor],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `analysis.json` and `analysis.safetensors` hold."""
-    labels, device = dataset.labels("test"), dataset.device
-    models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    sample = _take(dataset, [0]).to(device) / 255
-    flops = {name: count_flops(model, sample) for name, model in models.items()}
-    speeds = measure_speed(models, flops, sample)
-    sizes = {name: count_bytes(model) for name, model in models.items()}
-    sizes["student"] = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
-
-    shown = _disagreements(predictions, labels)
-    looked_at = _stratified(labels, LOOKED_AT)
-    corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
-    drawn = [*shown[:DRAWN], *looked_at[: DRAWN - len(shown[:DRAWN])]]
-    places = sorted({*shown, *looked_at, *corrupted, *drawn})
-    images = _take(dataset, places)
-    row = {place: index for index, place in enumerate(places)}
-
-    def of(chosen: list[int]) -> Tensor:
-        return images[[row[place] for place in chosen]]
-
-    tensors: dict[str, Tensor] = {}
-    if validation:
-        tensors |= {f"validation.{name}": logits.clone() for name, logits in validation.items()}
-        tensors["validation.labels"] = dataset.labels("validation")
-    if shown:
-        tensors |= {"pictures.indices": torch.tensor(shown), "pictures.images": _thumbnails(of(shown))}
-    values: dict[str, Any] = {
-        "format": FORMAT,
-        "data": dataset.info.digest,
-        "classes": list(dataset.info.class_names),
-        "device": device.type,
-        "costs": {name: {"flops": flops[name], "bytes": sizes[name], **speeds[name]} for name in models},
-        "robustness": _robustness(student, teacher, of(corrupted), labels[corrupted], torch.tensor(corrupted), device),
-    }
-    seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255)
-    if seen is not None:
-        values["tokens"] = {"token_cosines": seen.token_cosines, "head_cosines": seen.head_cosines, "images": LOOKED_AT}
-        tensors |= _attention(seen, drawn, _thumbnails(of(drawn)))
-    return values, tensors
 
 
 def _how_many(dataset: Dataset, pixels: int) -> int:

@@ -13,7 +13,6 @@ from distill.bench.flops import TRAINING, cifar_resnet_forward, vit_forward
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave
 from distill.data import Batch
-from distill.teaching.cache import open_cache
 from distill.trainer import Trainer
 from teachers.cifar_resnet import CifarResNet
 
@@ -57,10 +56,7 @@ def _distilling(machine: Machine, student: arms.Student) -> Iterator[Row]:
 def _record(trainer: Trainer, batch: list[Batch], folder: Path) -> None:
     """Give the trainer a cache in `folder` that has the batch already."""
     with chdir(folder):
-        if trainer.lessons is not None:
-            trainer.lessons.cache = open_cache(
-                trainer.recipe, trainer.teacher, trainer.dataset, trainer.accelerator, steps=1, plan=trainer.plan
-            )
+        trainer.open_cache()
         assert trainer.cache is not None
         trainer.cache.start()
         trainer.train_step(batch)
