@@ -113,7 +113,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest intact checkpoint, or from that run or checkpoint",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, run preflight and one step, write nothing"
+        "--dry-run", action="store_true", help="build everything, run preflight and one step, make no run"
     )
 
 

@@ -1,4 +1,5 @@
-"""`--dry-run`: everything a run would do, up to its first step, and nothing written."""
+"""`--dry-run`: everything a run would do, up to its first step, and no run made. Data and weights that are
+not there yet are downloaded and packed."""
 
 from __future__ import annotations
 

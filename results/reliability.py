@@ -41,11 +41,11 @@ def main() -> int:
         name = str(file.resolve().relative_to(ROOT))
         lines = count(name)
         failed |= lines is None
-        promises = json.loads(RESULT.read_text(encoding="utf-8"))["promises"] if RESULT.exists() else {}
-        promises.pop(name, None)
+        figures = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+        figures.pop(name, None)
         if lines is not None:
-            promises[name] = lines
-        write_text(RESULT, json.dumps({"machine": machine(), "promises": promises}, indent=1) + "\n")
+            figures[name] = {"machine": machine(), "counts": lines}
+        write_text(RESULT, json.dumps(figures, indent=1) + "\n")
     return int(failed)
 
 
@@ -76,7 +76,7 @@ def count(name: str) -> list[dict[str, Any]] | None:
 
 
 def machine() -> dict[str, Any]:
-    """For the JSON."""
+    """Where, with which versions and at which commit one file's figures were counted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = describe_environment(num_processes=1, precision=None, device=device, threads=set_threads())
     return {key: value for key, value in described.items() if key not in ("command", "host", "processes", "precision")}

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -38,6 +39,20 @@ def test_files_that_are_named_exist(document: str) -> None:
     paths = re.findall(r"\b(?:recipes|distill|teachers|tests)/[\w./]+\.(?:yaml|py)\b", text)
     assert paths
     assert [path for path in [*paths, *re.findall(r"\]\((\w[\w.]*)\)", text)] if not (ROOT / path).exists()] == []
+
+
+def test_links_lead_somewhere() -> None:
+    documents = subprocess.run(
+        ["git", "ls-files", "*.md"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    assert {"README.md", "results/README.md"} <= set(documents)
+    broken = [
+        f"{document}: {link}"
+        for document in documents
+        for link in re.findall(r"\]\(([^)\s:#]+)\)", (ROOT / document).read_text(encoding="utf-8"))
+        if not ((ROOT / document).parent / unquote(link)).exists()
+    ]
+    assert broken == []
 
 
 @pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
@@ -99,9 +114,9 @@ def test_the_speeds_are_those_of_the_benchmark() -> None:
 
 def test_the_counts_are_those_of_the_reliability_run() -> None:
     """Of a promise that is counted in small and in large, the large count."""
-    figures = json.loads((ROOT / "results" / "reliability.json").read_text(encoding="utf-8"))["promises"]
+    figures = json.loads((ROOT / "results" / "reliability.json").read_text(encoding="utf-8"))
     counts: dict[str, tuple[int, int]] = {}
-    for line in (line for lines in figures.values() for line in lines):
+    for line in (line for file in figures.values() for line in file["counts"]):
         earlier = counts.get(line["promise"], (0, 0))
         counts[line["promise"]] = max(earlier, (line["of"], line["done"]))
     section = README.split("## What can be relied on\n")[1].split("\n## ")[0]
