@@ -317,13 +317,11 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
                 execute(teacher, place, shared, source=Path(spec.recipe))
             except run.InUse as holder:
                 _log.info("waiting for the teacher %s: %s", teacher.name, str(holder).partition(". ")[0])
-                on_main(partial(wait_for, directory))
-
-
-def wait_for(directory: Path) -> None:
-    """Return once no process holds the run directory."""
-    while run.holder_of(directory) is not None:
-        time.sleep(1)
+                while on_main(partial(run.holder_of, directory)) is not None:
+                    time.sleep(1)
+            except InputError:
+                if not on_main(partial(is_trained, recipe, spec)):  # just now, by the other run
+                    raise
 
 
 def check_control(student: Path, directory: Run) -> None:

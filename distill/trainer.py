@@ -239,6 +239,8 @@ class Trainer:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
             else:  # the norm is that of scaled gradients
                 self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        # Optimizers that draw, such as timm's Kron, draw the same on all processes.
+        torch.manual_seed(_seed_of(recipe.seed, step))
         self.guard.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -372,6 +374,6 @@ class Trainer:
         run.status(metrics=values, exported=asdict(chosen))
 
 
-def _seed_of(seed: int, step: int, process_index: int, micro_batch: int) -> int:
-    text = f"{seed}/{step}/{process_index}/{micro_batch}"
+def _seed_of(*where: int) -> int:
+    text = "/".join(map(str, where))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

@@ -71,6 +71,11 @@ def test_an_unknown_optimizer_is_refused_by_name() -> None:
         build_optimizer(Optim(name="adamww"), torch.nn.Linear(2, 2))
 
 
+def test_an_optimizer_of_second_order_is_refused() -> None:
+    with pytest.raises(InputError, match=r"optim\.name: adahessian needs second derivatives"):
+        build_optimizer(Optim(name="adahessian"), torch.nn.Linear(2, 2))
+
+
 needs_scheduled_muon = pytest.mark.skipif(
     "fallback_lr_scale" not in inspect.signature(get_optimizer_class("muon", bind_defaults=False)).parameters,
     reason=f"timm {timm.__version__}: Muon's AdamW part has no schedule before 1.0.27",

@@ -17,8 +17,9 @@ from accelerate import PartialState
 
 from distill.errors import InputError
 from distill.launching import processes
-from distill.launching.processes import bf16_instructions, with_precision
+from distill.launching.processes import bf16_instructions, build_accelerator, start_processes, with_precision
 from distill.recipe import from_mapping
+from distill.recipe.schema import Train
 from tests.conftest import environment
 
 
@@ -126,3 +127,16 @@ print(faults())
     )
     pages = (64 << 20) // resource.getpagesize()
     assert int(result.stdout) < pages  # each of the five touches as many anew if the memory was given back
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_with_shards_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(InputError, match=f"told to use {name}, .*--multi_gpu"):
+        start_processes()
+
+
+def test_what_is_compiled_is_not_the_launchers_affair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    layer = build_accelerator(Train(), tmp_path).prepare(torch.nn.Linear(2, 2))
+    assert type(layer) is torch.nn.Linear

@@ -27,6 +27,8 @@ from distill.recipe.schema import Recipe, Train
 T = TypeVar("T")
 _log = logging.getLogger("distill")
 
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+"""ACCELERATE_USE_..."""
 # Of mallopt(3), in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -51,6 +53,7 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision=precision,
+        dynamo_backend="no",  # train.compile says what is compiled
         log_with=list(train.trackers) or None,
         project_dir=str(directory),
         kwargs_handlers=[parallel],
@@ -117,7 +120,16 @@ def start_processes() -> PartialState:
 
     accelerate itself looks at ACCELERATE_USE_CPU only when an Accelerator is built, too late for a group of CPU
     processes.
+
+    Raises:
+        InputError: the launch, or accelerate's configuration, asks for a model in shards.
     """
+    for name in SHARDED:
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise InputError(
+                f"accelerate was told to use {name}, for models that do not fit one device. Each process here holds "
+                "the whole student: launch with --multi_gpu, or with a file of recipes/accelerate as --config_file."
+            )
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     # Packing data, or checking an export, on the main process may take longer than the usual ten minutes.
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))

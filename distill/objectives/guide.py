@@ -16,7 +16,7 @@ class Guide(nn.Module):
     """mean((P S - standardise(resize(T)))^2), P a linear projection of the student's tokens S to as many channels as T.
 
     A teacher's channels differ in scale by orders of magnitude, so each gets mean 0 and variance 1 over the batch and
-    the grid; the batch is that of all processes.
+    the grid; the batch is the micro-batch of all processes.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:

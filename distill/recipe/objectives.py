@@ -48,6 +48,8 @@ def _weight(default: float | WeightSchedule) -> Any:
 class _Method(Section):
     """What every method has; the name and the default weight are its own."""
 
+    compares_samples: ClassVar[bool] = False
+    """Of a micro-batch with one another, so that its size matters."""
     method: str
     weight: Weight = _weight(1.0)
 
@@ -95,6 +97,7 @@ class Dkd(OnLogits):
 
 
 class Dist(OnLogits):
+    compares_samples = True
     method: Literal["dist"] = Field(
         "dist", description="Correlation with the teacher within samples and within classes (Huang et al. 2022)."
     )
@@ -152,6 +155,7 @@ class AttentionTransfer(OnMaps):
 
 class Relational(OnMaps):
     pairing = "last"
+    compares_samples = True
     method: Literal["relational"] = Field(
         "relational", description="Distances and angles between samples, of the last maps (Park et al. 2019)."
     )
@@ -161,6 +165,7 @@ class Relational(OnMaps):
 
 class Similarity(OnMaps):
     pairing = "last"
+    compares_samples = True
     method: Literal["similarity"] = Field(
         "similarity", description="Which samples are alike, by the last maps (Tung and Mori 2019)."
     )

@@ -311,7 +311,8 @@ class Recipe(Section):
 
 
 # What may change between a run and its resumption, or between a teacher's training and its reuse: none of it changes
-# what is learned, but for rounding and the draws of drop path.
+# what is learned, but for rounding, the draws of drop path and, with gradient_accumulation, what looks at a micro-batch
+# as a whole: batch norms, and the losses that compare its samples.
 OPERATIONAL_KEYS = frozenset(
     {"name", "data.root", "data.workers", "train.gradient_accumulation", "train.gradient_checkpointing",
      "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_bad_steps",

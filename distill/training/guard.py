@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -123,19 +123,16 @@ class Guard:
             self._optimizer.found_inf = self.skipped.float()  # type: ignore[attr-defined]
             self._wrapped.step()
         else:
-            state = [value for values in self._optimizer.state.values() for value in values.values()]
-            changing = self._parameters + [
-                value for value in state if isinstance(value, Tensor) and value.device == self.skipped.device
-            ]
-            before = [tensor.clone() for tensor in changing]
+            before = _cloned([self._parameters, self._optimizer.state])
             self._wrapped.step()
-            self._put_back(changing, before)
+            self._put_back([self._parameters, self._optimizer.state], before)
         self._put_back(self._statistics, self._statistics_before)
 
-    def _put_back(self, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """`tensors` as they were `before`, if the step is skipped."""
-        for tensor, earlier in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(self.skipped, earlier, tensor))
+    def _put_back(self, tensors: Any, before: Any) -> None:
+        """`tensors`, nested as they may be, as they were `before`, if the step is skipped."""
+        for tensor, earlier in _pairs(tensors, before):
+            if tensor.device == self.skipped.device:
+                tensor.copy_(torch.where(self.skipped, earlier, tensor))
 
     def read(self, limit: int) -> int:
         """How many updates were skipped since the last call, said on the console too; waits for the device.
@@ -201,6 +198,27 @@ class Guard:
             indices = [part for part, is_finite in parts if not is_finite] or judged.indices
             blamed = (sureness, judged.step, torch.cat(list(indices)).tolist())
         return blamed
+
+
+def _cloned(tensors: Any) -> Any:
+    """The same nest of lists, tuples and dicts, of copies."""
+    if isinstance(tensors, Tensor):
+        return tensors.clone()
+    if isinstance(tensors, dict):
+        return {key: _cloned(value) for key, value in tensors.items()}
+    return [_cloned(value) for value in tensors] if isinstance(tensors, list | tuple) else tensors
+
+
+def _pairs(tensors: Any, before: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors at the same places of two such nests; optimizers put some of them there anew in every step."""
+    if isinstance(tensors, Tensor):
+        yield tensors, before
+    elif isinstance(tensors, dict):
+        for key, value in tensors.items():
+            yield from _pairs(value, before[key])
+    elif isinstance(tensors, list | tuple):
+        for pair in zip(tensors, before, strict=True):
+            yield from _pairs(*pair)
 
 
 class Average:

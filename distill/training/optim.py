@@ -7,7 +7,13 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 from distill.errors import InputError
@@ -22,11 +28,13 @@ def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None 
     `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
 
     Raises:
-        InputError: no such optimizer, or only in a newer timm.
+        InputError: no such optimizer, only in a newer timm, or one that needs second derivatives.
     """
     known = list_optimizers()
     if spec.name.lower() not in known:
         raise InputError(f"optim.name: timm has no optimizer '{spec.name}'; it has {', '.join(known)}")
+    if get_optimizer_info(spec.name.lower()).second_order:
+        raise InputError(f"optim.name: {spec.name} needs second derivatives, which the loop does not compute.")
     parameters = inspect.signature(get_optimizer_class(spec.name, bind_defaults=False).__init__).parameters
     arguments: dict[str, Any] = {"momentum": spec.momentum}
     # Fused AdamW is one kernel a step, on CPU as on CUDA.

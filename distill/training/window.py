@@ -26,10 +26,9 @@ class Window:
     def restart(self) -> None:
         self.names: tuple[str, ...] = ()
         self.sums: Tensor | None = None
-        self.summed = 0
-        """Steps that the sums are of, also those before a resumption."""
+        """Of the losses of the steps that were applied, also of those before a resumption, and the number of these."""
         self.skipped = 0
-        """Of these, how many were left out; the guard knows."""
+        """Steps that were left out because they were not finite; the guard knows."""
         self._micro_batches: list[Tensor] = []
         self.start_clock()
 
@@ -63,10 +62,10 @@ class Window:
         """An optimizer step is under way. Where it is `skipped` (bool [], on the device), its loss is not summed: it
         need not be a number.
         """
-        values = torch.stack(self._micro_batches).mean(0).masked_fill(skipped, 0.0)
+        values = torch.stack(self._micro_batches).mean(0)
+        values = torch.cat([values, values.new_ones(1)]).masked_fill(skipped, 0.0)
         self.sums = values if self.sums is None else self.sums + values
         self._micro_batches = []
-        self.summed += 1
         self.steps += 1
         if self._step_done is not None:
             self._step_done.record()
@@ -76,8 +75,8 @@ class Window:
         spent waiting for data; then starts anew.
         """
         assert self.sums is not None, "a window is read after at least one step"
-        means = self.accelerator.reduce(self.sums / max(1, self.summed - self.skipped), "mean")
-        values = dict(zip(self.names, means.tolist(), strict=True)) if self.skipped < self.summed else {}
+        *sums, applied = self.accelerator.reduce(self.sums, "mean").tolist()
+        values = {name: total / applied for name, total in zip(self.names, sums, strict=True)} if applied else {}
         seconds = time.perf_counter() - self.began
         values["images_per_second"] = self.steps * batch_size / seconds
         values["data_wait"] = min(1.0, self.waited / seconds)
@@ -91,7 +90,7 @@ class Window:
         the same on all processes. Collective.
         """
         sums = [] if self.sums is None else self.accelerator.gather(self.sums[None]).tolist()
-        return {"names": self.names, "sums": sums, "summed": self.summed, "skipped": self.skipped}
+        return {"names": self.names, "sums": sums, "skipped": self.skipped}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave; where the number of processes has changed, each takes their mean."""
@@ -100,4 +99,4 @@ class Window:
             sums = torch.tensor(state["sums"], device=self.accelerator.device)
             same = len(sums) == self.accelerator.num_processes
             self.sums = sums[self.accelerator.process_index] if same else sums.mean(0)
-        self.names, self.summed, self.skipped = tuple(state["names"]), state["summed"], state["skipped"]
+        self.names, self.skipped = tuple(state["names"]), state["skipped"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import distill.trainer
 from distill import checkpoint, run
@@ -94,7 +95,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
     tensors = [
         *trainer.student.state_dict().values(),
         *trainer.ema.module.state_dict().values(),
-        *(torch.as_tensor(value) for values in state for value in values.values()),
+        *(leaf for leaf in tree_leaves(list(state)) if isinstance(leaf, Tensor)),
     ]
     return [tensor.clone() for tensor in tensors]
 
@@ -103,14 +104,39 @@ def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nmuon"])
-def test_a_skipped_step_leaves_no_trace(toy: Toy, injected: Callable[[list[Injection]], None], optimizer: str) -> None:
+class Drawing(torch.optim.Optimizer):
+    """Draws, and has tensors in lists, as timm's Kron, which takes gigabytes for it."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    factors = self.state[parameter].setdefault("factors", [torch.zeros_like(parameter)])
+                    factors[0] += parameter.grad * torch.rand_like(parameter)
+                    parameter -= group["lr"] * factors[0]
+
+
+def draw() -> None:
+    distill.trainer.build_optimizer = lambda _, model, *__: Drawing(model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nmuon", "adafactor", "laprop", "drawing"])
+def test_a_skipped_step_leaves_no_trace(
+    toy: Toy, injected: Callable[[list[Injection]], None], monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    if optimizer == "drawing":
+        monkeypatch.setattr(distill.trainer, "build_optimizer", distill.trainer.build_optimizer)
+        draw()
     recipe = toy_recipe(
         toy,
         teacher=None,
         distill=[],
         student={"stem": "conv", "attention": {"kind": "standard"}},
-        optim={"name": optimizer},
+        optim={} if optimizer == "drawing" else {"name": optimizer},
         train={"max_bad_steps": 5},
     )
     trainer = trainer_of(recipe)
@@ -147,7 +173,11 @@ def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
         assert equal(before, everything(trainer)) == (step in (1, 2, 4, 5)), step
     assert scales == [4.0, 2.0, 1.0, 1.0, 0.5, 0.25]
     trainer.inspect()
-    assert trainer.window.skipped == 2  # the loss, and gradients that were not finite at the scale 0.5
+    assert trainer.window.sums is not None
+    loss = trainer.window.sums[0].item() / 2  # of the steps 0 and 3
+    values = trainer.window.read(16)
+    assert values["loss"] == pytest.approx(loss)
+    assert values["bad_steps"] == 2  # the loss, and gradients that were not finite at the scale 0.5
 
 
 def chances(number: int, steps: int) -> list[Injection]:
@@ -207,6 +237,20 @@ def test_no_process_applies_what_one_of_them_spoils(
     resumed = launch(["train", *arguments, "--resume", "auto"], cwd=tmp_path)
     assert resumed.wait() == [0], resumed.output
     assert run.is_finished(out)
+
+
+def inject_nothing_and_draw() -> None:
+    inject([])
+    draw()
+
+
+def test_processes_draw_alike_for_an_optimizer_that_draws(toy: Toy, tmp_path: Path) -> None:
+    short = ("student.drop_path=0.1", "train.max_steps=4", "--out", "run")
+    launched = launch(["train", toy.recipe, *short], cwd=tmp_path, processes=2, before=inject_nothing_and_draw)
+    assert launched.wait() == [0, 0], launched.output
+    digests = [(tmp_path / f"digests-{rank}").read_text().splitlines() for rank in range(2)]
+    assert len(digests[0]) == 4
+    assert digests[0] == digests[1]
 
 
 def samples_of(toy: Toy, *, rank: int, step: int) -> list[int]:

@@ -68,6 +68,7 @@ def limit_memory(mib: int) -> None:
     Trainer.train_step, Trainer.finish = limited, unlimited  # type: ignore[method-assign]
 
 
+COMPARING = ("distill=[{method: hard, weight: 0.5}, {method: dist, weight: 1.0}]",)
 UNPAIRED = ("data.augment.mixup=0", "data.augment.cutmix=0")
 WIDE = ("student.patch_size=1", "train.batch_size=96")  # activations worth limiting
 ACCUMULATION, CHECKPOINTING = "train.gradient_accumulation", "train.gradient_checkpointing"
@@ -75,6 +76,7 @@ ACCUMULATION, CHECKPOINTING = "train.gradient_accumulation", "train.gradient_che
 # Processes, what is short, the recipe, and the settings that the message must name.
 CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], dict[str, str]]] = {
     "mixed in pairs": (1, partial(allow, 7), (), {ACCUMULATION: "4"}),
+    "comparing samples": (1, partial(allow, 7), COMPARING, {ACCUMULATION: "4"}),
     "one at a time": (1, partial(allow, 1), UNPAIRED, {ACCUMULATION: "16"}),
     "not even two": (1, partial(allow, 1, 4), (), {CHECKPOINTING: "true", ACCUMULATION: "4"}),
     "not even one": (1, partial(allow, 0), UNPAIRED, {}),
@@ -110,6 +112,7 @@ def test_the_advice_fits(toy: Toy, tmp_path: Path, counted: Counted, names: list
         settings = dict(re.findall(r"(train\.gradient_\w+)=(\w+)", message)) if expected else {}
         assert settings.keys() == expected.keys(), message
         assert all(re.fullmatch(value, settings[key]) for key, value in expected.items()), message
+        assert ("dist: comparing fewer samples" in message) == (recipe is COMPARING)
         if expected:
             assert f"train.batch_size stays {96 if recipe is WIDE else 16}." in message
             followed = [f"{key}={value}" for key, value in settings.items()]

@@ -1,0 +1,64 @@
+"""A teacher that another launch is training: who waits, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from distill import pipeline, run
+from distill.errors import InputError
+from distill.pipeline import Launch, train_teachers
+from distill.recipe import Recipe, from_mapping
+
+TEACHER = "recipes/teachers/digits_cnn.yaml"
+NOBODY = Launch(cast(Any, None), threads=1)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return from_mapping({"data": {"name": "digits"}, "teacher": {"recipe": TEACHER}})
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, **sequences: list[Any]) -> dict[str, Iterator[Any]]:
+    """What pipeline's functions return or raise, call by call."""
+    left = {name: iter(values) for name, values in sequences.items()}
+
+    def answering(name: str) -> Any:
+        def answer(*_: Any, **__: Any) -> Any:
+            value = next(left[name])
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        return answer
+
+    for name in sequences:
+        monkeypatch.setattr(run if name == "holder_of" else pipeline, name, answering(name))
+    return left
+
+
+def test_a_teacher_in_training_is_waited_for(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(pipeline.time, "sleep", waited.append)
+    left = answers(
+        monkeypatch,
+        is_trained=[False, True],
+        newest_place=[run.InUse("in use by 7. Wait.")],
+        holder_of=["7", "7", None],
+    )
+    train_teachers(recipe, NOBODY)
+    assert waited == [1, 1]
+    assert [list(values) for values in left.values()] == [[], [], []]
+
+
+def test_a_teacher_that_became_ready_meanwhile_is_taken(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    answers(monkeypatch, is_trained=[False, True, True], newest_place=[InputError("this run is finished")])
+    train_teachers(recipe, NOBODY)
+
+
+def test_any_other_problem_of_the_teachers_run_is_said(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    answers(monkeypatch, is_trained=[False, False], newest_place=[InputError("the recipe has changed")])
+    with pytest.raises(InputError, match="the recipe has changed"):
+        train_teachers(recipe, NOBODY)
