@@ -110,9 +110,16 @@ def variants(size: str, recipe: str, overrides: tuple[str, ...], minutes: float)
 
 _ARMS = [
     *variants("nano", NANO, (), 15),
-    Arm("laptop", "hard labels and guidance, convolutional stem, 18 epochs", LAPTOP, minutes=60, alone=True),
+    Arm("laptop", "hard labels and guidance, convolutional stem, Muon, 18 epochs", LAPTOP, minutes=60, alone=True),
     Arm("teacher", "ResNet-18 at 128 px, which teaches the students below", TEACHER, minutes=2),
     Arm("flagship", "hard labels and guidance, convolutional stem, 300 epochs", TINY, minutes=12),
+    Arm(
+        "flagship-muon",
+        "the flagship with Muon in place of AdamW",
+        TINY,
+        ("optim.name=nmuon", "optim.lr=3.0e-3", "optim.momentum=0.95"),
+        minutes=13,
+    ),
     Arm("flagship-control", "the same student without a teacher", TINY, UNTAUGHT, minutes=9),
     Arm(
         "flagship-long",
@@ -131,6 +138,7 @@ CAMPAIGNS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     "gpu": (
         ("flagship", (0,)),  # trains the teacher before
         ("flagship-control", (0,)),
+        ("flagship-muon", (0,)),
         *((f"tiny-{name}", SEEDS) for name in VARIANTS),
         ("flagship-long", (0,)),
         ("flagship", (1, 2)),
@@ -219,7 +227,7 @@ QUESTIONS = (
                 "flagship",
                 (
                     ("teacher", None), ("flagship-control", None), ("flagship", "flagship-control"),
-                    ("flagship-long", "flagship-control"),
+                    ("flagship-muon", "flagship"), ("flagship-long", "flagship-control"),
                 ),
                 (
                     Goal("teacher: 96 % in 2 minutes", "teacher", top1=96.0, minutes=2),
