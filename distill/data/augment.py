@@ -19,9 +19,10 @@ from distill.data.geometry import (
     random_boxes,
     resized_crop,
     shift_and_flip,
+    whole,
 )
 from distill.data.mixing import PAIR_DRAWS, SAMPLE_DRAWS, mix_pairs, one_hot
-from distill.data.policies import Operations
+from distill.data.policies import Operations, around_moves
 from distill.data.randomness import GOLDEN, MASK, beta_table, hashes, integers, keys, mix, normal_table, uniform
 from distill.data.rows import update
 from distill.recipe import Augment
@@ -47,11 +48,12 @@ class Augmenter:
     erasing; `mean` is also what rotations, shears and translations uncover. `cropped`: the images come out of a random
     resized crop already.
 
-    Where operations are drawn, all that moves the pixels of a sample is one resampling, and then come those that change
-    colours, in the order drawn, on uint8. So what timm does in the order drawn differs where a colour operation is
-    drawn before a move: equalize, autocontrast, contrast and sharpness see the moved image with what the move
-    uncovered, which keeps its colour no longer. Of two moves, the second brings back what the first pushed out of the
-    frame, where timm has the fill colour, and pixels are interpolated once, not twice.
+    Where operations are drawn, they come in the order drawn, on uint8, but all that moves the pixels of a sample is one
+    resampling, in the place of its last move. Three things follow that timm has not. Of two moves, the second brings
+    back what the first pushed out of the frame, where timm has the fill colour. A colour operation between two moves
+    sees the image before the first. And after a random resized crop, which is part of the resampling, all colour
+    operations come after all moves: equalize, autocontrast, contrast and sharpness see the moved image with what the
+    move uncovered, which keeps its colour no longer.
     """
 
     def __init__(
@@ -149,17 +151,20 @@ class Augmenter:
     def _operated(self, images: Tensor, boxes: Boxes, flip: Tensor | None, hashed: Tensor) -> Tensor:
         """Crop, flip and the operations drawn: uint8 [B, C, H, W] -> the same, not in place."""
         layers, moves, moving = self._operations.draw(hashed)
-        moved = moves if flip is None else mirror(moves, flip, images.shape[3])
         resampled = partial(resample, fill=self._fill)
         if self._crop is not None:
             result = torch.empty_like(images)
+            moved = moves if flip is None else mirror(moves, flip, images.shape[3])
             update(result, None, resampled, images, moved, *boxes)
         else:
-            # Whole pixels are gathered, which is cheaper and comes to the same.
+            # Whole pixels are gathered: nothing is resampled yet.
             result = shift_and_flip(images, boxes, self.spec.crop_padding, flip)
             result = result.clone() if result is images else result
+            before, layers = around_moves(layers)
+            for layer in before:
+                photometric.apply(result, layer)
             if moving is not None:
-                update(result, moving, resampled, images, moved, *boxes)
+                update(result, moving, resampled, result, moves, *whole(result))
         for layer in layers:
             photometric.apply(result, layer)
         return result

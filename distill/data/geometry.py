@@ -101,6 +101,12 @@ def shift_and_flip(images: Tensor, boxes: Boxes, padding: int, flip: Tensor | No
     return gathered.view(batch, channels, height, width)
 
 
+def whole(images: Tensor) -> Boxes:
+    """The whole of each image [B, C, H, W]."""
+    start = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return Boxes(start, start, start + images.shape[2], start + images.shape[3])
+
+
 def resized_crop(images: Tensor, boxes: Boxes, flip: Tensor | None) -> Tensor:
     """Each sample's box, resized bilinearly to the size of the images, then mirrored where `flip` (bool [B] or None):
     float32 [B, C, H, W] -> the same.

@@ -6,7 +6,7 @@ of the arithmetic from magnitudes to arguments is done once, in float64 on the C
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import permutations
 from typing import NamedTuple
@@ -59,6 +59,26 @@ class Layer(NamedTuple):
     argument: Tensor
     """float32 [B]"""
     possible: frozenset[Operation]
+
+
+def around_moves(layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
+    """What comes before the last move of each sample, and what comes after it, with the identity in place of the rest;
+    the moves themselves are in either.
+    """
+    before: list[Layer] = []
+    after: list[Layer] = []
+    moves_later: Tensor | None = None
+    for layer in reversed(layers):
+        operation = layer.operation
+        if moves_later is None:
+            after.insert(0, layer)
+        else:
+            before.insert(0, layer._replace(operation=operation.masked_fill(~moves_later, Operation.IDENTITY.value)))
+            after.insert(0, layer._replace(operation=operation.masked_fill(moves_later, Operation.IDENTITY.value)))
+        if any(kind in layer.possible for kind in MOVES):
+            moves = (operation >= MOVES.start) & (operation < MOVES.stop)
+            moves_later = moves if moves_later is None else moves_later | moves
+    return before, after
 
 
 class Policy(NamedTuple):

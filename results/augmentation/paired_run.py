@@ -1,5 +1,5 @@
-"""Does it cost accuracy to put all moves of an image into one resampling, before its colours? A nano student, patch 8,
-learns CIFAR-10's labels twice from each seed: the same weights, order, and draws of crop, flip and RandAugment,
+"""Does it cost accuracy to put all moves of an image into one resampling, in the place of the last? A nano student,
+patch 8, learns CIFAR-10 twice from each seed: the same weights, order, and draws of crop, flip and RandAugment,
 
     batched       carried out as distill does it,
     one_by_one    image by image with torchvision on PIL images, each operation in its turn with its own resampling.
