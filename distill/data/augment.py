@@ -114,7 +114,7 @@ class Augmenter:
         hashed = hashes(key, indices)
         rows = self._rows
         flip = uniform(hashed[rows["flip"]][0]) < 0.5 if "flip" in rows else None
-        boxes = self._boxes(hashed, images.shape[2], images.shape[3])
+        boxes = self._boxes(hashed, images)
         if "operations" in rows:
             floats = to_float(self._operated(images, boxes, flip, hashed[rows["operations"]]))
         elif self._crop is not None:
@@ -138,15 +138,16 @@ class Augmenter:
             )
         return floats, targets
 
-    def _boxes(self, hashed: Tensor, height: int, width: int) -> Boxes:
+    def _boxes(self, hashed: Tensor, images: Tensor) -> Boxes:
         """What is cut out of each image; with padding, also from the black around it."""
         if self._crop is not None:
-            return crop_boxes(hashed[self._rows["resized-crop"]], height, width, self._crop.scale, self._crop.ratio)
-        start = hashed.new_zeros(2, hashed.shape[1])
-        padding = self.spec.crop_padding
-        if padding:
-            start = integers(hashed[self._rows["crop"]], 2 * padding + 1) - padding
-        return Boxes(start[0], start[1], torch.full_like(start[0], height), torch.full_like(start[0], width))
+            drawn, (height, width) = hashed[self._rows["resized-crop"]], images.shape[2:]
+            return crop_boxes(drawn, height, width, self._crop.scale, self._crop.ratio)
+        boxes = whole(images)
+        if padding := self.spec.crop_padding:
+            top, left = integers(hashed[self._rows["crop"]], 2 * padding + 1) - padding
+            boxes = boxes._replace(top=top, left=left)
+        return boxes
 
     def _operated(self, images: Tensor, boxes: Boxes, flip: Tensor | None, hashed: Tensor) -> Tensor:
         """Crop, flip and the operations drawn: uint8 [B, C, H, W] -> the same, not in place."""

@@ -210,12 +210,16 @@ def _cloned(tensors: Any) -> Any:
 
 
 def _pairs(tensors: Any, before: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors at the same places of two such nests; optimizers put some of them there anew in every step."""
+    """The tensors that were at the same place of two such nests before; optimizers put some of them there anew in every
+    step, and begin the state of a parameter when its first gradient comes.
+    """
     if isinstance(tensors, Tensor):
-        yield tensors, before
+        if isinstance(before, Tensor):
+            yield tensors, before
     elif isinstance(tensors, dict):
         for key, value in tensors.items():
-            yield from _pairs(value, before[key])
+            if key in before:
+                yield from _pairs(value, before[key])
     elif isinstance(tensors, list | tuple):
         for pair in zip(tensors, before, strict=True):
             yield from _pairs(*pair)

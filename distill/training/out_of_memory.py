@@ -52,7 +52,9 @@ def _advice(trainer: Trainer) -> str:
         for accumulation in range(plan.accumulation, share + 1)
         if share % accumulation == 0 and not (paired and share // accumulation % 2)
     ]
-    stays = f"train.batch_size stays {plan.batch_size}.{_smaller_groups(trainer)}"
+    stays = f"train.batch_size stays {plan.batch_size}."
+    if comparing := dict.fromkeys(method.method for method in trainer.recipe.distill if method.compares_samples):
+        stays += f" {', '.join(comparing)}: comparing fewer samples at a time, the loss changes."
     happened = f"step {trainer.progress.step + 1}: out of memory with {plan.micro_batch} images at a time"
     if (found := _first_that_fits(trainer, share, larger[1:])) is not None:
         return f"{happened}. {share // found} at a time fit.\nSet train.gradient_accumulation={found}; {stays}"
@@ -65,12 +67,6 @@ def _advice(trainer: Trainer) -> str:
             )
         smallest += ", nor with train.gradient_checkpointing=true"
     return f"{smallest}.\nTake a smaller student, teacher or data.resolution, or a device with more memory."
-
-
-def _smaller_groups(trainer: Trainer) -> str:
-    """What more accumulation changes beside the memory."""
-    names = dict.fromkeys(method.method for method in trainer.recipe.distill if method.compares_samples)
-    return f" {', '.join(names)}: comparing fewer samples at a time, the loss changes." if names else ""
 
 
 def _work_alone(trainer: Trainer) -> None:

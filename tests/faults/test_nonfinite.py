@@ -26,6 +26,7 @@ from distill.data import Batch, BatchPlan
 from distill.files.digests import state_digest
 from distill.launching.processes import build_accelerator
 from distill.pipeline import open_data
+from distill.recipe.schema import Train
 from distill.teaching.logit_file import LogitFile
 from distill.trainer import Trainer
 from distill.training.guard import Guard
@@ -153,6 +154,19 @@ def test_a_skipped_step_leaves_no_trace(
     values = trainer.window.read(16)
     assert values["bad_steps"] == 4
     assert math.isfinite(values["loss"])
+
+
+def test_a_parameter_may_get_its_first_gradient_later() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    optimizer = Drawing(layers.parameters())
+    guard = Guard(build_accelerator(Train(), Path()), layers, layers, optimizer)
+    for step in range(2):
+        loss = torch.stack([layer(torch.ones(1, 2)).sum() for layer in layers[: step + 1]]).sum()
+        loss.backward()
+        guard.begin_step()
+        guard.judge(step, [loss.detach()], [torch.tensor([0])])
+        guard.step()
+        assert len(optimizer.state) == 2 * (step + 1)
 
 
 def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
