@@ -243,6 +243,15 @@ QUESTIONS = (
     Question(
         "What does a laptop get?",
         "The best student that two CPU cores train in one hour.",
-        (Block("laptop", (("laptop", None),), (Goal("80 % in one hour", "laptop", top1=80.0, minutes=60),)),),
+        (
+            Block(
+                "laptop",
+                (("laptop", None),),
+                (
+                    Goal("80 % in one hour", "laptop", top1=80.0, minutes=60),
+                    Goal("student above its teacher", "laptop", against="teacher", p=0.05),
+                ),
+            ),
+        ),
     ),
 )  # fmt: skip
