@@ -80,6 +80,8 @@ def test_the_files_hold_the_same_numbers(make_run: MakeRun, tmp_path: Path) -> N
         ("student", "validation, EMA"),
         ("control", "validation"),
     }
+    assert "the student was best after epoch 4 of 4 (55.00 %, moving average) and was still rising" in page
+    assert "the control was best after epoch 4 of 4 (54.00 %) and was still rising" in page
 
 
 def test_the_page_is_one_file_and_well_formed(make_run: MakeRun, tmp_path: Path) -> None:

@@ -46,15 +46,21 @@ def build(comparison: Comparison) -> Section | None:
 
 
 def _says(top1: Sequence[Curve], several: bool) -> str:
-    """Where the best of each model was."""
+    """Where the best of each model was, as checkpoints are chosen: the first of equals, raw weights before EMA."""
     found = []
-    for curve in top1:
-        if not curve.variant.endswith("EMA"):
-            best = max(curve.values)
-            when = curve.epochs[curve.values.index(best)]
-            late = " and was still rising" if len(curve.values) > 2 and best == curve.values[-1] else ""
-            model = f"{curve.model} of {curve.run}" if several else curve.model
-            found.append(f"{model} was best after epoch {when:g} of {curve.epochs[-1]:g} ({best:.2f} %){late}")
+    for run, model in dict.fromkeys((curve.run, curve.model) for curve in top1):
+        curves = [curve for curve in top1 if (curve.run, curve.model) == (run, model)]
+        points = [
+            (value, -epoch, not curve.variant.endswith("EMA"))
+            for curve in curves
+            for epoch, value in zip(curve.epochs, curve.values, strict=True)
+        ]
+        best, when, raw = max(points)
+        last = curves[0].epochs[-1]
+        late = " and was still rising" if len(curves[0].epochs) > 2 and -when == last else ""
+        name = f"{model} of {run}" if several else model
+        average = "" if raw else ", moving average"
+        found.append(f"{name} was best after epoch {-when:g} of {last:g} ({best:.2f} %{average}){late}")
     if not found:
         return "How the training went, epoch by epoch."
     return f"On the split that checkpoints are chosen on, the {'; the '.join(found[:4])}."
