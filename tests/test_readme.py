@@ -92,9 +92,10 @@ def test_the_results_are_those_of_the_run_files() -> None:
         assert read_status(path)["state"] == "finished"
 
 
-def test_the_methods_figures_are_those_of_the_results() -> None:
-    section = README.split("## What the teacher teaches\n")[1].split("\n## ")[0]
-    shown = [line for line in section.splitlines() if line.startswith("| `nano-")]
+@pytest.mark.parametrize(("title", "arm"), [("What the teacher teaches", "nano-"), ("Real runs on CIFAR-10", "laptop")])
+def test_the_rows_of_arms_are_those_of_the_results(title: str, arm: str) -> None:
+    section = README.split(f"## {title}\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|") and f"| `{arm}" in line]
     assert len(shown) >= 3
     assert set(shown) <= set((ROOT / "results" / "README.md").read_text(encoding="utf-8").splitlines())
 
