@@ -104,13 +104,16 @@ class Augmenter:
     ) -> tuple[Tensor, Tensor]:
         """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
         self._operations.prepare(*images.shape[2:])
-        return self._augment(self._epoch_keys(seed, epoch), images, labels, indices)
+        mixing = self.paired and not 0 < self.spec.mix_off_epoch <= epoch
+        return self._augment(self._epoch_keys(seed, epoch), images, labels, indices, mixing)
 
     def compile(self) -> None:
         """From the next call on with a few kernels in place of hundreds: for a GPU, and batches of one size."""
         self._augment = torch.compile(self._augment, dynamic=False)  # type: ignore[method-assign]
 
-    def _augment(self, key: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _augment(
+        self, key: Tensor, images: Tensor, labels: Tensor, indices: Tensor, mixing: bool
+    ) -> tuple[Tensor, Tensor]:
         hashed = hashes(key, indices)
         rows = self._rows
         flip = uniform(hashed[rows["flip"]][0]) < 0.5 if "flip" in rows else None
@@ -124,7 +127,7 @@ class Augmenter:
         if "erase" in rows:
             floats = self._erase(floats, hashed[rows["erase"]])
         targets = one_hot(labels, self.num_classes)
-        if self.paired:
+        if mixing:
             pair_hashes = hashes(key[rows["pair"]], indices[::2])
             floats, targets = mix_pairs(
                 floats,

@@ -69,6 +69,9 @@ class Augment(Section):
     cutmix: float = Field(0.0, ge=0.0, description="Beta parameter of CutMix (Yun et al. 2019); 0 is off.")
     mix_probability: Probability = Field(1.0, description="Share of sample pairs that are mixed at all.")
     mix_switch: Probability = Field(0.5, description="Share of mixed pairs that use CutMix when both are on.")
+    mix_off_epoch: int = Field(
+        0, ge=0, description="First epoch, counted from 0, whose images are not mixed any more; 0: all are mixed."
+    )
 
 
 class Data(Section):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.recipe import load
-from results.arms import ARMS, CAMPAIGNS, QUESTIONS, SEEDS, all_cells, cells, identity
+from results.arms import ARMS, CAMPAIGNS, QUESTIONS, SEEDS, Arm, all_cells, cells, identity
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -52,6 +52,14 @@ def test_other_controls_are_those_of_their_students() -> None:
 def test_the_recipes_of_the_readme_are_arms() -> None:
     assert identity(load("recipes/cifar10/nano.yaml", ["seed=2"])) == identity(ARMS["nano-soft-t3"].load(2))
     assert identity(load("recipes/cifar10/nano_guide.yaml")) == identity(ARMS["nano-hard-guide"].load(0))
+
+
+@pytest.mark.parametrize(
+    "arm", [arm for arm in ARMS.values() if arm.recipe.endswith("tiny.yaml")], ids=lambda arm: arm.name
+)
+def test_the_last_tenth_of_every_tiny_run_is_unmixed(arm: Arm) -> None:
+    recipe = arm.load(0)
+    assert recipe.data.augment.mix_off_epoch == 0.9 * recipe.train.epochs
 
 
 def test_where_data_and_weights_lie_is_not_what_is_learned() -> None:
