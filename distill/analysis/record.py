@@ -72,6 +72,7 @@ def analyse(
         shown = _disagreements(predictions, labels)
         looked_at = _stratified(labels, LOOKED_AT)
         corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
+        _log.info("analysis for the report: %d images under %d corruptions", len(corrupted), len(CORRUPTIONS))
         drawn = [*shown[:DRAWN], *looked_at[: DRAWN - len(shown[:DRAWN])]]
         places = sorted({*shown, *looked_at, *corrupted, *drawn})
         images = _take(dataset, places)
