@@ -229,26 +229,6 @@ def test_mixing_is_that_of_a_loop_over_pairs(spec: dict[str, float], kinds: set[
     assert set(seen) == kinds
 
 
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
-FULL = {
-    "crop_padding": 2,
-    "hflip": True,
-    "random_erasing": 0.5,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-}
-
-
-@pytest.mark.parametrize(("off", "mixed"), [(0, True), (EPOCH + 1, True), (EPOCH, False), (1, False)])
-def test_mixing_ends_with_an_epoch_and_nothing_else_does(off: int, mixed: bool) -> None:
-    data = batch()
-    floats, targets = augmented(data, **FULL, mix_off_epoch=off)
-    same = augmented(data, **(FULL if mixed else FULL | {"mixup": 0.0, "cutmix": 0.0}))
-    assert torch.equal(floats, same[0])
-    assert torch.equal(targets, same[1])
-    assert (targets.amax(1) < 1).any() == mixed
-
-
 def test_cutmix_boxes_have_their_area_in_the_middle_and_are_clipped_at_the_edge() -> None:
     boxes = mixing.cutmix_boxes(
         torch.tensor([0.25, 0.25, 1.0, 0.0]), torch.tensor([16, 0, 16, 3]), torch.tensor([16, 31, 16, 3]), 32, 32
@@ -261,6 +241,14 @@ def test_cutmix_boxes_have_their_area_in_the_middle_and_are_clipped_at_the_edge(
     ]
 
 
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2}
+FULL = {
+    "crop_padding": 2,
+    "hflip": True,
+    "random_erasing": 0.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
 RESIZED = {"crop_padding": 0, "random_resized_crop": {}}
 EACH_CROP_AND_POLICY = pytest.mark.parametrize(
     "crop",
@@ -273,6 +261,16 @@ EACH_CROP_AND_POLICY = pytest.mark.parametrize(
         RESIZED | {"color_jitter": {"hue": 0.5}},
     ],
 )
+
+
+@pytest.mark.parametrize(("off", "mixed"), [(0, True), (EPOCH + 1, True), (EPOCH, False), (1, False)])
+def test_mixing_ends_with_an_epoch_and_nothing_else_does(off: int, mixed: bool) -> None:
+    data = batch()
+    floats, targets = augmented(data, **FULL, mix_off_epoch=off)
+    same = augmented(data, **(FULL if mixed else FULL | {"mixup": 0.0, "cutmix": 0.0}))
+    assert torch.equal(floats, same[0])
+    assert torch.equal(targets, same[1])
+    assert (targets.amax(1) < 1).any() == mixed
 
 
 @EACH_CROP_AND_POLICY
