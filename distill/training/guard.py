@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,7 @@ class Guard:
     The processes agree by a reduction of one small tensor on the device. A step that is not finite leaves no trace in
     weights, optimizer, moving average and batch statistics:
     - torch's fused optimizers take the decision as a tensor and then leave alone weights, state and step counter;
-    - for other optimizers weights and state are copied before the step and put back after it (counters that live on
-      the host go on);
+    - for other optimizers the host waits for the decision: one wait a step costs less than copies of all weights;
     - the moving average gets the weight 0, and the statistics of batch norms are copied and put back;
     - with a gradient scaler (fp16) one gradient is made NaN on all processes, so that the scaler skips the step.
     """
@@ -59,7 +58,6 @@ class Guard:
             buffer for module in student.modules() if isinstance(module, _NormBase) for buffer in module.buffers()
         ]
         self._statistics_before: list[Tensor] = []
-        self._has_stepped = False
         self._bucket_sums: list[Tensor] = []
         self._judged: list[_Judged] = []
         self._streak: list[_Judged] = []
@@ -112,27 +110,20 @@ class Guard:
     @torch.no_grad()
     def step(self) -> None:
         """The optimizer's step, or none."""
+        # Optimizers make their state in their first step: fused SGD as empty memory, which a step that is left out does
+        # not fill.
+        first = not self._optimizer.state
         if self._accelerator.scaler is not None:
             self._wrapped.step()
-        elif not (self._has_stepped or self._optimizer.state):
-            # Optimizers make their state in their first step, some of them from its gradients: the host asks, once.
-            self._has_stepped = not self.skipped.item()
-            if self._has_stepped:
-                self._wrapped.step()
-        elif getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            if first and self.skipped.item():
+                self._optimizer.state.clear()
+        elif not first and getattr(self._optimizer, "_step_supports_amp_scaling", False):
             self._optimizer.found_inf = self.skipped.float()  # type: ignore[attr-defined]
             self._wrapped.step()
-        else:
-            before = _cloned([self._parameters, self._optimizer.state])
+        elif not self.skipped.item():
             self._wrapped.step()
-            self._put_back([self._parameters, self._optimizer.state], before)
-        self._put_back(self._statistics, self._statistics_before)
-
-    def _put_back(self, tensors: Any, before: Any) -> None:
-        """`tensors`, nested as they may be, as they were `before`, if the step is skipped."""
-        for tensor, earlier in _pairs(tensors, before):
-            if tensor.device == self.skipped.device:
-                tensor.copy_(torch.where(self.skipped, earlier, tensor))
+        for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
+            buffer.copy_(torch.where(self.skipped, before, buffer))
 
     def read(self, limit: int) -> int:
         """How many updates were skipped since the last call, said on the console too; waits for the device.
@@ -198,31 +189,6 @@ class Guard:
             indices = [part for part, is_finite in parts if not is_finite] or judged.indices
             blamed = (sureness, judged.step, torch.cat(list(indices)).tolist())
         return blamed
-
-
-def _cloned(tensors: Any) -> Any:
-    """The same nest of lists, tuples and dicts, of copies."""
-    if isinstance(tensors, Tensor):
-        return tensors.clone()
-    if isinstance(tensors, dict):
-        return {key: _cloned(value) for key, value in tensors.items()}
-    return [_cloned(value) for value in tensors] if isinstance(tensors, list | tuple) else tensors
-
-
-def _pairs(tensors: Any, before: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors that were at the same place of two such nests before; optimizers put some of them there anew in every
-    step, and begin the state of a parameter when its first gradient comes.
-    """
-    if isinstance(tensors, Tensor):
-        if isinstance(before, Tensor):
-            yield tensors, before
-    elif isinstance(tensors, dict):
-        for key, value in tensors.items():
-            if key in before:
-                yield from _pairs(value, before[key])
-    elif isinstance(tensors, list | tuple):
-        for pair in zip(tensors, before, strict=True):
-            yield from _pairs(*pair)
 
 
 class Average:

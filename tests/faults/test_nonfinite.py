@@ -194,6 +194,26 @@ def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
     assert values["bad_steps"] == 2  # the loss, and gradients that were not finite at the scale 0.5
 
 
+def test_a_first_step_that_overflows_leaves_no_memory_that_nobody_filled(
+    toy: Toy, injected: Callable[[list[Injection]], None]
+) -> None:
+    """torch's fused SGD makes its momentum as empty memory, also in a step that the scaler has it leave out."""
+    trainer = trainer_of(toy_recipe(toy, optim={"name": "sgd", "clip_grad": None}, train={"max_bad_steps": 5}))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer.accelerator.scaler = scaler
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.guard = Guard(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)
+    injected([(0, 0, "gradients", INF)])
+    batches = batches_of(trainer)
+    before = everything(trainer)
+    take_steps(trainer, batches, 1)
+    assert not trainer.optimizer.optimizer.state
+    assert equal(before, everything(trainer))
+    take_steps(trainer, batches, 1)
+    assert trainer.optimizer.optimizer.state
+    assert all(value.isfinite().all() for value in everything(trainer))
+
+
 def chances(number: int, steps: int) -> list[Injection]:
     """One process's value in each of so many steps, drawn with a fixed seed; no two of these in a row."""
     chance = random.Random(0)
