@@ -34,6 +34,7 @@ from distill.run import Run
 from distill.students import Student
 from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
+from distill.training import compilation
 from distill.training.compilation import Compilation
 from distill.training.window import Window
 from teachers import Ensemble, Teacher
@@ -141,7 +142,7 @@ def test_a_loss_that_waits_would_be_found(toy: Toy, monkeypatch: pytest.MonkeyPa
     assert {"_local_scalar_dense", "is_nonzero"} & set(found)  # by the operator
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_waits_for_a_gpu(toy: Toy, compiled: bool) -> None:
     train = ALL_OPTIONS["train"] | {"precision": "bf16", "compile": compiled, "gradient_accumulation": 1}
@@ -176,14 +177,34 @@ def test_where_there_are_graphs(
 ) -> None:
     marks: list[None] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
-    compilation = Compilation(Train(**asked), torch.device(device))
+    monkeypatch.setattr(compilation, "_missing", lambda: None)
+    resolved = Compilation(Train(**asked), torch.device(device))
     calls: list[dict[str, Any]] = []
-    compilation.apply(SimpleNamespace(compile=lambda **options: calls.append(options)))  # type: ignore[arg-type]
+    resolved.apply(SimpleNamespace(compile=lambda **options: calls.append(options)))  # type: ignore[arg-type]
     assert calls == ([{"dynamic": False, "mode": "reduce-overhead" if graphs else None}] if enabled else [])
-    compilation.apply_to_augmentation(SimpleNamespace(compile=lambda: calls.append({"augments": True})))  # type: ignore[arg-type]
+    resolved.apply_to_augmentation(SimpleNamespace(compile=lambda: calls.append({"augments": True})))  # type: ignore[arg-type]
     assert ({"augments": True} in calls) == (enabled and device == "cuda")
-    compilation.begin_step()
+    resolved.begin_step()
     assert len(marks) == int(graphs)
+
+
+def test_without_a_compiler_auto_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation, "has_triton", lambda: True)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with caplog.at_level("INFO", logger="distill"):
+        resolved = Compilation(Train(), torch.device("cuda"))
+    assert not resolved.enabled
+    assert not resolved.graphs
+    assert "for want of a C compiler" in caplog.text
+    assert Compilation(Train(compile=True), torch.device("cuda")).enabled, "who asks for it is told by the compiler"
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda _: "nowhere")
+    assert "headers" in (compilation._missing() or "")
+    monkeypatch.setattr(compilation, "has_triton", lambda: False)
+    assert "Triton" in (compilation._missing() or "")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -303,6 +324,14 @@ def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -
         window.add(torch.tensor(1.0), {})
         window.step(torch.tensor(False))
     assert window.read(16)["data_wait"] == 0.0
+    # While the first batch is waited for, a GPU's augmentation is compiled.
+    window._step_done = SimpleNamespace(query=lambda: True, record=lambda: None)  # type: ignore[assignment]
+    window._counts_waiting = False
+    for _ in window.timed(batches()):
+        clock.now += 6.0
+        window.add(torch.tensor(1.0), {})
+        window.step(torch.tensor(False))
+    assert window.read(16)["data_wait"] == pytest.approx(2 * 2.0 / 24.0)
 
 
 @pytest.mark.parametrize("streamed", [True, False])

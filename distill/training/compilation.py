@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 from distill.data.augment import Augmenter
 from distill.recipe.schema import Train
+
+_log = logging.getLogger("distill")
+
+
+def _missing() -> str | None:
+    """What keeps this machine from compiling kernels for its GPU; None: nothing does. Triton compiles its launchers on
+    the machine, as extensions of Python.
+    """
+    if not has_triton():
+        return "Triton, or of a GPU that it supports (compute capability 7.0 or later)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc or clang)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers (python3-dev or python3-devel)"
+    return None
 
 
 class Compilation:
@@ -37,6 +59,9 @@ class Compilation:
     def __init__(self, train: Train, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self.enabled = self.on_cuda if train.compile == "auto" else train.compile
+        if self.enabled and train.compile == "auto" and (missing := _missing()):
+            _log.info("train.compile: auto compiles nothing here, for want of %s", missing)
+            self.enabled = False
         fixed = train.gradient_accumulation == 1 and not train.gradient_checkpointing
         self.graphs = self.enabled and self.on_cuda and fixed
         if self.enabled:

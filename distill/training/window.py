@@ -21,6 +21,8 @@ class Window:
         self.accelerator = accelerator
         # When the device has done the step before; None where it is the host itself, which then is done already.
         self._step_done = torch.cuda.Event() if accelerator.device.type == "cuda" else None
+        # On CUDA the augmentation is compiled while the first batch is waited for.
+        self._counts_waiting = self._step_done is None
         self.restart()
 
     def restart(self) -> None:
@@ -48,7 +50,7 @@ class Window:
         """The same batches; counts how long the loop waits for each, unless the device is busy until it comes."""
         asked = time.perf_counter()
         for batch in batches:
-            if self._step_done is None or self._step_done.query():
+            if self._counts_waiting and (self._step_done is None or self._step_done.query()):
                 self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
@@ -69,6 +71,7 @@ class Window:
         self.steps += 1
         if self._step_done is not None:
             self._step_done.record()
+            self._counts_waiting = True
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Means over all processes (none where all steps were skipped), images per second and the share of the time
