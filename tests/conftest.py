@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Counted = Callable[..., None]
@@ -37,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where there is a GPU, only tests marked `gpu` use it. Before the fixtures, which may build a trainer."""
+    on_gpu = item.get_closest_marker("gpu") is not None
+    if torch.cuda.is_available():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(cpu=not on_gpu)
+    elif on_gpu:
+        pytest.skip("no CUDA device")
 
 
 def _shared(part: str) -> Path:

@@ -67,7 +67,7 @@ def test_the_switch(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.backends.cudnn.deterministic
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("overrides", [(), (AREA,), ("student.stem=conv",), ("train.precision=bf16",)])
 def test_runs_repeat_on_a_gpu(toy: Toy, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     for out in ("one", "other"):

@@ -58,7 +58,7 @@ def test_no_operator_of_a_batch_needs_the_host(spec: Data, monkeypatch: pytest.M
 
 
 @SPECS
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_of_the_cpu_and_never_wait(spec: Data) -> None:
     on_cpu, on_gpu = (
         open_dataset(spec, seed=0, device=torch.device(kind)).training_batches(PLAN, epoch=0)
