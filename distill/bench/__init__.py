@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,8 @@ def bench(suites: Sequence[str], *, device: str | None, size: str | None, output
     if output is not None and not output.resolve().parent.is_dir():
         raise InputError(f"--json {output}: there is no folder {output.parent}.")
     set_threads()
+    if place.type == "cpu":  # accelerate would take a GPU where there is one; so would the processes begun here
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     start_processes()
     logging.getLogger("distill").setLevel(logging.WARNING)
     rows: list[Row] = []
@@ -58,7 +61,7 @@ def bench(suites: Sequence[str], *, device: str | None, size: str | None, output
                     say(f"{found.name}: {found.arm_a} over {found.arm_b} {found.ratio:.3f}")
     Console(width=max(console.width, 160), highlight=False).print(render_console(rows, unmeasured))
     if output is not None:
-        growth = computed()
+        growth = computed() if "step" in suites else None
         content = {
             "machine": described,
             "rows": [row.as_json() for row in rows],

@@ -21,14 +21,14 @@ GPUS_A_NODE = 8
 class Assumptions:
     """Of one GPU and of what connects it to the others; none of them was measured here."""
 
-    flops: float = 100e12
-    """Of a step, in FLOP/s on one GPU: some 15 % of an H200-class GPU's dense bf16 rate."""
-    within_node: float = 200e9
-    """Bytes per second through one GPU, NVLink class."""
-    between_nodes: float = 25e9
-    """Bytes per second through one GPU, one 200 Gbit/s network card each."""
-    batch_per_gpu: int = 1024
-    gradient_bytes: int = 4
+    flop_per_second: float = 100e12
+    """Of a step: some 15 % of an H200-class GPU's dense bf16 rate."""
+    bytes_per_second_within_node: float = 200e9
+    """NVLink class."""
+    bytes_per_second_between_nodes: float = 25e9
+    """One 200 Gbit/s network card for each GPU."""
+    images_per_gpu: int = 1024
+    bytes_per_gradient: int = 4
 
 
 def computed() -> dict[str, Any]:
@@ -36,12 +36,16 @@ def computed() -> dict[str, Any]:
     assumptions = Assumptions()
     student = Student(model="vit_tiny", patch_size=4, distillation_token=True)
     model = build_student(student, resolution=32, num_classes=10, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, seed=0)
-    gradients = assumptions.gradient_bytes * sum(parameter.numel() for parameter in model.parameters())
+    gradients = assumptions.bytes_per_gradient * sum(parameter.numel() for parameter in model.parameters())
     image = TRAINING * vit_forward(student, resolution=32, num_classes=10) + cifar_resnet_forward(56)
-    step = assumptions.batch_per_gpu * image / assumptions.flops
+    step = assumptions.images_per_gpu * image / assumptions.flop_per_second
     rows = []
     for gpus in GPUS:
-        bandwidth = assumptions.within_node if gpus <= GPUS_A_NODE else assumptions.between_nodes
+        bandwidth = (
+            assumptions.bytes_per_second_within_node
+            if gpus <= GPUS_A_NODE
+            else assumptions.bytes_per_second_between_nodes
+        )
         reduce = 2 * (gpus - 1) / gpus * gradients / bandwidth
         share = reduce / (step + reduce)
         rows.append({"gpus": gpus, "speed": gpus * (1 - share), "all_reduce_share": share})

@@ -46,22 +46,29 @@ def render_console(rows: Sequence[Row], unmeasured: Sequence[Unmeasured]) -> Gro
 
 
 def render_markdown(
-    machine: Mapping[str, Any], rows: Sequence[Row], unmeasured: Sequence[Unmeasured], computed: Mapping[str, Any]
+    machine: Mapping[str, Any],
+    rows: Sequence[Row],
+    unmeasured: Sequence[Unmeasured],
+    computed: Mapping[str, Any] | None,
 ) -> str:
-    """The whole table, with a line on the machine above it, and below it what was computed, not measured."""
+    """The whole table, with a line on the machine above it, and below it what was computed, if anything."""
     rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in machine["matrix_gflops"].items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     head = f"{machine['device_name']}, {machine['threads']} threads; matrix products {rates}; {versions}."
     lines = [head, "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *(_line(cells(row)) for row in rows)]
     if unmeasured:
         lines += ["", *(f"- {line}" for line in _left_out(unmeasured))]
-    lines += ["", f"Computed, not measured: {computed['what']}, the gradients' all-reduce not hidden at all.", ""]
+    if computed is None:
+        return "\n".join(lines) + "\n"
+    what = f"{computed['what']}, if no part of the gradients' all-reduce overlaps with computing."
+    lines += ["", f"Computed, not measured: {what}", ""]
     lines += [_line(("GPUs", "speed in multiples of one GPU's", "share of the step in the all-reduce"))]
     lines += [_line(["---"] * 3)]
     lines += [
         _line((str(row["gpus"]), f"{row['speed']:.2f}", f"{row['all_reduce_share']:.1%}")) for row in computed["rows"]
     ]
-    lines += ["", f"Assumed: {', '.join(f'{key} {value:g}' for key, value in computed['assumptions'].items())}."]
+    assumed = ", ".join(f"{key} {value:g}" for key, value in computed["assumptions"].items())
+    lines += ["", f"Assumed of each GPU: {assumed}."]
     return "\n".join(lines) + "\n"
 
 

@@ -98,7 +98,7 @@ def test_the_table_has_a_line_for_all_that_was_found() -> None:
     ]
     growth = {
         "what": "x",
-        "assumptions": {"flops": 1e14},
+        "assumptions": {"flop_per_second": 1e14},
         "rows": [{"gpus": 2, "speed": 1.9876, "all_reduce_share": 0.0062}],
     }
     text = render_markdown(machine, rows, [Unmeasured("three", ">= 3", "needs CUDA")], growth)
@@ -109,7 +109,7 @@ def test_the_table_has_a_line_for_all_that_was_found() -> None:
     assert "12.3% of the time waiting for data" in lines[5]
     assert lines[7] == "- not measured: three, >= 3: needs CUDA"
     assert lines[-3] == "| 2 | 1.99 | 0.6% |"
-    assert lines[-1] == "Assumed: flops 1e+14."
+    assert lines[-1] == "Assumed of each GPU: flop_per_second 1e+14."
 
 
 def test_growth_beyond_one_machine_follows_the_ring() -> None:
@@ -120,6 +120,6 @@ def test_growth_beyond_one_machine_follows_the_ring() -> None:
     assert all(earlier["speed"] < later["speed"] for earlier, later in pairwise(rows))
     # By hand for two GPUs: each sends and receives half of 5,365,076 gradients twice.
     assumed = Assumptions()
-    reduce = 4 * 5_365_076 / assumed.within_node
-    images = assumed.batch_per_gpu * (3 * 0.7413e9 + 0.2509e9) / assumed.flops
+    reduce = 4 * 5_365_076 / assumed.bytes_per_second_within_node
+    images = assumed.images_per_gpu * (3 * 0.7413e9 + 0.2509e9) / assumed.flop_per_second
     assert rows[0]["speed"] == pytest.approx(2 * images / (images + reduce), rel=1e-3)

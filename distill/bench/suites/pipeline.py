@@ -23,8 +23,6 @@ from distill.trainer import Trainer
 from teachers.cifar_resnet import CifarResNet
 
 DEPTH = 20
-FIRST_STEPS = 3
-"""In which a loader's processes fill their queue, before the time is taken."""
 SECONDS_A_ROUND = 1.6
 FILES = 256
 
@@ -64,9 +62,12 @@ def _over_peer(machine: Machine, student: arms.Student, peers: Mapping[str, Goal
         recipe.student, resolution=student.resolution, num_classes=arms.NUM_CLASSES
     )
     batch = arms.fixed_batch(trainer)
-    trainer.train_step(batch)
-    steps = max(4, round(SECONDS_A_ROUND / seconds(lambda: trainer.train_step(batch), machine.device)))
-    whole = Whole(trainer, steps)
+    for _ in range(machine.rounds["warm_up"]):
+        trainer.train_step(batch)
+    step = seconds(lambda: trainer.train_step(batch), machine.device, machine.rounds["times"])
+    first_steps = _first_steps(machine)
+    steps = max(4 if machine.device.type == "cpu" else first_steps, round(SECONDS_A_ROUND / step))
+    whole = Whole(trainer, first_steps, steps)
     arm = partial(Arm, units=steps * student.batch_size, flops=flops)
     ours = arm("pipeline", whole.run, before=whole.start, after=whole.stop)
     still = arm("one fixed batch", partial(_repeat, steps, lambda: trainer.train_step(batch)))
@@ -81,6 +82,13 @@ def _over_peer(machine: Machine, student: arms.Student, peers: Mapping[str, Goal
     accelerator.free_memory()
 
 
+def _first_steps(machine: Machine) -> int:
+    """Before the time is taken: in these a loader's processes start and fill their queue and, on CUDA, where steps are
+    short, empty what they had filled while it was compiled, until it is their pace that counts.
+    """
+    return 3 if machine.device.type == "cpu" else min(4 * machine.cores, 64)
+
+
 def _repeat(times: int, step: Callable[[], None]) -> None:
     for _ in range(times):
         step()
@@ -89,14 +97,14 @@ def _repeat(times: int, step: Callable[[], None]) -> None:
 class Whole:
     """The pipeline's own steps, with what they waited for data."""
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps = trainer, steps
+    def __init__(self, trainer: Trainer, first_steps: int, steps: int) -> None:
+        self.trainer, self.first_steps, self.steps = trainer, first_steps, steps
         self.waited = self.took = 0.0
         self.batches: Iterator[list[Batch]] = iter(())
 
     def start(self) -> None:
         self.batches = arms.endless_batches(self.trainer)
-        for _ in range(FIRST_STEPS):
+        for _ in range(self.first_steps):
             self.trainer.train_step(next(self.batches))
 
     def run(self) -> None:
@@ -114,7 +122,7 @@ class Whole:
 
 def _peer_arm(machine: Machine, student: arms.Student, form: str, arm: partial[Arm], steps: int) -> Arm:
     """timm's loader and task, with the number of loader processes that is fastest on this machine."""
-    images = _images(machine, student)
+    images, first_steps = _images(machine, student, steps), _first_steps(machine)
 
     def build(workers: int) -> Peer:
         compiled = replace(student, compile=form == "compiled")
@@ -122,7 +130,7 @@ def _peer_arm(machine: Machine, student: arms.Student, form: str, arm: partial[A
 
     def first_round(workers: int) -> float:
         peer = build(workers)
-        peer.start(FIRST_STEPS)
+        peer.start(first_steps)
         taken = seconds(peer.step, machine.device, max(4, steps // 3))
         peer.stop()
         return taken
@@ -133,17 +141,20 @@ def _peer_arm(machine: Machine, student: arms.Student, form: str, arm: partial[A
     return arm(
         f"timm's loader ({workers} workers) and task, {form}",
         partial(_repeat, steps, peer.step),
-        before=lambda: peer.start(FIRST_STEPS),
+        before=lambda: peer.start(first_steps),
         after=peer.stop,
     )
 
 
-def _images(machine: Machine, student: arms.Student) -> PilImages:
+def _images(machine: Machine, student: arms.Student, steps: int) -> PilImages:
+    """At least for a round, so that the loader does not start its processes anew within it."""
+    count = max(4096, (_first_steps(machine) + steps) * student.batch_size)
+    labels = np.zeros(count, dtype=np.int64)
     if student.resolution > 32:
         files = sorted(str(path) for path in (machine.scratch / "images" / "train").rglob("*.jpg"))
-        return PilImages(files, np.zeros(len(files), dtype=np.int64))
+        return PilImages([files[index % len(files)] for index in range(count)], labels)
     generator = np.random.default_rng(0)
-    return PilImages(generator.integers(256, size=(4096, 32, 32, 3), dtype=np.uint8), np.zeros(4096, dtype=np.int64))
+    return PilImages(generator.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels)
 
 
 def _write_folder(machine: Machine, resolution: int) -> None:

@@ -16,13 +16,9 @@ from distill.bench.flops import TRAINING, vit_forward
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave
 from distill.bench.methods import measure_methods
+from distill.bench.suites.attention import AREAS
 
 ORDINARY = {"kind": "standard"}
-AREAS: dict[str, Mapping[str, Any]] = {
-    "areas of 2": {"max_area": 2},
-    "areas of 4": {"max_area": 4},
-    "areas of 2x2": {"max_area": [2, 2]},
-}
 CPU_GOALS = {"vit_tiny": 1.03, "vit_nano": 1.12}
 CUDA_GOALS = {32: 1.02, 224: 1.03}
 CPU_SHARES = {"fp32": 0.8, "bf16": 0.6}
