@@ -20,6 +20,8 @@ ROUNDS = 5
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 WORK_OF_A_BATCH = {"cpu": 4e9, "cuda": 5e12}
 """FLOPs of the batch at which images per second are measured, at most; it has 8 images at least."""
+ENERGY_SECONDS = 1.5
+"""Of passes between two readings of the counter of energy."""
 SINGLES = 5
 """Images one at a time in every round."""
 
@@ -46,28 +48,36 @@ def measure_speed(models: Mapping[str, Forward], flops: Mapping[str, int], image
     batch = image.expand(max(8, min(LARGEST_BATCH[device.type], largest)), -1, -1, -1).contiguous()
     rates: dict[str, list[float]] = {name: [] for name in models}
     latencies: dict[str, list[float]] = {name: [] for name in models}
-    joules: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for turn in range(-1, ROUNDS):  # the first is a warm-up
             for name in list(models) if turn % 2 == 0 else reversed(list(models)):
-                before = energy_counter(device)
                 one_batch = _seconds(models[name], batch, 1)
-                after = energy_counter(device)
                 single = _seconds(models[name], image, SINGLES)
                 if turn >= 0:
                     rates[name].append(len(batch) / one_batch)
                     latencies[name].append(single)
-                    if before is not None and after is not None and after > before:
-                        joules[name].append((after - before) / len(batch))
+        joules = {name: _joules(forward, batch) for name, forward in models.items()}
     return {
         name: {
             "images_per_second": median(rates[name]),
             "latency_seconds": median(latencies[name]),
             "batch": len(batch),
-            **({"joules_per_image": median(joules[name])} if joules[name] else {}),
+            **({} if joules[name] is None else {"joules_per_image": joules[name]}),
         }
         for name in models
     }
+
+
+def _joules(forward: Forward, batch: Tensor) -> float | None:
+    """Of an image, over passes that last much longer than the counter takes to move (tens of milliseconds)."""
+    before, began, images = energy_counter(batch.device), time.perf_counter(), 0
+    if before is None:
+        return None
+    while time.perf_counter() - began < ENERGY_SECONDS:
+        _seconds(forward, batch, 1)
+        images += len(batch)
+    after = energy_counter(batch.device)
+    return None if after is None else (after - before) / images
 
 
 def _seconds(forward: Forward, images: Tensor, times: int) -> float:
