@@ -82,7 +82,10 @@ class Data(Section):
     )
     root: Text = Field("data", description="Folder that holds the data, or that downloads go to.")
     validation: float = Field(
-        0.1, ge=0, description="Share (below 1) or count of the training set held out, stratified and seeded; 0: none."
+        0.1,
+        ge=0,
+        description="Share (below 1) or count of the training set held out, stratified and seeded; 0: none. Data "
+        "with a validation split of their own keep it.",
     )
     select_on: Literal["validation", "test"] = Field(
         "validation",
@@ -176,7 +179,8 @@ class Student(Section):
 class Optim(Section):
     name: Text = Field(
         "adamw",
-        description="Optimizer, by timm's factory name; muon and nmuon leave all but the hidden matrices to AdamW.",
+        description="Optimizer, by timm's factory name; muon leaves all but the hidden matrices and kernels to AdamW, "
+        "nmuon to NAdamW.",
     )
     lr: float = Field(1.0e-3, gt=0.0, description="Peak learning rate, as it is: never scaled by the batch size.")
     min_lr: float = Field(0.0, ge=0.0, description="Learning rate at the end of the schedule.")

@@ -57,8 +57,8 @@ def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None 
 
 def _muon_arguments(model: nn.Module) -> dict[str, Any]:
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is for matrices between hidden layers: the first
-    projection, the heads, tokens and embeddings go to AdamW, as do, by timm's choice, vectors and matrices of extreme
-    shape.
+    projection, the heads, tokens and embeddings go to AdamW (nmuon: NAdamW), as do, by timm's choice, vectors and
+    matrices of extreme shape.
 
     timm scales Muon's updates to the size of AdamW's, 0.2 sqrt(larger side) (Liu et al. 2025, arXiv 2502.16982, section
     2.2), so that one learning rate and weight decay serve both.
