@@ -39,7 +39,7 @@ def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
         yield f"{told}no effect of distillation is shown ({verdict.points:+.2f} points, {p_text(verdict.p)})."
     else:
         what = "gains" if verdict.points > 0 else "costs"
-        yield f"{told}distillation {what} {abs(verdict.points):.2f} points ({p_text(verdict.p)})."
+        yield f"{told}under this seed distillation {what} {abs(verdict.points):.2f} points ({p_text(verdict.p)})."
 
 
 def _against(verdict: Verdict) -> str:

@@ -15,7 +15,7 @@ class Curve:
 
     run: str
     model: str
-    """'student', 'control' or 'teacher'."""
+    """'student' or 'control'."""
     variant: str
     """Which of the model's curves: the split and, for a moving average, the weights; empty for the loss."""
     epochs: tuple[float, ...]
@@ -28,8 +28,6 @@ class Curves:
     """Training loss: the mean of an epoch's logged losses."""
     top1: tuple[Curve, ...]
     """Accuracy (percent) of the fused heads on the split that checkpoints are chosen on."""
-    teacher: tuple[Curve, ...]
-    """The teacher's accuracy on that split, a single value a run."""
     heads: tuple[Curve, ...]
     """Accuracy (percent) of each head alone, on that split."""
     parts: tuple[Curve, ...]
@@ -43,7 +41,6 @@ class Curves:
 def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
     loss: list[Curve] = []
     top1: list[Curve] = []
-    teacher: list[Curve] = []
     heads: list[Curve] = []
     parts: list[Curve] = []
     rate: list[Curve] = []
@@ -66,11 +63,7 @@ def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
             for variant, lines in _evaluations(part):
                 if curve := _curve(name, model, variant, dict(_points(lines, "student/top1"))):
                     top1.append(curve)
-        split = _split(run)
-        known = dict(_points((event for event in run.events if _is_evaluation(event, split)), "teacher/top1"))
-        if known and (curve := _curve(name, "teacher", split, dict([list(known.items())[-1]]))):
-            teacher.append(curve)
-    return Curves(tuple(loss), tuple(top1), tuple(teacher), tuple(heads), tuple(parts), tuple(rate), tuple(speed))
+    return Curves(tuple(loss), tuple(top1), tuple(heads), tuple(parts), tuple(rate), tuple(speed))
 
 
 def _split(run: RunFiles) -> str:
@@ -78,14 +71,10 @@ def _split(run: RunFiles) -> str:
     return "test" if run.selected_on_test else "validation"
 
 
-def _is_evaluation(event: Record, split: str) -> bool:
-    return event.get("event") == "eval" and event.get("split") == split
-
-
 def _evaluations(run: RunFiles) -> Iterator[tuple[str, list[Record]]]:
     """Evaluation lines by variant: the weights themselves, then their moving average."""
     split = _split(run)
-    lines = [event for event in run.events if _is_evaluation(event, split)]
+    lines = [event for event in run.events if event.get("event") == "eval" and event.get("split") == split]
     yield split, [event for event in lines if event.get("weights") != "ema"]
     yield f"{split}, EMA", [event for event in lines if event.get("weights") == "ema"]
 

@@ -41,10 +41,6 @@ class Paired:
     p: float | None
     """Of the paired t-test, two-sided; None where the differences are all the same."""
 
-    @property
-    def words(self) -> str:
-        return in_words(self.points, self.p)
-
 
 def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share, in percent (Wilson 1927)."""
@@ -68,10 +64,10 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     return Paired(float(differences.mean()), p)
 
 
-def in_words(points: float, p: float | None) -> str:
+def in_words(points: float, p: float) -> str:
     """'better by 1.80 points, p < 0.001' or 'no difference shown (0.20 points, p = 0.41)'."""
-    if p is None or p >= SIGNIFICANT:
-        return f"no difference shown ({points:+.2f} points{'' if p is None else f', {p_text(p)}'})"
+    if p >= SIGNIFICANT:
+        return f"no difference shown ({points:+.2f} points, {p_text(p)})"
     return f"{'better' if points > 0 else 'worse'} by {abs(points):.2f} points, {p_text(p)}"
 
 

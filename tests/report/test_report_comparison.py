@@ -61,7 +61,7 @@ def test_files_beside_predictions_and_status_are_optional(make_run: MakeRun) -> 
     (path / "status.json").write_text('{"state": "finished"}')
     comparison = compare([path])
     assert len(comparison.rows) == 4
-    assert comparison.curves.loss == comparison.curves.top1 == comparison.curves.teacher == ()
+    assert comparison.curves.loss == comparison.curves.top1 == ()
     assert all(row.parameters is None for row in comparison.rows)
 
 
@@ -139,7 +139,6 @@ def test_curves_have_a_point_an_epoch(make_run: MakeRun) -> None:
         ("student", "validation, EMA"): (52, 53, 54, 55),
         ("control", "validation"): (51, 52, 53, 54),
     }
-    assert [curve.values for curve in curves.teacher] == [(91.5,)]
 
 
 def test_selection_on_the_test_set_is_said(make_run: MakeRun) -> None:

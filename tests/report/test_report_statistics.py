@@ -44,10 +44,8 @@ def test_seeds_are_compared_in_pairs() -> None:
     result = paired(a, b)
     assert result.points == pytest.approx(1.25)
     assert result.p == pytest.approx(2 * student_t.sf(statistic, 3))
-    assert "better by 1.25 points" in result.words
     # The same difference at every seed has no spread: nothing can be said of chance.
     assert paired([80.1, 81.1], [80.0, 81.0]).p is None
-    assert paired([80.1, 81.1], [80.0, 81.0]).words == "no difference shown (+0.10 points)"
 
 
 @pytest.mark.parametrize(

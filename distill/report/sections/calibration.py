@@ -15,7 +15,8 @@ def build(comparison: Comparison) -> Section | None:
     found = []
     for row in comparison.rows:
         analysis = row.source.analysis
-        validation = None if analysis is None else analysis.validation(row.output)
+        # A teacher may have been trained on the images that are held out from the student: nothing is fitted on them.
+        validation = None if analysis is None or row.model == "teacher" else analysis.validation(row.output)
         found.append((row, calibration(row.logits, comparison.labels, validation)))
     plot = Plot(
         "reliability",
