@@ -37,10 +37,12 @@ here; [LOG.md](LOG.md) is the log of what was tried and learned.
 
 CIFAR-10. Top-1 accuracy is that of the 10,000 test images, which each run reads once, at its end, for the weights that
 were chosen on its validation images: mean and standard deviation over the seeds. A difference is that of the answers
-under the seeds that both arms have: McNemar's exact test of all of them together, in which an image counts once a seed;
-p is not adjusted for the number of tests. "In common" says what the two arms share under each seed: the weights that
-they began from, and the batches that they saw. Minutes are those of a run from its first step to its test, whatever
-else the machine had to do."""
+under the seeds that both arms have; p is that of McNemar's exact test of all of them together, in which an image counts
+once a seed: it speaks of the networks that were trained. "p over seeds", a paired t-test of their accuracies, asks how
+far other seeds would agree, and over three seeds it shows only what is large. Neither is adjusted for the number of
+tests. "In common" says what the two arms share under each seed: the weights that they began from, and the batches that
+they saw. Minutes are those of a run from its first step to its test, without its pauses, whatever else the machine had
+to do."""
 
 
 def main(*, runs: Path = HERE / "runs", to: Path = HERE) -> int:
@@ -89,17 +91,18 @@ def table(cells: Cells, block: Block) -> str:
     names = dict.fromkeys(name for name, _ in block.rows)
     if not any(name in cells.runs for name in names):
         return f"None of these has been run: {', '.join(f'`{name}`' for name in names)}."
-    header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "p", "in common", "minutes"]
+    header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "p", "p over seeds", "in common",
+              "minutes"]  # fmt: skip
     rows = [_row(cells, ARMS[name], against) for name, against in block.rows]
-    return lines(header, rows, words=(0, 1, 5, 8))
+    return lines(header, rows, words=(0, 1, 5, 9))
 
 
 def _row(cells: Cells, arm: Arm, against: str | None) -> list[str]:
     values = cells.top1(arm.name)
-    tested = ["none", "", "", ""]
+    tested = ["none", "", "", "", ""]
     if against is not None:
         difference = cells.difference(arm.name, against)
-        tested = [f"`{against}`", *([NOT_RUN] * 3 if difference is None else _tested(cells, arm, against, difference))]
+        tested = [f"`{against}`", *([NOT_RUN] * 4 if difference is None else _tested(cells, arm, against, difference))]
     measured = [_spread(values), _number(cells.validation(arm.name), ".2f")] if values else [NOT_RUN, NOT_RUN]
     minutes = _number(cells.minutes(arm.name), ".1f") if values else NOT_RUN
     return [
@@ -113,8 +116,12 @@ def _row(cells: Cells, arm: Arm, against: str | None) -> list[str]:
 
 
 def _tested(cells: Cells, arm: Arm, against: str, difference: Difference) -> list[str]:
-    p = p_text(difference.p).removeprefix("p ").removeprefix("= ")
-    return [f"{difference.points:+.2f}", p, cells.matched(arm.name, against) or "neither"]
+    tests = [_p(difference.p), _p(difference.p_over_seeds)]
+    return [f"{difference.points:+.2f}", *tests, cells.matched(arm.name, against) or "neither"]
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else p_text(value).removeprefix("p ").removeprefix("= ")
 
 
 def _spread(values: Sequence[float]) -> str:

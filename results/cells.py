@@ -27,7 +27,10 @@ class Difference:
 
     points: float
     p: float
+    """Of McNemar's exact test of all answers together."""
     seeds: int
+    p_over_seeds: float | None = None
+    """Of the paired t-test of the accuracies; None over one seed."""
 
     @property
     def words(self) -> str:
@@ -82,7 +85,7 @@ class Cells:
             first, second = (f"student of {name}-{min(self.runs[name])}" for name in (arm, other))
             for pair, sign in (((first, second), 1), ((second, first), -1)):
                 if (test := self._tests.get(pair)) is not None:
-                    return Difference(sign * test["points"], test["p_pooled"], test["seeds"])
+                    return Difference(sign * test["points"], test["p_pooled"], test["seeds"], test["p_over_seeds"])
             raise InputError(f"{self.folder}: the runs of {arm} or of {other} differ in more than their seed.")
         if not common:
             return None

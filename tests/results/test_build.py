@@ -41,7 +41,7 @@ def test_means_differences_and_tests_are_those_counted_by_hand(tmp_path: Path, m
     texts = build.build(read_cells(tmp_path / "kept"))
     found = rows(section(texts["README.md"], "Does distillation help?"))
     top1 = [100 * sum(right(run)) / SAMPLES for run in ours]
-    _, says, seeds, measured, validation, against, points, p, common, minutes = found["nano-hard-guide"]
+    _, says, seeds, measured, validation, against, points, p, over_seeds, common, minutes = found["nano-hard-guide"]
     assert (seeds, against) == ("3 of 3", "nano-control")
     assert measured == f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}"
     assert validation == "44.00"  # 40 + 3 after the fourth epoch, and 1 for the moving average
@@ -54,6 +54,8 @@ def test_means_differences_and_tests_are_those_counted_by_hand(tmp_path: Path, m
     assert points == f"{100 * (only[0] - only[1]) / (2 * SAMPLES):+.2f}"
     exact = stats.binomtest(only[0], sum(only)).pvalue
     assert p == ("< 0.001" if exact < 0.001 else f"{exact:.3g}")
+    paired = stats.ttest_rel(top1[:2], [100 * sum(right(run)) / SAMPLES for run in theirs[:2]]).pvalue
+    assert over_seeds == ("< 0.001" if paired < 0.001 else f"{paired:.3g}")
     assert common == "weights and batches"
     assert says.startswith("hard labels and guidance")
     assert found["nano-control"][2] == "2 of 3"
@@ -76,7 +78,7 @@ def test_one_seed_has_no_deviation_and_its_own_test(tmp_path: Path, make_cell: M
     assert difference.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
     found = rows(section(build.build(cells)["README.md"], "Does area attention help?"))
     assert found["nano-area-4"][3] == f"{100 * sum(a) / SAMPLES:.2f}"
-    assert found["nano-area-4"][8] == "neither"
+    assert found["nano-area-4"][8:10] == ["", "neither"]
 
 
 def test_a_difference_turned_round_is_the_same_one(tmp_path: Path, make_cell: MakeCell) -> None:
