@@ -289,8 +289,8 @@ def check_new(path: Path) -> None:
     """Raise InputError if a run, or anything else, already stands at `path`."""
     check_free(path)
     if (state := state_of(path)) is not None:
-        advice = "" if state == "finished" else " Continue it with --resume auto, or"
-        raise InputError(f"{path}: there is a run already, and it is {state}.{advice} choose another --out.")
+        advice = "Choose" if state == "finished" else "Continue it with --resume auto, or choose"
+        raise InputError(f"{path}: there is a run already, and it is {state}. {advice} another --out.")
     # A run killed before its first status leaves a lock, a folder for checkpoints and half a status.
     begun = {path / ".lock", path / "checkpoints", *path.glob(".*.tmp")}
     if any((path / "checkpoints").glob("step_*")):

@@ -47,7 +47,7 @@ class FromPixels(nn.Module):
 def check_installed() -> None:
     """InputError unless the packages of the extra `onnx` are there."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise InputError(f'--onnx needs {", ".join(missing)}: pip install "distill[onnx]"')
+        raise InputError(f'--onnx needs {", ".join(missing)}: python -m pip install -e ".[onnx]"')
 
 
 def write_onnx(student: Student, path: Path, class_names: Sequence[str]) -> None:
