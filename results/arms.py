@@ -185,7 +185,8 @@ def _method(size: str) -> Block:
     soft_targets = [f"soft-t{temperature}" for temperature in (1, 2, 3, 4)]
     rows = _rows(
         size, ("control", None), *((name, "control") for name in soft_targets if f"{size}-{name}" in ARMS),
-        ("hard", "control"), ("guide", "control"), ("hard-guide", "control"), ("no-token", "hard-guide"),
+        ("hard", "control"), ("guide", "control"), ("hard-guide", "control"), ("hard-guide", "guide"),
+        ("no-token", "hard-guide"),
     )  # fmt: skip
     goal = Goal(
         "distilled minus control: at least 1 point, p below 0.01",

@@ -19,8 +19,8 @@ from tests.results.conftest import SAMPLES, MakeCell
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The tables' lines by their first cell, the last one of each; cells without their marks."""
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    """The tables' lines by their first cell, the first one of each; cells without their marks."""
+    lines = [line for line in reversed(text.splitlines()) if line.startswith("| `")]
     return {line.split(" | ")[0].strip("|` "): [cell.strip("|` ") for cell in line.split(" | ")] for line in lines}
 
 
