@@ -166,10 +166,15 @@ class Trainer:
             if self.at_boundary and progress.evaluated_at < progress.step:
                 self.evaluate(run, display)  # the run was stopped between an epoch's last step and its evaluation
             self.window.start_clock()
+            unmixed = self.recipe.data.augment.mix_off_epoch
+            if self.dataset.augmenter.paired and unmixed * self.steps_per_epoch >= self.total_steps:
+                _log.warning("data.augment.mix_off_epoch: epoch %d never comes; all images are mixed", unmixed)
             while progress.step < self.total_steps:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
+                if epoch == unmixed:
+                    self.window.await_compilation()
                 for micro_batches in self.window.timed(marking_process(batches)):
                     if progress.step % self.steps_per_epoch == 0:
                         # The first sample of the global batch: whatever the number of processes, it is there.

@@ -95,7 +95,8 @@ def test_options_come_in_any_order(arguments: str, toy: Toy, monkeypatch: pytest
 @pytest.fixture(scope="module")
 def launched(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
     folder = tmp_path_factory.mktemp("launched")
-    result = start(SCRIPT, "--out", "run", toy.recipe, "train.max_steps=3", "control=true", cwd=folder)
+    overrides = ("train.max_steps=3", "control=true", "data.augment.mix_off_epoch=9")
+    result = start(SCRIPT, "--out", "run", toy.recipe, *overrides, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     result.args = folder / "run"
     return result
@@ -121,6 +122,7 @@ def test_a_run_ends_with_its_table_and_its_paths(launched: subprocess.CompletedP
     log = (finished / "train.log").read_text()
     assert "preflight: teacher top-1" in launched.stdout
     assert all(f"step {step}  epoch" in log for step in (1, 2, 3))
+    assert "mix_off_epoch: epoch 9 never comes" in log
     assert "normal" not in launched.stderr
     assert "Traceback" not in launched.stderr
 

@@ -191,6 +191,7 @@ def test_where_there_are_graphs(
 def test_without_a_compiler_auto_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
     monkeypatch.setattr(compilation, "has_triton", lambda: True)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
@@ -201,7 +202,7 @@ def test_without_a_compiler_auto_compiles_nothing(
     assert "for want of a C compiler" in caplog.text
     assert Compilation(Train(compile=True), torch.device("cuda")).enabled, "who asks for it is told by the compiler"
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda _: "nowhere")
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda *_: "nowhere")
     assert "headers" in (compilation._missing() or "")
     monkeypatch.setattr(compilation, "has_triton", lambda: False)
     assert "Triton" in (compilation._missing() or "")
@@ -326,7 +327,7 @@ def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -
     assert window.read(16)["data_wait"] == 0.0
     # While the first batch is waited for, a GPU's augmentation is compiled.
     window._step_done = SimpleNamespace(query=lambda: True, record=lambda: None)  # type: ignore[assignment]
-    window._counts_waiting = False
+    window.await_compilation()
     for _ in window.timed(batches()):
         clock.now += 6.0
         window.add(torch.tensor(1.0), {})

@@ -144,7 +144,8 @@ def _losses(recipe: Recipe) -> Iterator[Combination]:
         yield Combination((("label_weight",), ("distill",)), "all weights of the loss are 0: nothing would be learned")
     on_logits = [index for index, objective in enumerate(recipe.distill) if isinstance(objective, OnLogits)]
     taught = not on_logits or any(recipe.distill[index].mean_weight for index in on_logits)
-    if recipe.label_weight != 0 and not taught and recipe.student.distillation_token is not False:
+    has_token = recipe.student.model in VIT_SIZES and recipe.student.distillation_token is not False
+    if recipe.label_weight != 0 and has_token and not taught:
         yield Combination(
             tuple(("distill", index, "weight") for index in on_logits),
             "0 all the time: the distillation head, half of the answer, would learn nothing; leave the method out",
@@ -183,12 +184,6 @@ def _train(recipe: Recipe) -> Iterator[Combination]:
         yield Combination(
             (("train", "batch_size"), ("train", "gradient_accumulation"), ("data", "augment")),
             f"{train.batch_size} does not divide into {why}",
-        )
-    if augment.mix_off_epoch >= train.epochs:
-        yield Combination(
-            (("data", "augment", "mix_off_epoch"), ("train", "epochs")),
-            f"epoch {augment.mix_off_epoch} of {train.epochs} never comes; set it below train.epochs, or to 0 to mix "
-            "throughout",
         )
     if recipe.optim.min_lr > recipe.optim.lr:
         yield Combination((("optim", "min_lr"), ("optim", "lr")), f"above the peak learning rate {recipe.optim.lr}")

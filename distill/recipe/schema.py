@@ -212,7 +212,9 @@ class Train(Section):
     )
     ema: float | None = Field(None, gt=0.0, lt=1.0, description="Decay of the weights' moving average; null: none.")
     compile: Literal["auto"] | bool = Field(
-        "auto", description="torch.compile the student and its teacher, on CUDA into CUDA graphs; auto: on CUDA."
+        "auto",
+        description="torch.compile the student and its teacher, on CUDA into CUDA graphs; auto: on CUDA, "
+        "where Triton, a C compiler and Python's headers are.",
     )
     deterministic: bool = Field(
         False, description="Only operations that repeat bit for bit on a GPU too, at some cost; a CPU's repeat anyway."

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils._triton import has_triton
 
@@ -26,13 +27,15 @@ def _missing() -> str | None:
         return "Triton, or of a GPU that it supports (compute capability 7.0 or later)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc or clang)"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    # As Triton asks: the default scheme of Debian's Pythons names a folder that has no headers.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
         return "Python's headers (python3-dev or python3-devel)"
     return None
 
 
 class Compilation:
-    """What `train.compile` comes to on a device.
+    """What `train.compile` comes to on a device; the processes agree. Collective.
 
     What is compiled is the forward pass of a training step, of the student and of the teacher. It sees one shape, the
     micro-batch, in training mode, for the whole run: so shapes are taken as fixed, and on CUDA each network becomes a
@@ -59,8 +62,8 @@ class Compilation:
     def __init__(self, train: Train, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self.enabled = self.on_cuda if train.compile == "auto" else train.compile
-        if self.enabled and train.compile == "auto" and (missing := _missing()):
-            _log.info("train.compile: auto compiles nothing here, for want of %s", missing)
+        if self.enabled and train.compile == "auto" and (missing := list(filter(None, gather_object([_missing()])))):
+            _log.info("train.compile: auto compiles nothing here, for want of %s", missing[0])
             self.enabled = False
         fixed = train.gradient_accumulation == 1 and not train.gradient_checkpointing
         self.graphs = self.enabled and self.on_cuda and fixed

@@ -58,6 +58,7 @@ class Guard:
             buffer for module in student.modules() if isinstance(module, _NormBase) for buffer in module.buffers()
         ]
         self._statistics_before: list[Tensor] = []
+        self._has_stepped = False
         self._bucket_sums: list[Tensor] = []
         self._judged: list[_Judged] = []
         self._streak: list[_Judged] = []
@@ -112,16 +113,19 @@ class Guard:
         """The optimizer's step, or none."""
         # Optimizers make their state in their first step: fused SGD as empty memory, which a step that is left out does
         # not fill.
-        first = not self._optimizer.state
+        first = not (self._has_stepped or self._optimizer.state)
         if self._accelerator.scaler is not None:
             self._wrapped.step()
-            if first and self.skipped.item():
-                self._optimizer.state.clear()
+            if first:
+                self._has_stepped = not self.skipped.item()
+                if not self._has_stepped:
+                    self._optimizer.state.clear()
         elif not first and getattr(self._optimizer, "_step_supports_amp_scaling", False):
             self._optimizer.found_inf = self.skipped.float()  # type: ignore[attr-defined]
             self._wrapped.step()
         elif not self.skipped.item():
             self._wrapped.step()
+            self._has_stepped = True
         for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
             buffer.copy_(torch.where(self.skipped, before, buffer))
 

@@ -21,8 +21,7 @@ class Window:
         self.accelerator = accelerator
         # When the device has done the step before; None where it is the host itself, which then is done already.
         self._step_done = torch.cuda.Event() if accelerator.device.type == "cuda" else None
-        # On CUDA the augmentation is compiled while the first batch is waited for.
-        self._counts_waiting = self._step_done is None
+        self.await_compilation()
         self.restart()
 
     def restart(self) -> None:
@@ -38,6 +37,10 @@ class Window:
         self.steps = 0
         self.waited = 0.0
         self.began = time.perf_counter()
+
+    def await_compilation(self) -> None:
+        """On CUDA the augmentation may be compiled while the next batch is waited for: that is no waiting for data."""
+        self._counts_waiting = self._step_done is None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
