@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -73,5 +74,7 @@ def test_runs_repeat_on_a_gpu(toy: Toy, tmp_path: Path, overrides: tuple[str, ..
     for out in ("one", "other"):
         command = [sys.executable, "-m", "distill.cli", "train", str(toy.recipe), *SHORT, *overrides, SWITCH,
                    "--out", out]  # fmt: skip
-        subprocess.run(command, cwd=tmp_path, check=True, timeout=280)
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+        subprocess.run(command, cwd=tmp_path, env=inherited, check=True, timeout=280)
+        assert json.loads((tmp_path / out / "environment.json").read_text())["device"].startswith("cuda")
     assert digest_of_export(tmp_path / "one") == digest_of_export(tmp_path / "other")

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from distill.errors import InputError
 from distill.report.comparison import compare
 from distill.report.document import write_report
+from distill.report.sections import calibration
 from distill.report.sections.learning import loss_chart, top1_chart
 
 MakeRun = Callable[..., Path]
@@ -216,3 +217,12 @@ def test_the_drawing_is_deterministic_scales_and_takes_the_ink_of_the_page(make_
     assert "width" not in root.attrib
     assert "currentColor" in svg
     assert {"epoch", "training loss"} <= {element.text for element in root.iter("text")}
+
+
+def test_nothing_is_fitted_on_images_that_a_teacher_may_know(make_run: MakeRun) -> None:
+    section = calibration.build(compare([make_run(analysis=True, control=True)]))
+    assert section is not None
+    temperatures = {line["model"]: line["temperature"] for line in section.data}
+    assert temperatures.pop("teacher") is None
+    assert len(temperatures) == 6
+    assert None not in temperatures.values()

@@ -90,5 +90,8 @@ def _table(comparison: Comparison, found: list[tuple[Row, Calibration]]) -> Tabl
         rows.append(cells)
     caption = "Expected calibration error over 15 bins of equal width, in percentage points."
     if fitted:
-        caption += " The temperature that the logits are divided by minimises the NLL on the validation split."
+        caption += (
+            " The temperature that the logits are divided by minimises the NLL on the validation split; a teacher has "
+            "none, since it may have been trained on that split."
+        )
     return Table("calibration", caption, header, rows, span=2)
