@@ -71,10 +71,10 @@ def test_the_switch(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("overrides", [(), (AREA,), ("student.stem=conv",), ("train.precision=bf16",)])
 def test_runs_repeat_on_a_gpu(toy: Toy, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     for out in ("one", "other"):
         command = [sys.executable, "-m", "distill.cli", "train", str(toy.recipe), *SHORT, *overrides, SWITCH,
                    "--out", out]  # fmt: skip
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
         subprocess.run(command, cwd=tmp_path, env=inherited, check=True, timeout=280)
         assert json.loads((tmp_path / out / "environment.json").read_text())["device"].startswith("cuda")
     assert digest_of_export(tmp_path / "one") == digest_of_export(tmp_path / "other")

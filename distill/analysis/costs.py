@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.analysis.energy import energy_counter
+from distill.analysis.energy import EnergyMeter
 
 Forward = Callable[[Tensor], object]
 
@@ -70,14 +70,14 @@ def measure_speed(models: Mapping[str, Forward], flops: Mapping[str, int], image
 
 def _joules(forward: Forward, batch: Tensor) -> float | None:
     """Of an image, over passes that last much longer than the counter takes to move (tens of milliseconds)."""
-    before, began, images = energy_counter(batch.device), time.perf_counter(), 0
-    if before is None:
+    meter, began, images = EnergyMeter(batch.device), time.perf_counter(), 0
+    if meter.last is None:
         return None
     while time.perf_counter() - began < ENERGY_SECONDS:
         _seconds(forward, batch, 1)
         images += len(batch)
-    after = energy_counter(batch.device)
-    return None if after is None else (after - before) / images
+    energy = meter.take().get("energy")
+    return None if energy is None else energy / images
 
 
 def _seconds(forward: Forward, images: Tensor, times: int) -> float:

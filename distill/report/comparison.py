@@ -86,11 +86,15 @@ class Comparison:
         """One row for each model: its answer."""
         return [row for row in self.rows if row.is_whole]
 
+    @property
+    def teachers(self) -> list[Row]:
+        """One row for each: runs may share one."""
+        return [row for row in self.rows if row.model == "teacher"]
+
     def teacher_of(self, run: str) -> Row | None:
         """The teacher's row; the one of an earlier run where they share it."""
         logits = self.runs[run].predictions.logits.get("teacher")
-        teachers = [row for row in self.rows if row.model == "teacher"]
-        return next((row for row in teachers if logits is not None and np.array_equal(row.logits, logits)), None)
+        return next((row for row in self.teachers if logits is not None and np.array_equal(row.logits, logits)), None)
 
     def row(self, run: str, model: str) -> Row | None:
         """The answer of a run's 'student' or 'control'."""

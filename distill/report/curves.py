@@ -66,14 +66,10 @@ def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
     return Curves(tuple(loss), tuple(top1), tuple(heads), tuple(parts), tuple(rate), tuple(speed))
 
 
-def _split(run: RunFiles) -> str:
-    """The split that is measured every epoch; the test set is one only where the recipe says so."""
-    return "test" if run.selected_on_test else "validation"
-
-
 def _evaluations(run: RunFiles) -> Iterator[tuple[str, list[Record]]]:
     """Evaluation lines by variant: the weights themselves, then their moving average."""
-    split = _split(run)
+    # The split that is measured every epoch; the test set is one only where the recipe says so.
+    split = "test" if run.selected_on_test else "validation"
     lines = [event for event in run.events if event.get("event") == "eval" and event.get("split") == split]
     yield split, [event for event in lines if event.get("weights") != "ema"]
     yield f"{split}, EMA", [event for event in lines if event.get("weights") == "ema"]

@@ -156,10 +156,11 @@ def test_a_skipped_step_leaves_no_trace(
     assert math.isfinite(values["loss"])
 
 
-def test_a_parameter_may_get_its_first_gradient_later() -> None:
+@pytest.mark.parametrize("build", [Drawing, partial(torch.optim.AdamW, fused=True)], ids=["drawing", "fused"])
+def test_a_parameter_may_get_its_first_gradient_later(build: Callable[..., torch.optim.Optimizer]) -> None:
     """Also in a step that is left out, in which torch's fused optimizers make its state all the same."""
     layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
-    optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+    optimizer = build(layers.parameters())
     guard = Guard(build_accelerator(Train(), Path()), layers, layers, optimizer)
     for step, (count, factor) in enumerate([(1, 1.0), (2, NAN), (2, 1.0)]):
         before = [parameter.clone() for parameter in layers.parameters()]
@@ -171,6 +172,7 @@ def test_a_parameter_may_get_its_first_gradient_later() -> None:
         optimizer.zero_grad()
         changed = [not torch.equal(*pair) for pair in zip(before, layers.parameters(), strict=True)]
         assert changed == [step != 1] * 2 + [step == 2] * 2
+        assert step == 1 or len(optimizer.state) == 2 * count
     assert all(parameter.isfinite().all() for parameter in layers.parameters())
 
 

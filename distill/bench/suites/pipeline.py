@@ -66,12 +66,12 @@ def _over_peer(machine: Machine, student: arms.Student, peers: Mapping[str, Goal
         trainer.train_step(batch)
     step = seconds(lambda: trainer.train_step(batch), machine.device, machine.rounds["times"])
     first_steps = _first_steps(machine)
-    steps = max(4 if machine.device.type == "cpu" else first_steps, round(SECONDS_A_ROUND / step))
+    steps = max(4, first_steps, round(SECONDS_A_ROUND / step))
     whole = Whole(trainer, first_steps, steps)
     arm = partial(Arm, units=steps * student.batch_size, flops=flops)
     ours = arm("pipeline", whole.run, before=whole.start, after=whole.stop)
     still = arm("one fixed batch", partial(_repeat, steps, lambda: trainer.train_step(batch)))
-    others = [_peer_arm(machine, student, form, arm, steps) for form in peers]
+    others = [_peer_arm(machine, student, form, arm, first_steps, steps) for form in peers]
     times = interleave([ours, still, *others], machine.device, repetitions=machine.repetitions, warm_up=0)
     where = f"pipeline, {student.model}/{student.patch_size} {student.resolution} px {student.precision}"
     rate = machine.matrix_rates[student.precision]
@@ -120,9 +120,12 @@ class Whole:
         self.batches = iter(())  # ends the loader's processes
 
 
-def _peer_arm(machine: Machine, student: arms.Student, form: str, arm: partial[Arm], steps: int) -> Arm:
+def _peer_arm(
+    machine: Machine, student: arms.Student, form: str, arm: partial[Arm], first_steps: int, steps: int
+) -> Arm:
     """timm's loader and task, with the number of loader processes that is fastest on this machine."""
-    images, first_steps = _images(machine, student, steps), _first_steps(machine)
+    # Enough for a round, so that the loader does not start its processes anew within it.
+    images = _images(machine, student, max(4096, (first_steps + steps) * student.batch_size))
 
     def build(workers: int) -> Peer:
         compiled = replace(student, compile=form == "compiled")
@@ -146,9 +149,7 @@ def _peer_arm(machine: Machine, student: arms.Student, form: str, arm: partial[A
     )
 
 
-def _images(machine: Machine, student: arms.Student, steps: int) -> PilImages:
-    """At least for a round, so that the loader does not start its processes anew within it."""
-    count = max(4096, (_first_steps(machine) + steps) * student.batch_size)
+def _images(machine: Machine, student: arms.Student, count: int) -> PilImages:
     labels = np.zeros(count, dtype=np.int64)
     if student.resolution > 32:
         files = sorted(str(path) for path in (machine.scratch / "images" / "train").rglob("*.jpg"))

@@ -19,7 +19,7 @@ def build(comparison: Comparison) -> Section | None:
     plots = []
     if curves.top1:
         caption = "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on."
-        if _teachers(comparison):
+        if comparison.teachers:
             # What it was trained on may hold the validation split: the weights of public teachers have seen all images.
             caption += " Dashed: the teacher on the test images."
         plots.append(Plot("top1", "Accuracy", caption, top1_chart(comparison), filed=True))
@@ -75,15 +75,11 @@ def loss_chart(comparison: Comparison) -> Chart:
 def top1_chart(comparison: Comparison) -> Chart:
     """Accuracy over epochs, with the teacher's on the test images as a horizontal line."""
     chart = _lines(comparison, comparison.curves.top1, "top-1 (%)")
-    for row in _teachers(comparison):
+    for row in comparison.teachers:
         label = short(f"teacher{f' of {row.run}' if comparison.several else ''} (test)")
         chart.axes[0].axhline(row.metrics.top1, color=TEACHER_COLOUR, linestyle="--", label=label)
     chart.legend()
     return chart
-
-
-def _teachers(comparison: Comparison) -> list[Row]:
-    return [row for row in comparison.rows if row.model == "teacher"]
 
 
 def _chart(comparison: Comparison, curves: Sequence[Curve], label: str) -> Chart:
