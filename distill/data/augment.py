@@ -88,6 +88,7 @@ class Augmenter:
         self._name("sample", SAMPLE_DRAWS, when=self.paired)
         self._name("pair", PAIR_DRAWS, when=self.paired)
         self._keys: tuple[tuple[int, int], Tensor] | None = None
+        self._places = torch.empty(0, 0, dtype=torch.int64, device=device)
 
     def _name(self, group: str, draws: Sequence[str], when: bool) -> None:
         if when:
@@ -104,6 +105,7 @@ class Augmenter:
     ) -> tuple[Tensor, Tensor]:
         """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
         self._operations.prepare(*images.shape[2:])
+        self._prepare_noise(*images.shape[1:])
         mixing = self.paired and not 0 < self.spec.mix_off_epoch <= epoch
         return self._augment(self._epoch_keys(seed, epoch), images, labels, indices, mixing)
 
@@ -187,6 +189,15 @@ class Augmenter:
         mask = inside(Boxes(*boxes), *images.shape[-2:])
         return torch.where(mask, self._pixels(hashed, images.shape), images)
 
+    def _prepare_noise(self, channels: int, height: int, width: int) -> None:
+        """Make the hashed places of `_pixels`, [channels / 3, H * W], outside of what is compiled: inductor computes
+        what it makes of an index itself in 32 bits on a GPU, where this product overflows.
+        """
+        groups, pixels = -(-channels // 3), height * width
+        if self._places.shape != (groups, pixels):
+            first = 3 * torch.arange(groups, device=self.device)[:, None]
+            self._places = (torch.arange(pixels, device=self.device) + first * pixels) * GOLDEN & MASK
+
     def _pixels(self, hashed: Tensor, shape: torch.Size) -> Tensor:
         """Noise for every pixel, float32 of `shape` in [0, 1]. One 32-bit hash of (sample, place) serves three
         channels, 10 bits each.
@@ -194,8 +205,7 @@ class Augmenter:
         batch, channels, height, width = shape
         noise = torch.empty(shape, device=hashed.device)
         for first in range(0, channels, 3):
-            places = (torch.arange(height * width, device=hashed.device) + first * height * width) * GOLDEN & MASK
-            words = mix((hashed[:, None] + places) & MASK)
+            words = mix((hashed[:, None] + self._places[first // 3]) & MASK)
             for channel in range(first, min(first + 3, channels)):
                 entries = (words >> (NOISE_BITS * (channel - first))) & ((1 << NOISE_BITS) - 1)
                 values = self._noise[channel].index_select(0, entries.view(-1))

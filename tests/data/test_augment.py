@@ -155,7 +155,9 @@ def test_random_erasing_overwrites_a_box_with_noise(channels: int) -> None:
 
 
 def test_erased_pixels_are_normal_after_normalisation() -> None:
-    normal = augmenter(random_erasing=1.0)._pixels(torch.arange(64) * 7919, torch.Size((64, 3, 32, 32)))
+    erasing = augmenter(random_erasing=1.0)
+    erasing._prepare_noise(3, 32, 32)
+    normal = erasing._pixels(torch.arange(64) * 7919, torch.Size((64, 3, 32, 32)))
     values = [((normal[:, channel] - MEAN[channel]) / STD[channel]).flatten().numpy() for channel in range(3)]
     for channel, value in enumerate(values):
         inside = (value > -MEAN[channel] / STD[channel] + 1e-3) & (value < (1 - MEAN[channel]) / STD[channel] - 1e-3)

@@ -58,6 +58,29 @@ def test_no_operator_of_a_batch_needs_the_host(spec: Data, monkeypatch: pytest.M
 
 
 @SPECS
+def test_no_compiled_index_arithmetic_leaves_32_bits(spec: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor computes what is made of `arange` alone in 32 bits on a GPU, where a larger factor does not compile."""
+    monkeypatch.setattr(rows, "picks_rows", lambda device: False)  # as on a GPU
+    seen: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        made: set[torch.fx.Node] = set()  # of no input
+        for node in module.graph.nodes:
+            seen.extend(argument for argument in node.args if isinstance(argument, int))
+            if node.op == "call_function" and all(source in made for source in node.all_input_nodes):
+                made.add(node)
+                large = [argument for argument in node.args if isinstance(argument, int) and abs(argument) >= 2**31]
+                assert not large, f"{node.name}: {large}"
+        return module
+
+    augmenter = open_dataset(spec, seed=0, device=torch.device("cpu")).augmenter
+    augmenter._augment = torch.compile(augmenter._augment, backend=backend, dynamic=False)
+    indices = torch.arange(8)
+    augmenter(torch.zeros(8, 1, 32, 32, dtype=torch.uint8), indices, indices, seed=0, epoch=0)
+    assert max(seen) >= 2**31 - 1  # hashes of what was given to it
+
+
+@SPECS
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_of_the_cpu_and_never_wait(spec: Data) -> None:
     on_cpu, on_gpu = (
