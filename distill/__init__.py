@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from distill.export.prediction import LoadedStudent
+    from distill.exports.prediction import LoadedStudent
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,6 @@ def load_student(folder: str | Path) -> LoadedStudent:
     Raises:
         InputError: a file is missing, damaged or was changed.
     """
-    from distill.export.prediction import load_student as load  # torch only where it is needed
+    from distill.exports.prediction import load_student as load  # torch only where it is needed
 
     return load(folder)

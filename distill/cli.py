@@ -211,7 +211,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a run's student as a timm folder, for ONNX too, or with less of it."""
-    from distill.export.command import export_run
+    from distill.exports.command import export_run
 
     export_run(
         options.run, options.to, onnx=options.onnx, half=options.fp16, head=options.head, license=options.license
@@ -225,7 +225,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Say what an exported student sees in images: the five most probable classes of each."""
-    from distill.export.prediction import predict_images
+    from distill.exports.prediction import predict_images
 
     predict_images(options.folder, options.images)
 

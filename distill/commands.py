@@ -15,8 +15,8 @@ from distill.analysis import analyse
 from distill.console import console, say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
-from distill.evaluate import predict_heads, predict_teacher, save_predictions
-from distill.export.folder import load_export
+from distill.evaluation import predict_heads, predict_teacher, save_predictions
+from distill.exports.folder import load_export
 from distill.launching.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping, load_teachers_recipe
 from distill.report.metrics import measure

@@ -21,8 +21,8 @@ from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import RunFailed
-from distill.evaluate import SMALLEST_BATCH, accuracies, predict_heads, predict_teacher
-from distill.export.folder import load_export
+from distill.evaluation import SMALLEST_BATCH, accuracies, predict_heads, predict_teacher
+from distill.exports.folder import load_export
 from distill.files.digests import batch_digest, state_digest
 from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import Interrupted, StopRequest, deferred

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from distill.errors import InputError
-from distill.export.card import Card, Result, check_license, data_name, render
+from distill.exports.card import Card, Result, check_license, data_name, render
 from distill.recipe import Data
 from distill.recipe import Student as Spec
 from distill.report.metrics import Metrics, measure

@@ -20,7 +20,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import distill.export.folder
+import distill.exports.folder
 from distill import pipeline
 from distill.cli import main
 from distill.launching.processes import set_threads
@@ -35,7 +35,7 @@ SCRIPT = ROOT / "distill" / "train.py"
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty working directory; commands in this process leave its threads and its log as they were."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
     log = logging.getLogger("distill")
     before = log.level, log.propagate, list(log.handlers), torch.get_num_threads()
     yield

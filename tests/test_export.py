@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models._hub import load_model_config_from_hf
 
-import distill.export.folder
+import distill.exports.folder
 from distill.errors import InputError
-from distill.export.folder import Differs, describe, load_export, write_export
+from distill.exports.folder import Differs, describe, load_export, write_export
 from distill.recipe import Student as Spec
 from distill.students import build_student, one_head
 from distill.students.saved import read_export
@@ -49,7 +49,7 @@ def export(student, folder, **options):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the fresh process, for tests of what else an export does."""
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
 
 
 BATCH = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -113,12 +113,12 @@ def test_a_plain_student_needs_nothing_but_timm(tmp_path, unchecked):
 def test_nothing_is_left_where_the_reloaded_model_differs(what, tmp_path, monkeypatch):
     student = build()
     if what == "weights":
-        write = distill.export.folder._write_weights
+        write = distill.exports.folder._write_weights
 
         def spoil(folder, weights, metadata):
             write(folder, weights | {"norm.bias": weights["norm.bias"] + 1e-3}, metadata)
 
-        monkeypatch.setattr(distill.export.folder, "_write_weights", spoil)
+        monkeypatch.setattr(distill.exports.folder, "_write_weights", spoil)
     else:
         student.model.register_forward_hook(lambda module, inputs, output: output + 1e-3)
     with pytest.raises(Differs, match=f"other {what}"):

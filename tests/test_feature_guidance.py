@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import distill.data.rows
-import distill.export.folder
+import distill.exports.folder
 from distill import checkpoint, run
 from distill.data import Batch
 from distill.errors import InputError
@@ -44,7 +44,7 @@ ALL: list[dict[str, Any]] = [
 def without_the_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/test_export.py is where it is tested."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
 
 
 def recipe_of(toy: Toy, **changes: Any) -> Recipe:
@@ -69,7 +69,7 @@ def undisturbed(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs with accumulation, averaging, drop path and mixing, and shares in each line."""
     out = tmp_path_factory.mktemp("guided") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+        patch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
         go(recipe_of(toy, train={"log_gradient_share": True}), out, None)
     assert run.read_status(out)["state"] == "finished"
     return out

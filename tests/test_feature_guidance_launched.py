@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill.export.folder
+import distill.exports.folder
 from distill import checkpoint
 from tests.conftest import Toy
 from tests.test_feature_guidance import recipe_of
@@ -20,7 +20,7 @@ from tests.warm import launch
 
 def trust_the_export() -> None:
     """tests/test_export.py is where the fresh process that reads it is tested."""
-    distill.export.folder._compare_with_reloaded = lambda *args: None  # type: ignore[assignment]
+    distill.exports.folder._compare_with_reloaded = lambda *args: None  # type: ignore[assignment]
 
 
 def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from distill.cli import main
 from distill.data import open_dataset
 from distill.errors import InputError
-from distill.export import onnx_file
-from distill.export.folder import load_export
-from distill.export.onnx_file import FromPixels, compare_logits, onnx_logits, write_onnx
+from distill.exports import onnx_file
+from distill.exports.folder import load_export
+from distill.exports.onnx_file import FromPixels, compare_logits, onnx_logits, write_onnx
 from distill.recipe import Student as Spec
 from distill.run import read_recipe
 from distill.students import Student, build_student
@@ -125,7 +125,7 @@ def test_the_command_exports_what_the_run_predicted(finished: Path, tmp_path: Pa
 def test_half_and_one_head_together_without_the_data(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("distill.export.command._test_set", lambda path: None)
+    monkeypatch.setattr("distill.exports.command._test_set", lambda path: None)
     to = tmp_path / "student"
     assert main(["export", str(finished), "--to", str(to), "--onnx", "--fp16", "--head", "dist"]) == 0
     assert "random images only" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_an_onnx_file_of_another_model_is_never_announced(
             student.model.norm.bias += 0.01
         write_onnx(student, path, class_names)
 
-    monkeypatch.setattr("distill.export.folder.write_onnx", spoilt)
+    monkeypatch.setattr("distill.exports.folder.write_onnx", spoilt)
     assert main(["export", str(finished), "--to", str(tmp_path / "student"), "--onnx"]) == 2
     assert "the ONNX file is another model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-import distill.export.folder
+import distill.exports.folder
 from distill import checkpoint, run
 from distill.errors import InputError
 from distill.launching.signals import Interrupted
@@ -35,7 +35,7 @@ PLAIN = {"label_weight": 1.0, "distill": []}
 def in_an_empty_folder_without_the_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teachers' runs stand in the working directory; tests/test_export.py is where the fresh process is tested."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
 
 
 def short(toy: Toy, **changes: Any) -> Recipe:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import distill.export.folder
+import distill.exports.folder
 from distill import run
 from distill.data.packed import write_packed
 from distill.pipeline import Launch, execute, locate
@@ -28,7 +28,7 @@ PLAIN_VIT = {"model": "vit_nano", "patch_size": 4, "drop_path": 0.0}
 
 @pytest.fixture(autouse=True)
 def without_the_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
 
 
 def finish(toy: Toy, out: Path, **changes: Any) -> list[dict[str, float]]:

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 import distill
-import distill.export.folder
+import distill.exports.folder
 from distill.cli import main
 from distill.data import open_dataset
 from distill.data.packed import write_packed
 from distill.errors import InputError
-from distill.export.folder import write_export
-from distill.export.prediction import LoadedStudent, Transform
+from distill.exports.folder import write_export
+from distill.exports.prediction import LoadedStudent, Transform
 from distill.inputs import InputContract, Preparation
 from distill.recipe import Data
 from distill.recipe import Student as Spec
@@ -57,7 +57,7 @@ def student() -> Student:
 
 @pytest.fixture
 def folder(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
     write_export(student, tmp_path / "student", class_names=CLASSES, metadata={}, readme="")
     return tmp_path / "student"
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import distill.export.folder
+import distill.exports.folder
 from distill import pipeline, run
 from distill.data import BatchPlan, open_dataset
 from distill.data.augment import Augmenter
@@ -48,7 +48,7 @@ STEPS_AN_EPOCH = 6  # 96 training images in batches of 16, each of two micro-bat
 def in_an_empty_folder_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        distill.export.folder, "_compare_with_reloaded", lambda *args: None
+        distill.exports.folder, "_compare_with_reloaded", lambda *args: None
     )  # tests/test_export.py has it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times what they save here

@@ -18,7 +18,7 @@ from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from distill.analysis.costs import count_bytes, count_flops, measure_speed
 from distill.data import Dataset
 from distill.data.randomness import permutation
-from distill.evaluate import named_heads, student_outputs
+from distill.evaluation import named_heads, student_outputs
 from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
-from distill.evaluate import SMALLEST_BATCH, accuracies, predict
+from distill.evaluation import SMALLEST_BATCH, accuracies, predict
 from distill.launching.processes import with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec

@@ -11,9 +11,9 @@ from torch import Tensor
 from distill import checkpoint
 from distill.data import Dataset
 from distill.errors import InputError, RunFailed
-from distill.evaluate import save_predictions
-from distill.export.card import Card, card_of_run, data_name, render
-from distill.export.folder import describe, load_export, write_export
+from distill.evaluation import save_predictions
+from distill.exports.card import Card, card_of_run, data_name, render
+from distill.exports.folder import describe, load_export, write_export
 from distill.files.durable import indispensable
 from distill.inputs import Preparation
 from distill.recipe import Recipe

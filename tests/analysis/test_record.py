@@ -19,7 +19,7 @@ from distill.analysis.costs import count_flops
 from distill.analysis.record import _disagreements, _stratified, _take
 from distill.data import open_dataset
 from distill.errors import InputError
-from distill.export.folder import load_export
+from distill.exports.folder import load_export
 from distill.recipe import from_mapping
 from distill.report.comparison import compare
 from distill.report.sections import sections

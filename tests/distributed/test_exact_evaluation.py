@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.data import open_dataset
 from distill.data.packed import write_packed
-from distill.evaluate import predict
+from distill.evaluation import predict
 from distill.launching.processes import build_accelerator, start_processes
 from distill.recipe import Data
 from distill.recipe.schema import Train

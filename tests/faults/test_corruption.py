@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import distill.export.folder
+import distill.exports.folder
 import teachers.sources
 from distill.data.packed import open_packed
 from distill.errors import InputError
-from distill.evaluate import save_predictions
-from distill.export.folder import write_export
+from distill.evaluation import save_predictions
+from distill.exports.folder import write_export
 from distill.pipeline import Place, check_teacher
 from distill.recipe import from_mapping, load
 from distill.report.metrics import read_predictions
@@ -112,7 +112,7 @@ def own_weights(folder: Path, toy: Toy) -> Kind:
 @pytest.fixture
 def kinds(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
     # What the export's own check finds is not the matter here, and it takes a process.
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *_: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *_: None)
     intact = tmp_path / "intact"
     intact.mkdir()
     found = [

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill.export.folder
+import distill.exports.folder
 from distill import checkpoint, run
 from distill.errors import RunFailed
 from distill.pipeline import Launch, Place, execute
@@ -126,7 +126,7 @@ def test_the_best_weights_that_found_no_room_are_not_chosen(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load(toy.recipe, list(SMALL))
-    monkeypatch.setattr(distill.export.folder, "_compare_with_reloaded", lambda *_: None)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *_: None)
 
     class Relief:
         """Asked after each step; there is room again from the third on."""

@@ -22,7 +22,7 @@ from torchvision import datasets
 
 from distill.data import open_dataset
 from distill.errors import InputError
-from distill.export.folder import write_export
+from distill.exports.folder import write_export
 from distill.files.text import markdown, visible
 from distill.recipe import Data, from_mapping, load
 from distill.report.comparison import compare

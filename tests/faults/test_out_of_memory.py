@@ -16,7 +16,7 @@ import torch
 
 from distill import run
 from distill.errors import RunFailed
-from distill.evaluate import predict
+from distill.evaluation import predict
 from distill.launching.peers import Peers
 from distill.launching.processes import build_accelerator
 from distill.launching.signals import StopRequest

@@ -82,7 +82,7 @@ def _become(request: Mapping[str, Any]) -> None:
     """What a started command is: its own session, console, folder and environment."""
     from distill import faults
     from distill.cli import main
-    from distill.export import folder as export
+    from distill.exports import folder as export
 
     code = 1
     try:
@@ -116,7 +116,7 @@ def _drop_capabilities() -> None:
 
 def _forked_reload(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
     """In place of the fresh process that loads an export: most of a run's seconds would be its imports."""
-    from distill.export.folder import reload
+    from distill.exports.folder import reload
 
     reader, writer = os.pipe()
     child = os.fork()

@@ -13,7 +13,7 @@ from timm.models import _registry
 from torch import nn
 
 from distill.errors import InputError
-from distill.export.folder import write_export
+from distill.exports.folder import write_export
 from distill.recipe import Student as Spec
 from distill.students import Heads, build_student
 from distill.students.attention.area import AreaAttention
@@ -209,7 +209,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 @pytest.fixture
 def earlier(tmp_path, monkeypatch):
     """An exported student; its check in a fresh process is the export's own test's affair."""
-    monkeypatch.setattr("distill.export.folder._compare_with_reloaded", lambda *args: None)
+    monkeypatch.setattr("distill.exports.folder._compare_with_reloaded", lambda *args: None)
 
     def export(**spec):
         student = build(**spec)

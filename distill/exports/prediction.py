@@ -18,7 +18,7 @@ from distill.console import console, say
 from distill.data.augment import to_float
 from distill.data.images import EIGHT_BIT_MODES, LONGEST, to_square
 from distill.errors import InputError
-from distill.export.folder import load_export
+from distill.exports.folder import load_export
 from distill.files.text import visible
 from distill.inputs import InputAdapter, InputContract, Preparation
 from distill.students import merge_heads

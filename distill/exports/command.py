@@ -15,10 +15,10 @@ from distill import run
 from distill.console import say
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
-from distill.evaluate import SMALLEST_BATCH
-from distill.export.card import card_of_run, check_license, render
-from distill.export.folder import Differs, load_export, write_export
-from distill.export.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
+from distill.evaluation import SMALLEST_BATCH
+from distill.exports.card import card_of_run, check_license, render
+from distill.exports.folder import Differs, load_export, write_export
+from distill.exports.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
 from distill.students import Student, one_head
 
 MOST_COMPARED = 10_000

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill import __version__, faults
 from distill.errors import InputError
-from distill.export.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
+from distill.exports.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
 from distill.files.digests import state_digest
 from distill.files.durable import clear, flush_folder
 from distill.files.seal import SEAL
@@ -170,7 +170,7 @@ def _compare_with_reloaded(student: Student, folder: Path) -> None:
     # The fresh process finds this project where this one did, runs on the CPU, and is no rank of anything.
     roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "CUDA_VISIBLE_DEVICES": ""}
-    command = "import sys; from distill.export.folder import reload; reload(*sys.argv[1:])"
+    command = "import sys; from distill.exports.folder import reload; reload(*sys.argv[1:])"
     arguments = [str(folder), str(torch.get_num_threads())]
     result = subprocess.run(
         [sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True, check=False
