@@ -4,7 +4,8 @@ A recipe is YAML plus `key=value` overrides. `load` returns one validated, froze
 every problem at once, each under its dotted path.
 """
 
-from distill.recipe.loading import from_mapping, load, load_teachers_recipe, read_yaml
+from distill.recipe.loading import from_mapping, load, load_teachers_recipe
+from distill.recipe.reading import read_yaml
 from distill.recipe.schema import OPERATIONAL_KEYS, AreaAttention, Augment, Data, Recipe, Student, Teacher
 from distill.recipe.sizes import VIT_SIZES
 

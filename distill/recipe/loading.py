@@ -10,21 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
+from distill.recipe.inheritance import with_bases
 from distill.recipe.objectives import OnLogits
+from distill.recipe.reading import read_mapping, read_yaml, short
 from distill.recipe.schema import Recipe
 
-MOST_CHARACTERS = 1_000_000
-MOST_VALUES = 100_000
-"""Of a YAML file with its aliases written out: a few lines of them can stand for more than any memory holds."""
-DEEPEST = 50
 MOST_PROBLEMS = 40
-_SHOWN = 120
-"""Characters of a wrong value in a message."""
 
 
 class Problem(NamedTuple):
@@ -32,37 +27,20 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        return f"{'.'.join(_short(part) for part in self.path) or 'recipe'}: {self.message}"
-
-
-def _short(value: object) -> str:
-    """A key, or a value that is shown, in one line of bearable length."""
-    text = value if isinstance(value, str) else str(value)
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        return f"{'.'.join(short(part) for part in self.path) or 'recipe'}: {self.message}"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, validate and resolve the recipe at `path`.
+    """Read the recipe at `path` over its `base`, override, validate and resolve it.
 
     Raises:
-        InputError: the file is missing or no YAML mapping, or the recipe has problems: all of them are listed.
+        InputError: the file or its base is missing or no YAML mapping, or the recipe has problems: all of them are
+        listed.
     """
     path = Path(path)
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_CHARACTERS + 1)
-    except (OSError, ValueError) as error:  # a path or a text with characters that there cannot be among others
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise InputError(f"{path}: cannot read the recipe: {reason}. Give the path of a YAML file.") from None
-    if len(text) > MOST_CHARACTERS:
-        raise InputError(f"{path}: longer than {MOST_CHARACTERS:,} characters: no recipe. Give the path of one.")
-    raw = read_yaml(text, source=str(path))
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}.")
-    return from_mapping(raw, overrides, source=str(path), default_name=_name_from(path))
+    raw, bases = with_bases(read_mapping(path), path, path.parent)
+    source = f"{path} (base: {', '.join(map(short, bases))})" if bases else str(path)
+    return from_mapping(raw, overrides, source=source, default_name=_name_from(path))
 
 
 def load_teachers_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -75,9 +53,12 @@ def load_teachers_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
 def from_mapping(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
 ) -> Recipe:
-    """Validate a recipe given as plain data; see `load`."""
-    data = {str(key): _plain(value, f"{source}: {_short(str(key))}") for key, value in raw.items()}
+    """Validate a recipe given as plain data, whose `base` is relative to the working directory; see `load`."""
+    raw, _ = with_bases(raw, Path(source), Path())
+    data = {str(key): _plain(value, f"{source}: {short(str(key))}") for key, value in raw.items()}
     problems = [problem for text in overrides if (problem := _override(data, text))]
+    if "base" in data:
+        problems.append(Problem(("base",), "overrides change what the files say; name the base in the recipe itself"))
     recipe, invalid = _validate(data)
     problems += invalid
     if recipe is None:
@@ -108,74 +89,6 @@ def _plain(value: Any, where: str) -> Any:
         return json.loads(json.dumps(value, default=str))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: cannot be written out as plain data ({error}).") from None
-
-
-def read_yaml(text: str, *, source: str) -> Any:
-    """YAML as plain data: no tags that build objects, no key twice, `1e-3` a number as in YAML 1.2.
-
-    Raises:
-        InputError: it is no YAML, or its aliases or its depth come to more than any recipe needs.
-    """
-    try:
-        return _Loader(text).get_single_data()
-    except Exception as error:  # besides YAMLError, whatever Python's constructors say of `2024-13-45` or 5,000 digits
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or _short(" ".join(str(error).split()))
-        raise InputError(f"{source}: not valid YAML{where}: {reason}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    def get_single_node(self) -> yaml.Node | None:
-        """Also checks the size, before anything is built: merging `<<` copies what aliases only point to."""
-        node = super().get_single_node()
-        if node is not None and self._size(node, {}) > MOST_VALUES:
-            raise yaml.YAMLError(f"aliases repeat others until there are more than {MOST_VALUES:,} values")
-        return node
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self._depth = getattr(self, "_depth", 0) + 1
-        if self._depth > DEEPEST:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested more than {DEEPEST} deep", problem_mark=self.peek_event().start_mark
-            )
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def _size(self, node: yaml.Node, known: dict[int, int | None], path: str = "") -> int:
-        """Values under the node at a path, aliases written out."""
-        if isinstance(node, yaml.ScalarNode):
-            return 1
-        if id(node) not in known:
-            known[id(node)] = None
-            total = 1
-            for child in node.value:
-                key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
-                total += self._size(value, known, f"{path}.{_short(str(key.value))}" if key else path)
-                total += self._size(key, known, path) if key else 0
-            known[id(node)] = total
-        size = known[id(node)]
-        if size is None:
-            problem = f"{path.strip('.')}: an alias refers to the section it stands in; write it out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return size
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key '{_short(key.value)}' stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 def _name_from(path: Path) -> str:
@@ -248,13 +161,13 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
             return [
                 Problem(
                     (*path, choice),
-                    f"should be one of {item['ctx']['expected_tags']}, got {_short(repr(value[choice]))}",
+                    f"should be one of {item['ctx']['expected_tags']}, got {short(repr(value[choice]))}",
                 )
             ]
         known = _keys_under(path)
         unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
         return [Problem(path, f"the key '{choice}' is missing; it says which one this is"), *unknown]
-    shown = "" if isinstance(value, dict | list) else f", got {_short(repr(value))}"
+    shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
     text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
     return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]
 

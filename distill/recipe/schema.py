@@ -245,6 +245,11 @@ def _teacher_shape(value: Any) -> str:
 
 
 class Recipe(Section):
+    base: Text | None = Field(
+        None,
+        exclude=True,  # a loaded recipe is whole
+        description="A recipe that this one changes, relative to this file: mappings are merged, all else is replaced.",
+    )
     name: str = Field(
         "", max_length=100, pattern=r"^[A-Za-z0-9._-]*$", description="Of the run; empty: the recipe's file name."
     )

@@ -1,0 +1,62 @@
+"""`base: other.yaml`: a recipe that changes another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from distill.errors import InputError
+from distill.recipe.reading import read_mapping, short
+
+KEY = "base"
+MOST_BASES = 10
+_LONGEST_PATH = 1000
+
+
+def with_bases(raw: Mapping[Any, Any], path: Path, folder: Path) -> tuple[Mapping[Any, Any], list[Path]]:
+    """The recipe `raw` merged over its base, that over its own base and so on, and the files of these bases.
+
+    Args:
+        raw: a recipe as plain data; the result has no key `base`.
+        path: the recipe's, as messages name it.
+        folder: what the base is relative to. The base of a base is relative to the folder of the file that names it.
+
+    Raises:
+        InputError: a base cannot be read, is its own base, or there are more than `MOST_BASES` of them.
+    """
+    layers, files = [raw], [path]
+    while (base := layers[-1].get(KEY)) is not None:
+        if not (isinstance(base, str) and base.isprintable() and 0 < len(base) <= _LONGEST_PATH):
+            raise InputError(f"{files[-1]}: base: should be the path of a recipe, got {short(repr(base))}")
+        files.append(folder / base)
+        chain = " -> ".join(map(str, files))
+        if os.path.realpath(files[-1]) in map(os.path.realpath, files[:-1]):
+            raise InputError(f"{chain}: base: a recipe cannot be its own base")
+        if len(files) > MOST_BASES + 1:
+            raise InputError(f"{chain}: base: more than {MOST_BASES} bases; merge some of them into one file")
+        try:
+            layers.append(read_mapping(files[-1]))
+        except InputError as error:
+            raise InputError(
+                f"{files[-2]}: base: {error} A run directory has the recipe without its base as resolved.yaml."
+            ) from None
+        folder = files[-1].parent
+    own = ({key: value for key, value in layer.items() if key != KEY} for layer in reversed(layers))
+    return reduce(_merged, own), files[1:]
+
+
+def _merged(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Mappings merge key by key; everything else replaces, null and lists too, and a section of another `kind`, whose
+    keys are others.
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        before = result.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            same_kind = value.get("kind", before.get("kind")) == before.get("kind")
+            value = _merged(before, value) if same_kind else value
+        result[key] = value
+    return result
