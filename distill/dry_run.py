@@ -9,9 +9,9 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.console import say
+from distill.flops import count_flops
 from distill.pipeline import count_parameters, open_data
 from distill.recipe import Recipe
 from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
@@ -41,25 +41,19 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     values = trainer.window.read(recipe.train.batch_size)
     if not accelerator.is_main_process:
         return
+    memory = _peak_memory(accelerator.device)
+    info, side = dataset.info, recipe.data.resolution
+    flops = count_flops(trainer.student, torch.zeros(1, info.channels, side, side))
     counts = count_parameters(trainer.student, teacher)
     say(asked.to_yaml())
     say(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
-    say(f"FLOPs       {_forward_flops(trainer) / 1e9:.3f} G for the student's forward pass of one image")
-    say(f"memory      {_peak_memory(accelerator.device) / 2**20:,.0f} MiB at its peak in this process")
+    say(f"FLOPs       {flops / 1e9:.4f} G for the student's forward pass of one image")
+    say(f"memory      {memory / 2**20:,.0f} MiB at its peak in this process")
     say(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")
     if trainer.cache is not None:
         file = trainer.cache.file
         say(f"cache       {file.path}, {file.size / 1e6:,.1f} MB, of which {file.missing / 1e6:,.1f} MB are to be made")
     say(f"first step  loss {values.get('loss', math.nan):.4f}")
-
-
-def _forward_flops(trainer: Trainer) -> int:
-    info = trainer.dataset.info
-    image = torch.rand(1, info.channels, trainer.recipe.data.resolution, trainer.recipe.data.resolution)
-    trainer.student.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        trainer.student.logits(image.to(trainer.accelerator.device))
-    return counter.get_total_flops()
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What models cost on this machine: operations, size, and speed as they answer in evaluation, in turns."""
+"""What models cost on this machine: size, and speed as they answer in evaluation, in turns."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.analysis.energy import EnergyMeter
 
@@ -24,14 +22,6 @@ ENERGY_SECONDS = 1.5
 """Of passes between two readings of the counter of energy."""
 SINGLES = 5
 """Images one at a time in every round."""
-
-
-def count_flops(forward: Forward, image: Tensor) -> int:
-    """Of one forward pass of `image` [1, C, H, W]: two for every multiply-add of matrix products and convolutions, as
-    torch counts them; attention in products, whatever kernel runs it."""
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(image)
-    return counter.get_total_flops()
 
 
 def count_bytes(model: nn.Module) -> int:

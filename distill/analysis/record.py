@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from distill.analysis.attention import Seen, look
 from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from distill.analysis.costs import count_bytes, count_flops, measure_speed
+from distill.analysis.costs import count_bytes, measure_speed
 from distill.data import Dataset
 from distill.data.randomness import permutation
 from distill.evaluation import named_heads, student_outputs
 from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
+from distill.flops import count_flops
 from distill.memory import is_out_of_memory
 from distill.students import Student
 from teachers import Teacher

@@ -1,0 +1,28 @@
+"""Floating-point operations of a model's forward pass, as torch counts them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(model: nn.Module, images: Tensor) -> int:
+    """FLOPs of `model(images)` in evaluation, images [B, C, H, W]: two for every multiply-add of matrix products and
+    convolutions; elementwise work is not counted.
+
+    The same on every device and torch release. Which fused kernels torch's counter knows differs between releases, and
+    which kernels run differs between devices, so a copy of the model runs on the CPU without fused attention.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    fused = torch.backends.mha.get_fastpath_enabled()  # of nn.MultiheadAttention, as in torchvision's ViT
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images.cpu())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops()
