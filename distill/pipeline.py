@@ -17,7 +17,7 @@ from distill import checkpoint, run
 from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.sequential import SequentialDataset
-from distill.errors import InputError
+from distill.errors import InputError, RunFailed
 from distill.launching.processes import (
     build_accelerator,
     join_peers,
@@ -38,6 +38,7 @@ from distill.teaching.teachers import (
     teacher_recipe,
     weights_digests,
 )
+from distill.tracking import Tracking
 from distill.trainer import Trainer
 from distill.training.finishing import describe_export
 from teachers import Teacher
@@ -198,6 +199,13 @@ def _execute(
         threads=shared.threads,
     )
     on_main(lambda: directory.open(recipe, source=source, environment=environment))
+    tracking = Tracking(
+        directory,
+        recipe,
+        accelerator,
+        total_steps=trainer.total_steps,
+        steps_per_epoch=trainer.steps_per_epoch,
+    )
     try:
         status = on_main(lambda: run.read_status(place.directory))
         left_out = dataset.info.left_out
@@ -212,17 +220,16 @@ def _execute(
         )
         if status.get("phase") != "control" or place.named:
             _log.info("run directory: %s", place.directory)
-            _train(trainer, directory, place, shared, preflight)
+            _train(trainer, tracking, place, shared, preflight)
         if recipe.control:
             directory.status(phase="control")
             accelerator.free_memory()
             del trainer
             execute_control(recipe, place, shared, dataset)
-            on_main(lambda: check_control(place.directory, directory))
+            check_control(place.directory, tracking)
             on_main(lambda: describe_export(place.directory))
     finally:
-        for tracker in accelerator.trackers:  # end_training would end the process group, which other runs still need
-            tracker.finish()
+        tracking.close()
 
 
 def check_data(place: Place, dataset: Dataset) -> None:
@@ -252,8 +259,11 @@ def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Datas
         execute(control, on_main(lambda: newest_place(directory, control)), shared, dataset=dataset)
 
 
-def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, preflight: dict[str, Any] | None) -> None:
-    recipe, accelerator = trainer.recipe, trainer.accelerator
+def _train(
+    trainer: Trainer, tracking: Tracking, place: Place, shared: Launch, preflight: dict[str, Any] | None
+) -> None:
+    recipe, accelerator, directory = trainer.recipe, trainer.accelerator, tracking.run
+    tracking.start()
     on_main(lambda: checkpoint.discard_after(directory.checkpoints, place.checkpoint))
     if place.checkpoint is not None:
         trainer.restore(place.checkpoint, directory)
@@ -270,10 +280,9 @@ def _train(trainer: Trainer, directory: Run, place: Place, shared: Launch, prefl
     )  # fmt: skip
     if trainer.cache is not None:
         trainer.cache.start()
-    accelerator.init_trackers(recipe.name, config={key: str(value) for key, value in recipe.flat().items()})
-    trainer.fit(directory, shared.stop)
+    trainer.fit(tracking, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
-    trainer.finish(directory, {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher})
+    trainer.finish(tracking, {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher})
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
@@ -324,24 +333,29 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
                     raise
 
 
-def check_control(student: Path, directory: Run) -> None:
-    """Compare what student and control began with and saw: a control that differs in more than the teacher is none."""
-    starts = [
-        line["initial_weights"] for path in (student, student / "control") for line in run.read_metrics(path, "start")
-    ]
-    seen = [
-        {line["step"]: line["batch"] for line in run.read_metrics(path, "epoch")}
-        for path in (student, student / "control")
-    ]
-    assert len(set(starts)) == 1, f"student and control began from different weights: {starts}"
-    assert seen[0] == seen[1], f"student and control saw different batches: {seen}"
-    directory.log(
-        "control",
-        step=max(seen[0], default=0),
-        epoch=len(seen[0]),
-        initial_weights=starts[0],
-        equal_batches=len(seen[0]),
-    )
+def check_control(student: Path, tracking: Tracking) -> None:
+    """Compare what student and control began with and saw. Collective.
+
+    Raises:
+        RunFailed: the control differs in more than the teacher.
+    """
+
+    def compare_them() -> dict[str, Any]:
+        paths = (student, student / "control")
+        starts = {line["initial_weights"] for path in paths for line in run.read_metrics(path, "start")}
+        seen = [{line["step"]: line["batch"] for line in run.read_metrics(path, "epoch")} for path in paths]
+        if len(starts) != 1 or seen[0] != seen[1]:
+            what = "began from different weights" if len(starts) != 1 else "saw different batches"
+            raise RunFailed(f"student and control {what}: the control would differ in more than the teacher.")
+        epochs = len(seen[0])
+        return {
+            "step": max(seen[0], default=0),
+            "epoch": epochs,
+            "initial_weights": starts.pop(),
+            "equal_batches": epochs,
+        }
+
+    tracking.run.log("control", **on_main(compare_them))
 
 
 def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[str, int]:

@@ -51,6 +51,8 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.export = path / "export"
         self.metrics = MetricsFile(path / "metrics.jsonl")
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with each line of the metrics, on the main process."""
         self.predictions = path / "predictions.safetensors"
         self.report = path / "report.html"
         self._lock_path = path / ".lock"
@@ -195,6 +197,8 @@ class Run:
         if self.is_main:
             line = {"event": event, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values}
             self._write(self.metrics.path, lambda: self.metrics.append(line))
+            for listener in self.listeners:
+                listener(line)
 
     def metrics_size(self) -> int:
         """Bytes of `metrics.jsonl` so far, all of them on the disk; a checkpoint remembers it."""

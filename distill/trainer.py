@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from distill.analysis import analyse
 from distill.analysis.energy import EnergyMeter
-from distill.console import TrainingDisplay
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import RunFailed
@@ -33,6 +32,7 @@ from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
 from distill.teaching.cache import TeacherCache, open_cache
 from distill.teaching.lessons import Lessons
+from distill.tracking import Tracking
 from distill.training.compilation import Compilation
 from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
 from distill.training.guard import Average, Guard
@@ -147,24 +147,18 @@ class Trainer:
             return "test"
         return "validation" if self.dataset.info.sizes.get("validation") else None
 
-    def fit(self, run: Run, stop: StopRequest) -> None:
+    def fit(self, tracking: Tracking, stop: StopRequest) -> None:
         """Train to the end, with checkpoints and evaluations along the way.
 
         Raises:
             Interrupted: asked to stop; there is a checkpoint to resume from.
             RunFailed: out of memory, or too many steps in a row were not finite.
         """
-        train, progress = self.recipe.train, self.progress
-        display = TrainingDisplay(
-            self.recipe.name,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            is_main=self.accelerator.is_main_process,
-        )
+        train, progress, run, display = self.recipe.train, self.progress, tracking.run, tracking.display
         with display, deferred(), advising(self):
             display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
-                self.evaluate(run, display)  # the run was stopped between an epoch's last step and its evaluation
+                self.evaluate(tracking)  # the run was stopped between an epoch's last step and its evaluation
             self.window.start_clock()
             unmixed = self.recipe.data.augment.mix_off_epoch
             if self.dataset.augmenter.paired and unmixed * self.steps_per_epoch >= self.total_steps:
@@ -184,7 +178,7 @@ class Trainer:
                     progress.step += 1
                     display.advance(progress.step)
                     if progress.step % train.log_every == 0:
-                        self.log(run, display)
+                        self.log(tracking)
                     if (reason := stop.reason()) is not None:
                         self.save(run)
                         raise Interrupted(reason)
@@ -194,15 +188,16 @@ class Trainer:
                         with self.window.paused():
                             self.save(run)
                 with self.window.paused():
-                    self.evaluate_or_save(run, display)
+                    self.evaluate_or_save(tracking)
                     if self.due() or progress.step == self.total_steps:
                         self.save(run)
 
-    def evaluate_or_save(self, run: Run, display: TrainingDisplay) -> None:
+    def evaluate_or_save(self, tracking: Tracking) -> None:
         """Evaluate; if that is interrupted, save the weights that are to be evaluated anew."""
+        run = tracking.run
         before, size = replace(self.progress), run.metrics.size
         try:
-            self.evaluate(run, display)
+            self.evaluate(tracking)
         except Interrupted:
             self.progress = before
             run.cut_metrics(size)
@@ -260,8 +255,8 @@ class Trainer:
         """
         self.window.skipped += self.guard.read(self.recipe.train.max_bad_steps)
 
-    def log(self, run: Run, display: TrainingDisplay) -> None:
-        """Global means since the last line, to metrics.jsonl, the console and the trackers."""
+    def log(self, tracking: Tracking) -> None:
+        """Report the global means since the last time."""
         self.inspect()
         values = self.window.read(self.plan.batch_size) | self.energy.take() | self.shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
@@ -270,10 +265,7 @@ class Trainer:
             values["teacher_cache/hits"] = cache.take_hits()
             cache.flush()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
-        run.log("train", step=self.progress.step, epoch=self.epoch, **values, lr=rate)
-        run.status(step=self.progress.step, epoch=self.epoch, metrics=values)
-        self.accelerator.log(values | {"lr": rate}, step=self.progress.step)
-        display.show(self.progress.step, values)
+        tracking.training(self.progress.step, self.epoch, values | {"lr": rate})
         streamed = not isinstance(self.dataset, ResidentDataset)
         if streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
             self.loader_bound = True
@@ -283,7 +275,7 @@ class Trainer:
                 self.progress.step, 100 * values["data_wait"],
             )  # fmt: skip
 
-    def evaluate(self, run: Run, display: TrainingDisplay) -> None:
+    def evaluate(self, tracking: Tracking) -> None:
         """Measure raw and averaged weights on the split that selects, and remember the best so far."""
         self.inspect()
         split, progress = self.selection_split, self.progress
@@ -297,12 +289,8 @@ class Trainer:
             for buffer in student.buffers():
                 broadcast(buffer)
             values = accuracies(self.predict_heads(student, split), self.dataset.labels(split))
-            run.log("eval", step=progress.step, epoch=self.epoch, split=split, weights=weights, **values)
-            run.status(metrics=values)
-            self.accelerator.log({f"{weights}/{key}": value for key, value in values.items()}, step=progress.step)
-            top1 = values["student/top1"]
-            display.accuracy(f"epoch {self.epoch:.2f}  {split} top-1 {top1:.2f} % ({weights} weights)")
-            if top1 > progress.best_top1:
+            tracking.evaluation(progress.step, self.epoch, split, weights, values)
+            if (top1 := values["student/top1"]) > progress.best_top1:
                 progress.best_top1, progress.best_step, progress.best_weights = top1, progress.step, weights
 
     def predict_heads(self, student: Student, split: Split) -> dict[str, Tensor]:
@@ -351,9 +339,10 @@ class Trainer:
         on_main(lambda: settle(self.parts, folder, self.progress, run, epoch=self.epoch))
         _log.info("resumed from %s", folder)
 
-    def finish(self, run: Run, metadata: Mapping[str, str]) -> None:
+    def finish(self, tracking: Tracking, metadata: Mapping[str, str]) -> None:
         """Export the chosen weights, and from the export write the predictions on the test set: its one reading."""
-        info, chosen = self.dataset.info, Chosen.of(self.progress, averaged=self.ema is not None)
+        run, info = tracking.run, self.dataset.info
+        chosen = Chosen.of(self.progress, averaged=self.ema is not None)
         described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
         if self.selection_split is not None:
             described[f"{self.selection_split}_top1"] = f"{self.progress.best_top1:.2f}"
@@ -373,10 +362,9 @@ class Trainer:
         on_main(lambda: describe_export(run.path))
         validation = self.predict_heads(student, "validation") if info.sizes.get("validation") else {}
         on_main(lambda: analyse(run.path, student, self.teacher, self.dataset, predictions, validation))
-        values = accuracies(predictions, labels)
+        run.status(exported=asdict(chosen))
         epoch = chosen.step / self.steps_per_epoch
-        run.log("eval", step=chosen.step, epoch=epoch, split="test", weights=chosen.weights, **values)
-        run.status(metrics=values, exported=asdict(chosen))
+        tracking.test(chosen.step, epoch, chosen.weights, accuracies(predictions, labels))
 
 
 def _seed_of(*where: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
 from tests.test_optim import needs_scheduled_muon
 from tests.test_resume import go, same_end, train_lines
-from tests.test_step_speed import Calls, Operators, batches_of, take_steps, trainer_of
+from tests.test_step_speed import Calls, Operators, batches_of, take_steps, tracking_of, trainer_of
 
 GUIDE = {"method": "guide", "weight": {"start": 2.5, "end": 0.0, "until": 0.7}}
 GUIDED: list[dict[str, Any]] = [{"method": "hard", "weight": 0.25}, GUIDE, {"method": "fitnet", "weight": 1e-3}]
@@ -213,7 +212,7 @@ def test_no_share_where_there_is_no_gradient(toy: Toy, tmp_path: Path) -> None:
     directory, batches = directory_at(tmp_path / "run"), batches_of(trainer)
     for _ in range(2):
         take_steps(trainer, batches, 1)
-        trainer.log(directory, SimpleNamespace(show=lambda *_: None))  # type: ignore[arg-type]
+        trainer.log(tracking_of(trainer, directory))
     directory.metrics_size()
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     first, second = train_lines(tmp_path / "run")

@@ -33,6 +33,7 @@ from distill.recipe.schema import Train
 from distill.run import Run
 from distill.students import Student
 from distill.teaching.teachers import build_teacher
+from distill.tracking import Tracking
 from distill.trainer import Trainer
 from distill.training import compilation
 from distill.training.compilation import Compilation
@@ -52,6 +53,16 @@ def trainer_of(recipe: Recipe) -> Trainer:
     trainer = Trainer(recipe, accelerator, dataset, build_teacher(recipe, dataset, accelerator))
     trainer.model.train()
     return trainer
+
+
+def tracking_of(trainer: Trainer, directory: Run) -> Tracking:
+    return Tracking(
+        directory,
+        trainer.recipe,
+        trainer.accelerator,
+        total_steps=trainer.total_steps,
+        steps_per_epoch=trainer.steps_per_epoch,
+    )
 
 
 def take_steps(trainer: Trainer, batches: Iterator[list[Batch]], number: int) -> None:
@@ -353,12 +364,12 @@ def test_a_stream_that_is_waited_for_says_so_once(
     trainer = trainer_of(toy_recipe(toy, data=data, train={"batch_size": 8, "max_steps": 3}))
     directory = Run(tmp_path / "run", is_main=True)
     directory.path.mkdir()
-    display = SimpleNamespace(show=lambda step, values: None)
+    tracking = tracking_of(trainer, directory)
     batches = batches_of(trainer)
     with caplog.at_level("WARNING", "distill"):
         for _ in range(2):
             take_steps(trainer, batches, 1)
-            trainer.log(directory, display)  # type: ignore[arg-type]
+            trainer.log(tracking)
     notes = [record.getMessage() for record in caplog.records if "waiting for data" in record.getMessage()]
     assert len(notes) == int(streamed)
     assert all("data.workers" in note for note in notes)
