@@ -12,13 +12,14 @@ from torch import Tensor
 
 from distill.data import Dataset, Split
 from distill.errors import RunFailed
+from distill.features import mean_over_heads
 from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
 from distill.launching.processes import marking_process
 from distill.launching.signals import stoppable
 from distill.memory import forget, is_out_of_memory
 from distill.report.metrics import measure
-from distill.students import Heads, Student
+from distill.students import Student
 from teachers import Teacher
 
 SMALLEST_BATCH = 128
@@ -100,21 +101,15 @@ def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:
     return accelerator.gather(padded)
 
 
-def student_outputs(logits: Callable[[Tensor], Heads]) -> Callable[[Tensor], list[Tensor]]:
-    """Adapt a student's `logits` to `predict`: the class head, then the distillation head where there is one."""
-
-    def forward(images: Tensor) -> list[Tensor]:
-        return [head for head in logits(images) if head is not None]
-
-    return forward
-
-
 def predict_heads(
     student: Student, dataset: Dataset, split: Split, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH
 ) -> dict[str, Tensor]:
     """A student's logits on a split by head, as `named_heads`; leaves it in eval mode."""
     student.eval()
-    return named_heads(predict(student_outputs(student.logits), dataset, split, accelerator, batch_size=batch_size))
+    outputs = predict(
+        lambda images: list(student.logits(images).values()), dataset, split, accelerator, batch_size=batch_size
+    )
+    return named_heads(dict(zip(student.heads, outputs, strict=True)))
 
 
 def predict_teacher(
@@ -124,13 +119,9 @@ def predict_teacher(
     return predict(lambda images: [teacher(images)], dataset, split, accelerator, batch_size=batch_size)[0]
 
 
-def named_heads(outputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """`student.cls`, `student.dist` where there is one, and `student.fused`, their mean."""
-    heads = Heads(outputs[0], outputs[1] if len(outputs) > 1 else None)
-    named = {"student.cls": heads.cls, "student.fused": heads.fused}
-    if heads.dist is not None:
-        named["student.dist"] = heads.dist
-    return named
+def named_heads(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`student.HEAD` for each head, and `student.fused`, their mean."""
+    return {f"student.{head}": of_head for head, of_head in logits.items()} | {"student.fused": mean_over_heads(logits)}
 
 
 def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:

@@ -60,6 +60,20 @@ def test_area_larger_than_the_grid(refused, toy: Toy, area: str, found: str) -> 
     assert found in refused(toy.recipe, f"student.attention.max_area={area}")
 
 
+@pytest.mark.parametrize(
+    ("model", "resolution"), [("vit_nano", 8), ("deit_tiny_distilled_patch16_224", 32), ("levit_128s", 64)]
+)
+def test_a_distillation_head_that_nothing_teaches(refused, toy: Toy, model: str, resolution: int) -> None:
+    message = refused(
+        toy.recipe,
+        f"student={{model: {model}}}",
+        *(["student.patch_size=4"] if model == "vit_nano" else []),
+        f"data.resolution={resolution}",
+        "distill=[{method: hard, weight: 0}]",
+    )
+    assert "distill.0.weight: 0 all the time: the distillation head, half of the answer, would learn nothing" in message
+
+
 def test_missing_data_without_network(refused, toy: Toy, tmp_path: Path) -> None:
     message = refused(toy.recipe, "data.root=elsewhere")
     assert "elsewhere" in message

@@ -13,18 +13,18 @@ from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
 
+from distill.features import Features
 from distill.objectives import Objectives, Seen, training_loss
 from distill.objectives.hard import hard
 from distill.objectives.soft import soft
 from distill.recipe import from_mapping
-from distill.students import Heads
 
 
 def loss_of(heads, targets, teacher_logits, *sections, label_weight, label_smoothing):
     """The loss of these sections of a recipe, and its parts."""
     distill = from_mapping({"distill": list(sections), "teacher": {"model": "resnet18"}}).distill
     objectives = Objectives(distill, label_smoothing=label_smoothing)
-    parts = objectives(heads, {}, targets, None if teacher_logits is None else Seen(teacher_logits, {}))
+    parts = objectives(Features(heads, {}), targets, None if teacher_logits is None else Seen(teacher_logits, {}))
     return training_loss(
         parts, {"label": label_weight} | {section.method: section.weight_at(0.5) for section in distill}
     )
@@ -109,7 +109,7 @@ def test_the_whole_loss_equals_timms_token_distillation_task(kind):
         distill_type=kind, distill_loss_weight=0.7, task_loss_weight=0.3, temperature=2.0, verbose=False,
     ).train()  # fmt: skip
     expected = task(images, labels)["loss"]
-    heads = Heads(*model.train()(images))
+    heads = dict(zip(("cls", "dist"), model.train()(images), strict=True))
     section = {"method": kind, "weight": 0.7} | ({"temperature": 2.0} if kind == "soft" else {})
     loss, parts = loss_of(heads, F.one_hot(labels, 10).float(), teacher, section, label_weight=0.3, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
@@ -128,13 +128,15 @@ def label_loss(student, targets, smoothing):
 
 @pytest.mark.parametrize("two_heads", [True, False])
 def test_the_parts_recombine_and_fall_on_their_heads(two_heads):
-    heads = Heads(logits(0).requires_grad_(), logits(1).requires_grad_() if two_heads else None)
+    heads = {"cls": logits(0).requires_grad_()}
+    if two_heads:
+        heads["dist"] = logits(1).requires_grad_()
     teacher, targets = logits(2), mixed_targets()
     sections = {"method": "hard", "weight": 0.3}, {"method": "soft", "weight": 0.9, "temperature": 4.0}
     loss, parts = loss_of(heads, targets, teacher, *sections, label_weight=0.25, label_smoothing=0.1)
-    learner = heads.dist if two_heads else heads.cls
+    learner = heads["dist" if two_heads else "cls"]
     expected = {
-        "label": label_loss(heads.cls, targets, 0.1),
+        "label": label_loss(heads["cls"], targets, 0.1),
         "hard": hard(learner, teacher),
         "soft": soft(learner, teacher, 4.0),
     }
@@ -145,17 +147,17 @@ def test_the_parts_recombine_and_fall_on_their_heads(two_heads):
     assert loss.item() == pytest.approx(sum(weights[name] * part.item() for name, part in parts.items()), rel=1e-6)
     loss.backward()
     if two_heads:
-        by_label = torch.autograd.grad(0.25 * label_loss(heads.cls, targets, 0.1), heads.cls)[0]
-        torch.testing.assert_close(heads.cls.grad, by_label)
-        assert heads.dist.grad.abs().sum() > 0
+        by_label = torch.autograd.grad(0.25 * label_loss(heads["cls"], targets, 0.1), heads["cls"])[0]
+        torch.testing.assert_close(heads["cls"].grad, by_label)
+        assert heads["dist"].grad.abs().sum() > 0
 
 
 def test_without_objectives_both_heads_learn_the_labels():
-    heads, targets = Heads(logits(0), logits(1)), mixed_targets()
+    heads, targets = {"cls": logits(0), "dist": logits(1)}, mixed_targets()
     loss, parts = loss_of(heads, targets, None, label_weight=2.0, label_smoothing=0.0)
-    expected = (label_loss(heads.cls, targets, 0.0) + label_loss(heads.dist, targets, 0.0)) / 2
+    expected = (label_loss(heads["cls"], targets, 0.0) + label_loss(heads["dist"], targets, 0.0)) / 2
     assert parts["label"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-6)
     assert set(parts) == {"label"}
-    single, _ = loss_of(Heads(heads.cls, None), targets, None, label_weight=1.0, label_smoothing=0.0)
-    assert single.item() == pytest.approx(label_loss(heads.cls, targets, 0.0).item(), rel=1e-6)
+    single, _ = loss_of({"cls": heads["cls"]}, targets, None, label_weight=1.0, label_smoothing=0.0)
+    assert single.item() == pytest.approx(label_loss(heads["cls"], targets, 0.0).item(), rel=1e-6)

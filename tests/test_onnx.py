@@ -132,7 +132,7 @@ def test_half_and_one_head_together_without_the_data(
     images = torch.rand(5, 3, 8, 8)
     with torch.no_grad():
         logits = load_export(to)[0](images).fused
-        before = load_export(finished / "export")[0](images).dist
+        before = load_export(finished / "export")[0](images).logits["dist"]
     assert compare_logits(onnx_logits(to / "model.onnx", [images]), logits).problem is None
     torch.testing.assert_close(logits, before, rtol=0, atol=2e-3)
     card = (to / "README.md").read_text()

@@ -205,7 +205,6 @@ def test_numbers_are_finite(key: str, value: str) -> None:
         (["train.batch_size=10", "train.gradient_accumulation=4"], "train.batch_size", "4 micro-batches"),
         (["train.batch_size=9", "data.augment.mixup=0.8"], "train.batch_size", "pairs"),
         (["optim.min_lr=0.1"], "optim.min_lr", "0.001"),
-        (["distill=[{method: guide}, {method: soft, weight: 0}]"], "distill.1.weight", "leave the method out"),
     ],
 )
 def test_impossible_combinations_are_refused(overrides: list[str], path: str, words: str) -> None:

@@ -18,7 +18,7 @@ from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from distill.analysis.costs import count_bytes, measure_speed
 from distill.data import Dataset
 from distill.data.randomness import permutation
-from distill.evaluation import named_heads, student_outputs
+from distill.evaluation import named_heads
 from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
@@ -180,7 +180,6 @@ def _robustness(
 ) -> dict[str, Any]:
     """Correct answers, and the student's agreement with the teacher, by corruption: a list over severities, the first
     being that of the images as they are."""
-    forward = student_outputs(student.logits)
 
     @torch.inference_mode()
     def count(name: str, severity: int) -> dict[str, int]:
@@ -190,7 +189,7 @@ def _robustness(
             if severity:
                 given = corrupt(name, severity, given, places[part].to(device))
             pixels = given.to(torch.float32) / 255
-            outputs = named_heads(forward(pixels)) | ({} if teacher is None else {"teacher": teacher(pixels)})
+            outputs = named_heads(student.logits(pixels)) | ({} if teacher is None else {"teacher": teacher(pixels)})
             decisions = {key: logits.argmax(1).cpu() for key, logits in outputs.items()}
             right = {key: int((said == labels[part]).sum()) for key, said in decisions.items()}
             if teacher is not None:

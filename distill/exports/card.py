@@ -155,7 +155,7 @@ def _summary(card: Card, student: Student) -> str:
     parameters = sum(parameter.numel() for parameter in student.model.parameters())
     contract = student.adapter.contract
     answer = {"cls": "its class head alone", "dist": "its distillation head alone"}.get(
-        card.head, "the mean of its two heads" if hasattr(student.model, "head_dist") else "its one head"
+        card.head, "the mean of its two heads" if len(student.heads) > 1 else "its one head"
     )
     teacher = card.origin.get("teacher")
     origin = f"distilled from {markdown(teacher)}" if teacher else "trained without a teacher"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.features import Features, mean_over_heads
 from distill.objectives.maps import pairs_of
 
 if TYPE_CHECKING:
     from distill.recipe.objectives import OnLogits, OnMaps
-    from distill.students import Heads
 
 __all__ = ["Objectives", "Seen", "training_loss"]
 
@@ -87,34 +87,31 @@ class Objectives(nn.Module):
         self.blocks = tuple(sorted({block for block, _ in used}))
         self.maps = tuple(dict.fromkeys(name for _, name in used))
 
-    def forward(
-        self, heads: Heads, student_maps: Mapping[int, Tensor], targets: Tensor, seen: Seen | None
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Features, targets: Tensor, seen: Seen | None) -> dict[str, Tensor]:
         """The losses, unweighted scalars in float32, under 'label' and each method's name.
 
-        The labels are learned by the class head and the teacher's logits by the distillation head; a model with one
-        head learns both on it. Where nothing teaches the distillation head, the label loss is the mean over both.
+        The first head learns the labels and the last one the teacher's logits; a model with one head learns both on it.
+        Where no method is on logits, the label loss is the mean over all heads.
 
         Args:
-            heads: logits [B, classes] per head.
-            student_maps: tokens on the patch grid [B, D, H, W], by block.
+            student: its logits, and its maps of `blocks`.
             targets: [B, classes], rows summing to 1 (soft where images were mixed), not smoothed.
             seen: None only where there are no objectives.
         """
         with torch.autocast(targets.device.type, enabled=False):
-            parts = {"label": self._label_loss(heads.cls, targets)}
-            if heads.dist is not None and not self.on_logits:
-                parts["label"] = (parts["label"] + self._label_loss(heads.dist, targets)) / 2
-            learner = heads.cls if heads.dist is None else heads.dist
+            heads = list(student.logits)
+            labelled = heads[:1] if self.on_logits else heads
+            losses = {head: self._label_loss(student.logits[head], targets) for head in labelled}
+            parts = {"label": mean_over_heads(losses)}
             if seen is None:
                 assert not self.on_logits, "an objective needs what the teacher says"
                 return parts
             for method, compare in self.on_logits.items():
-                parts[method] = compare(learner, seen.logits, targets=targets)
+                parts[method] = compare(student.logits[heads[-1]], seen.logits, targets=targets)
             for method, pairs in self.on_maps.items():
                 comparisons = zip(self._comparisons[method], pairs, strict=True)
-                losses = [compare(student_maps[block], seen.maps[name]) for compare, (block, name) in comparisons]
-                parts[method] = torch.stack(losses).mean()
+                of_pairs = [compare(student.maps[block], seen.maps[name]) for compare, (block, name) in comparisons]
+                parts[method] = torch.stack(of_pairs).mean()
             return parts
 
     def _label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill.recipe.objectives import OnLogits, OnMaps
+from distill.recipe.objectives import OnMaps
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
 
 if TYPE_CHECKING:
@@ -142,14 +142,6 @@ def _losses(recipe: Recipe) -> Iterator[Combination]:
         yield Combination((("distill",),), f"each method at most once, got {methods}")
     if recipe.label_weight == 0 and not any(objective.mean_weight for objective in recipe.distill):
         yield Combination((("label_weight",), ("distill",)), "all weights of the loss are 0: nothing would be learned")
-    on_logits = [index for index, objective in enumerate(recipe.distill) if isinstance(objective, OnLogits)]
-    taught = not on_logits or any(recipe.distill[index].mean_weight for index in on_logits)
-    has_token = recipe.student.model in VIT_SIZES and recipe.student.distillation_token is not False
-    if recipe.label_weight != 0 and has_token and not taught:
-        yield Combination(
-            tuple(("distill", index, "weight") for index in on_logits),
-            "0 all the time: the distillation head, half of the answer, would learn nothing; leave the method out",
-        )
     if recipe.control and not recipe.distill:
         yield Combination((("control",), ("distill",)), "a control of plain training would be the same run again")
     for index, objective in enumerate(recipe.distill):

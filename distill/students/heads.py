@@ -26,7 +26,7 @@ def one_head(student: Student, head: Head) -> Student:
         InputError: it has no two heads, or is no vision transformer of this project's or of DeiT's sizes.
     """
     model = student.model
-    if not hasattr(model, "head_dist"):
+    if head not in student.heads or len(student.heads) == 1:
         raise InputError(f"--head {head}: this student ({student.architecture}) has one head only; leave --head away.")
     if not isinstance(model, VisionTransformerDistilled):
         raise InputError(

@@ -1,31 +1,24 @@
-"""A student: a timm model, its input contract, and its one or two heads."""
+"""A student: a timm model with its input contract."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.features import Features
 from distill.inputs import InputAdapter, InputContract, Preparation
 
-
-class Heads(NamedTuple):
-    """Logits [B, classes] of the class head and, where there is one, of the distillation head."""
-
-    cls: Tensor
-    dist: Tensor | None
-
-    @property
-    def fused(self) -> Tensor:
-        """What the model answers: the mean of its heads' logits (Touvron et al. 2021, section 4)."""
-        return self.cls if self.dist is None else (self.cls + self.dist) / 2
+HEADS = ("cls", "dist")
+"""The class head and, where a model has two outputs, the distillation head."""
 
 
 class Student(nn.Module):
-    """Images in [0, 1], [B, C, H, W] of any size -> `Heads`, with both heads in train and eval mode alike.
+    """Images in [0, 1], [B, C, H, W] of any size -> `Features`, with all heads in train and eval mode alike.
 
     `architecture` and `model_args` are what `timm.create_model` makes the same model of; `preparation` is how its data
     were made of images.
@@ -77,18 +70,30 @@ class Student(nn.Module):
                 f"train.gradient_checkpointing: {self.architecture} does not support it; set it to false."
             ) from None
 
-    def logits(self, images: Tensor) -> Heads:
-        return _heads(self.model(self.adapter(images)))
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads: ("cls",), or ("cls", "dist") for a model that also has a distillation head."""
+        was_training = self.training
+        try:
+            with torch.no_grad():
+                return tuple(self.eval().logits(self._blank()))
+        finally:
+            self.train(was_training)
 
-    def forward(self, images: Tensor, blocks: tuple[int, ...] = ()) -> Any:
-        """`Heads`; with `blocks` (rising; of a CNN or a pyramid they are stages, as timm counts them) `Heads` and, by
-        block, what comes out of it: tokens on the patch grid, without prefix tokens, or a feature map, [B, D, H, W].
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """The logits [B, classes] by head. Not compiled where `forward` is: evaluation has other shapes and modes."""
+        return _by_head(self.model(self.adapter(images)))
+
+    def forward(self, images: Tensor, want: tuple[int, ...] = ()) -> Features:
+        """The logits, and the maps of the blocks in `want`, which rise; of a CNN or a pyramid they are stages, as timm
+        counts them. A map is what comes out of a block: tokens on the patch grid, without prefix tokens, or a feature
+        map, [B, D, H, W].
         """
-        if not blocks:
-            return self.logits(images)
+        if not want:
+            return Features(self.logits(images), {})
         model: Any = self.model
-        features, maps = model.forward_intermediates(self.adapter(images), indices=list(blocks))
-        return _heads(model.forward_head(features)), dict(zip(blocks, maps, strict=True))
+        features, maps = model.forward_intermediates(self.adapter(images), indices=list(want))
+        return Features(_by_head(model.forward_head(features)), dict(zip(want, maps, strict=True)))
 
     def map_channels(self) -> list[int]:
         """The channels D of each block's map, as `forward` gives it.
@@ -96,13 +101,11 @@ class Student(nn.Module):
         Raises:
             InputError: timm cannot read the maps of this model.
         """
-        contract, was_training = self.adapter.contract, self.training
-        assert contract.size is not None, "a student has one input size"
-        blank = next(self.parameters()).new_zeros(1, len(contract.mean), contract.size, contract.size)
+        was_training = self.training
         model: Any = self.model
         try:
             with torch.no_grad():
-                maps = model.eval().forward_intermediates(blank, intermediates_only=True)
+                maps = model.eval().forward_intermediates(self._blank(), intermediates_only=True)
         except (AttributeError, AssertionError, NotImplementedError) as error:
             raise InputError(
                 f"student.model: {self.architecture} does not give its feature maps ({error}). Take another model, or "
@@ -111,6 +114,12 @@ class Student(nn.Module):
         finally:
             self.train(was_training)
         return [found.shape[1] for found in maps]
+
+    def _blank(self) -> Tensor:
+        """An image of the student's size, all zeros: [1, C, size, size]."""
+        contract = self.adapter.contract
+        assert contract.size is not None, "a student has one input size"
+        return next(self.parameters()).new_zeros(1, len(contract.mean), contract.size, contract.size)
 
     def timm_config(self, class_names: Sequence[str]) -> dict[str, Any]:
         """config.json of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
@@ -139,8 +148,9 @@ class Student(nn.Module):
         }
 
 
-def _heads(output: Tensor | tuple[Tensor, Tensor]) -> Heads:
-    return Heads(*output) if isinstance(output, tuple) else Heads(output, None)
+def _by_head(output: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    outputs = output if isinstance(output, tuple) else (output,)
+    return dict(zip(HEADS, outputs, strict=False))
 
 
 def _as_json(names: str | Sequence[str]) -> str | list[str]:

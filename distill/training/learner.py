@@ -30,17 +30,16 @@ class Learner(nn.Module):
             targets: [B, classes], rows summing to 1.
             seen: what the teacher says to them; None without one.
         """
-        blocks = self.objectives.blocks
-        heads, maps = self.student(images, blocks) if blocks else (self.student(images), {})
-        return self.objectives(heads, maps, targets, seen)
+        return self.objectives(self.student(images, self.objectives.blocks), targets, seen)
 
 
 def build_objectives(recipe: Recipe, student: Student, teacher: Teacher | None) -> Objectives:
     """The recipe's losses between this student and this teacher, with weights that depend on the seed only.
 
     Raises:
-        InputError: they are to compare maps that one of the two has not.
+        InputError: they leave a head untaught, or are to compare maps that one of the two has not.
     """
+    _check_heads(recipe, student)
     smoothing = recipe.train.label_smoothing
     on_logits = [section for section in recipe.distill if isinstance(section, OnLogits)]
     on_maps = [section for section in recipe.distill if isinstance(section, OnMaps)]
@@ -64,3 +63,14 @@ def build_objectives(recipe: Recipe, student: Student, teacher: Teacher | None) 
             )
         except ValueError as error:
             raise InputError(f"distill: {error}.") from None
+
+
+def _check_heads(recipe: Recipe, student: Student) -> None:
+    """InputError where the labels teach the first of two heads and no method with any weight the other."""
+    on_logits = {index: section for index, section in enumerate(recipe.distill) if isinstance(section, OnLogits)}
+    untaught = on_logits and not any(section.mean_weight for section in on_logits.values())
+    if recipe.label_weight != 0 and untaught and len(student.heads) > 1:
+        raise InputError(
+            f"distill.{min(on_logits)}.weight: 0 all the time: the distillation head, half of the answer, would learn "
+            "nothing; leave the method out"
+        )

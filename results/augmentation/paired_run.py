@@ -25,6 +25,7 @@ from torch.nn.functional import one_hot
 from distill.data import BatchPlan, Dataset, open_dataset
 from distill.data.policies import Operation, Operations
 from distill.data.randomness import hashes, integers, keys, uniform
+from distill.features import mean_over_heads
 from distill.recipe import Recipe, from_mapping
 from distill.students import build_student
 from distill.training.learner import Learner, build_objectives
@@ -88,7 +89,7 @@ def right_answers(recipe: Recipe, seed: int, arm: str, epochs: int, max_steps: i
     student.eval()
     with torch.inference_mode():
         test = dataset.evaluation_batches("test", 0, info.sizes["test"], 500)
-        return torch.cat([student.logits(images).fused.argmax(1) == labels for images, labels in test])
+        return torch.cat([mean_over_heads(student.logits(images)).argmax(1) == labels for images, labels in test])
 
 
 def main() -> None:

@@ -72,8 +72,7 @@ def test_a_student_is_seen_block_by_block(attention: dict[str, object]) -> None:
         for block in network.blocks:
             stream = block(stream)
             expected.append(F.cosine_similarity(stream[:, 0], stream[:, 1]).mean().item())
-        heads = model.logits(images)
-        last = F.cosine_similarity(heads.cls, heads.dist).mean().item()
+        last = F.cosine_similarity(*model.logits(images).values()).mean().item()
     assert seen.token_cosines == pytest.approx(expected, abs=1e-5)
     assert seen.head_cosines[-1] == pytest.approx(last, abs=1e-5)
     assert len(seen.head_cosines) == 7

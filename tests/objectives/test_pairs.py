@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from distill.features import Features
 from distill.objectives import Objectives, Seen
 from distill.objectives.fitnet import Fitnet
 from distill.objectives.guide import Guide
 from distill.objectives.maps import pairs_of, spread
 from distill.recipe import objectives as sections
-from distill.students import Heads
 from tests.objectives.helpers import normal
 
 
@@ -127,9 +127,9 @@ def test_the_loss_of_a_method_is_the_mean_over_its_pairs() -> None:
     assert found.blocks == (4, 5)
     student = {block: normal(block, 2, block + 2, 4, 4).float() for block in range(6)}
     seen = Seen(normal(9, 2, 3).float(), {"a": normal(6, 2, 8, 8, 8).float(), "b": normal(7, 2, 16, 4, 4).float()})
-    heads = Heads(normal(8, 2, 3).float(), None)
+    heads = {"cls": normal(8, 2, 3).float()}
     targets = torch.eye(3)[:2]
-    parts = found(heads, {4: student[4], 5: student[5]}, targets, seen)
+    parts = found(Features(heads, {4: student[4], 5: student[5]}), targets, seen)
     owned = found.owned["guide"]
     assert isinstance(owned, nn.ModuleList)
     by_hand = [owned[0](student[4], seen.maps["b"]), owned[1](student[5], seen.maps["a"])]
@@ -145,7 +145,8 @@ def test_who_learns_the_labels(with_logits: bool) -> None:
     found = objectives(sections.Similarity(), on_logits=(sections.Soft(),) if with_logits else ())
     cls, second, targets = normal(0, 2, 3).float(), normal(1, 2, 3).float(), torch.eye(3)[:2]
     seen = Seen(normal(2, 2, 3).float(), {"c": normal(3, 2, 32, 2, 2).float()})
-    parts = found(Heads(cls, second), {5: normal(4, 2, 7, 4, 4).float()}, targets, seen)
+    student = Features({"cls": cls, "dist": second}, {5: normal(4, 2, 7, 4, 4).float()})
+    parts = found(student, targets, seen)
     losses = [-(head.log_softmax(1) * targets).sum(1).mean() for head in (cls, second)]
     torch.testing.assert_close(parts["label"], losses[0] if with_logits else (losses[0] + losses[1]) / 2)
     assert set(parts) == {"label", "similarity"} | ({"soft"} if with_logits else set())

@@ -14,8 +14,9 @@ from torch import nn
 
 from distill.errors import InputError
 from distill.exports.folder import write_export
+from distill.features import mean_over_heads
 from distill.recipe import Student as Spec
-from distill.students import Heads, build_student
+from distill.students import build_student
 from distill.students.attention.area import AreaAttention
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -51,9 +52,10 @@ def test_two_heads_in_training_and_in_evaluation(model, resolution):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     student.eval()
     evaluated = student(batch)
-    assert evaluated.dist is not None
-    torch.testing.assert_close(evaluated.fused, (evaluated.cls + evaluated.dist) / 2)
-    assert not torch.equal(evaluated.cls, evaluated.dist)
+    assert tuple(evaluated.logits) == student.heads == ("cls", "dist")
+    cls, dist = evaluated.logits.values()
+    torch.testing.assert_close(evaluated.fused, (cls + dist) / 2)
+    assert not torch.equal(cls, dist)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items()), (
         "eval moved a statistic"
     )
@@ -62,22 +64,23 @@ def test_two_heads_in_training_and_in_evaluation(model, resolution):
             assert not module.training
     student.model.eval()
     torch.testing.assert_close(student.model(student.adapter(batch)), evaluated.fused)
-    assert student.train()(batch).dist is not None
-    assert torch.equal(student.eval()(batch).cls, student.logits(batch).cls)
+    assert tuple(student.train()(batch).logits) == ("cls", "dist")
+    assert torch.equal(student.eval()(batch).fused, mean_over_heads(student.logits(batch)))
 
 
 @pytest.mark.parametrize("model", ["resnet18", "vit_tiny_patch16_224", "cifar_resnet20"])
 def test_one_head_of_any_timm_model(model):
     student = build(model)
     for mode in (True, False):
-        heads = student.train(mode)(images(2, 3, 32, 32))
-        assert heads.dist is None
-        assert heads.fused is heads.cls
-        assert heads.cls.shape == (2, 10)
+        features = student.train(mode)(images(2, 3, 32, 32))
+        assert tuple(features.logits) == student.heads == ("cls",)
+        assert student.training == mode
+        assert features.fused is features.logits["cls"]
+        assert features.fused.shape == (2, 10)
 
 
 def test_no_distillation_token_is_one_head():
-    assert build(distillation_token=False)(images(1, 3, 32, 32)).dist is None
+    assert build(distillation_token=False).heads == ("cls",)
 
 
 def test_images_are_normalised_and_resized_by_the_contract():
@@ -86,13 +89,13 @@ def test_images_are_normalised_and_resized_by_the_contract():
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     student.model.eval()
     torch.testing.assert_close(student.model((batch - mean) / std), student.eval()(batch).fused)
-    assert student(images(2, 3, 50, 20)).cls.shape == (2, 10)
+    assert student(images(2, 3, 50, 20)).fused.shape == (2, 10)
     assert student.adapter.contract.size == 32
 
 
 def test_greyscale_and_more_channels():
-    assert build(channels=1, mean=(0.5,), std=(0.3,))(images(2, 1, 28, 28)).cls.shape == (2, 10)
-    assert build("resnet18", channels=5, mean=(0.5,) * 5, std=(0.3,) * 5)(images(2, 5, 32, 32)).cls.shape == (2, 10)
+    assert build(channels=1, mean=(0.5,), std=(0.3,))(images(2, 1, 28, 28)).fused.shape == (2, 10)
+    assert build("resnet18", channels=5, mean=(0.5,) * 5, std=(0.3,) * 5)(images(2, 5, 32, 32)).fused.shape == (2, 10)
 
 
 def test_weights_depend_on_the_seed_only_and_the_random_state_stays():
@@ -155,9 +158,9 @@ def test_pretrained_starts_from_timms_weights_for_the_size(stand_in, attention):
     assert student.model.patch_embed.proj.weight.shape == (192, 3, 8, 8)
     assert student.model.head.weight.shape == (10, 192)
     assert student.adapter.contract.mean == (0.485, 0.456, 0.406)
-    assert student(images(1, 3, 32, 32)).dist is not None
+    assert student.heads == ("cls", "dist")
     grey = build("vit_tiny", pretrained=True, attention=attention, channels=1, mean=(0.5,), std=(0.5,))
-    assert grey(images(1, 1, 28, 28)).cls.shape == (1, 10)
+    assert grey(images(1, 1, 28, 28)).fused.shape == (1, 10)
 
 
 def test_at_the_source_size_pretrained_is_the_source(stand_in):
@@ -226,7 +229,7 @@ def test_an_earlier_export_is_a_start(earlier):
     assert second.adapter.contract.mean == MEAN
     larger = build(attention=AREA, weights=folder, resolution=64)
     assert larger.model.pos_embed.shape == (1, 2 + 256, 96)
-    assert larger(images(1, 3, 32, 32)).cls.shape == (1, 10)
+    assert larger(images(1, 3, 32, 32)).fused.shape == (1, 10)
     more_classes = build(attention=AREA, weights=folder, num_classes=20)
     assert more_classes.model.head_dist.weight.shape == (20, 96)
     assert torch.equal(more_classes.model.norm.weight, first.model.norm.weight)
@@ -261,7 +264,6 @@ def test_config_describes_the_model_to_timm():
     assert (
         build("vit_small", resolution=64).timm_config(["a"] * 10)["architecture"] == "deit_small_distilled_patch16_224"
     )
-    assert Heads(torch.zeros(1, 2), None).fused.shape == (1, 2)
 
 
 def test_a_model_that_cannot_take_the_resolution_is_refused():

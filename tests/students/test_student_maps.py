@@ -78,10 +78,10 @@ def test_the_grid_is_the_tokens_in_their_order(name: str, training: bool) -> Non
     prefix = 1 if spec.get("distillation_token") is False else 2
     assert tokens[0].shape == (2, prefix + side * side, 96)
     for blocks in ((0, 1, 2, 3, 4, 5), (1, 3, 5), (0,), (5,)):
-        heads, maps = student(images, blocks)
-        assert torch.equal(heads.cls, plain.cls)
-        assert (heads.dist is None) == (plain.dist is None) == (prefix == 1)
-        assert heads.dist is None or torch.equal(heads.dist, plain.dist)
+        logits, maps = student(images, blocks)
+        assert tuple(logits) == tuple(plain.logits) == student.heads
+        assert len(logits) == prefix
+        assert all(torch.equal(logits[head], plain.logits[head]) for head in logits)
         assert tuple(maps) == blocks
         for block, found in maps.items():
             expected = torch.empty(2, 96, side, side)
@@ -99,7 +99,7 @@ def test_a_token_stands_where_its_patch_is() -> None:
         nn.init.zeros_(block.attn.proj.weight)  # tokens do not see each other
     images, changed = images_of(32, batch=1), images_of(32, batch=1)
     changed[:, :, 8:16, 24:32] = 0.0
-    (before, after) = (student(some, (2,))[1][2] for some in (images, changed))
+    (before, after) = (student(some, (2,)).maps[2] for some in (images, changed))
     assert (before != after).any(1)[0].nonzero().tolist() == [[1, 3]]
 
 
@@ -118,15 +118,15 @@ def test_stages_of_other_models(name: str, training: bool) -> None:
     plain = student(images)
     for blocks in (tuple(range(len(modules))), (1, len(modules) - 1)):
         torch.manual_seed(0)
-        heads, maps = student(images, blocks)
-        assert heads.dist is None
-        assert torch.equal(heads.cls, plain.cls)
+        logits, maps = student(images, blocks)
+        assert tuple(logits) == ("cls",)
+        assert torch.equal(logits["cls"], plain.fused)
         assert tuple(maps) == blocks
         for block, one in maps.items():
             expected = found[block].permute(0, 3, 1, 2) if channels_last else found[block]
             assert one.shape[1] == channels[block]
             assert torch.equal(one, expected), block
-    sides = [one.shape[2] for one in student(images, tuple(range(len(modules))))[1].values()]
+    sides = [one.shape[2] for one in student(images, tuple(range(len(modules)))).maps.values()]
     assert sides == sorted(sides, reverse=True)
 
 
@@ -147,8 +147,8 @@ def test_gradient_checkpointing_changes_no_gradient(spec: dict[str, Any], blocks
         if checkpointed:
             student.checkpoint_gradients()
         torch.manual_seed(3)
-        heads, maps = student(images_of(32, batch=4), blocks)
-        (heads.fused.square().mean() + sum((one**2).mean() for one in maps.values())).backward()
+        features = student(images_of(32, batch=4), blocks)
+        (features.fused.square().mean() + sum((one**2).mean() for one in features.maps.values())).backward()
         gradients.append([parameter.grad for parameter in student.parameters()])
     assert all(one is not None and torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     assert any(one.abs().max() > 0 for one in gradients[0])
@@ -161,7 +161,7 @@ def test_a_model_that_does_not_give_its_maps_is_refused(monkeypatch: pytest.Monk
         student.map_channels()
     assert str(refused.value).startswith("student.model: cifar_resnet20 does not give its feature maps (")
     assert student.training, "it is left as it was"
-    assert student(images_of(32)).cls.shape == (2, 5)
+    assert student(images_of(32)).fused.shape == (2, 5)
 
 
 def test_maps_of_images_of_another_size() -> None:

@@ -13,6 +13,7 @@ from distill.bench import arms
 from distill.bench.flops import cifar_resnet_forward, vit_forward
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Row, compare, interleave
+from distill.features import mean_over_heads
 from distill.students import build_student, merge_heads
 
 DEPTH = 20
@@ -53,6 +54,6 @@ def _student_arm(
 
     @torch.inference_mode()
     def answer() -> torch.Tensor:
-        return model.logits(images).fused if together is None else together(model.adapter(images))
+        return mean_over_heads(model.logits(images)) if together is None else together(model.adapter(images))
 
     return Arm(name, answer, len(images), flops)
