@@ -19,6 +19,7 @@ from distill.files.text import visible
 from distill.launching.ending import exit_code, last_words, leave_word
 from distill.launching.launcher import Command
 from distill.launching.signals import Interrupted, StopRequest
+from distill.registry import load_plugin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,10 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, add_arguments, function = COMMANDS[command]
     own = argparse.ArgumentParser(prog=f"distill {command}", description=function.__doc__)
     add_arguments(own)
+    own.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE|FILE.py",
+        help="code that brings attention kinds, students, methods, teachers or datasets; may stand several times",
+    )
     options = own.parse_intermixed_args(rest)
     if getattr(options, "arguments", None):
         _take_target(own, options)
     try:
+        for target in options.plugin:
+            load_plugin(target)
         return function(options) or 0
     except InputError as error:
         if os.environ.get("RANK", "0") == "0" or error.process is not None:
@@ -158,9 +168,9 @@ def validate(options: argparse.Namespace) -> None:
 
 def schema(options: argparse.Namespace) -> None:
     """Print the JSON schema of recipes, for editors."""
-    from distill.recipe import Recipe
+    from distill.recipe import recipe_model
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    print(json.dumps(recipe_model({}).model_json_schema(), indent=2))
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

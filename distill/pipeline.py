@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-from distill import checkpoint, run
+from distill import checkpoint, registry, run
 from distill.console import console, say, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.sequential import SequentialDataset
@@ -184,6 +185,8 @@ def _execute(
         Trainer(recipe, accelerator, dataset, None)
         train_teachers(recipe, shared)
         accelerator = build_accelerator(recipe.train, place.directory)
+    variants = registry.used(recipe)
+    check_variants(place, variants)
     teacher = build_teacher(recipe, dataset, accelerator)
     weights = on_main(lambda: weights_digests(recipe, teacher))
     check_teacher(place, weights)
@@ -198,6 +201,8 @@ def _execute(
         device=accelerator.device,
         threads=shared.threads,
     )
+    if variants:
+        environment["variants"] = variants
     on_main(lambda: directory.open(recipe, source=source, environment=environment))
     tracking = Tracking(
         directory,
@@ -237,6 +242,19 @@ def check_data(place: Place, dataset: Dataset) -> None:
     digest = on_main(lambda: run.read_status(place.directory).get("data_digest"))
     if place.resumed and digest not in (None, dataset.info.digest):
         raise InputError(f"{place.directory}: this run began on other data than data.root and data.name now give.")
+
+
+def check_variants(place: Place, variants: dict[str, str]) -> None:
+    """Raise InputError if a resumed run began with other code in what plugins bring."""
+    began_with = (
+        on_main(lambda: run.read_environment(place.directory).get("variants", {})) if place.resumed else variants
+    )
+    for name in sorted({*began_with, *variants}):
+        if began_with.get(name) != variants.get(name):
+            raise InputError(
+                f"{place.directory}: began with {name} from {began_with.get(name, 'this package')}, and this is "
+                f"{variants.get(name, 'built in')}. Give the plugin as it was, or start a new run with another --out."
+            )
 
 
 def check_teacher(place: Place, weights: dict[str, str]) -> None:
@@ -282,7 +300,10 @@ def _train(
         trainer.cache.start()
     trainer.fit(tracking, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
-    trainer.finish(tracking, {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher})
+    metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
+    if variants := registry.used(recipe):
+        metadata["variants"] = json.dumps(variants)
+    trainer.finish(tracking, metadata)
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from distill import __version__
+from distill import __version__, registry
 from distill.console import LogFile
 from distill.errors import InputError, RunFailed
 from distill.files.durable import clear, describe_failure
@@ -223,6 +223,15 @@ class Run:
                 _log.warning("%s: cannot be written: %s. The run goes on and tries again.", path, error.strerror)
 
 
+def read_environment(path: Path) -> dict[str, Any]:
+    """`environment.json` of the run directory at `path`; empty where there is none that can be read."""
+    try:
+        environment: dict[str, Any] = json.loads((path / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return environment
+
+
 def read_status(path: Path) -> dict[str, Any]:
     """`status.json` of the run directory at `path`; empty where there is none.
 
@@ -259,6 +268,7 @@ def read_recipe(path: Path) -> Recipe:
     file = path / "resolved.yaml"
     if not file.is_file():
         raise InputError(f"{path}: not a run directory (it has no resolved.yaml).")
+    registry.check_available(read_environment(path).get("variants", {}), str(path))
     return from_mapping(read_yaml(file.read_text(encoding="utf-8"), source=str(file)), source=str(file))
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from distill import registry
 from distill.analysis import analyse
 from distill.analysis.energy import EnergyMeter
 from distill.data import Batch, BatchPlan, Dataset, Split
@@ -25,22 +26,21 @@ from distill.exports.folder import load_export
 from distill.files.digests import batch_digest, state_digest
 from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import Interrupted, StopRequest, deferred
-from distill.objectives import training_loss
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
 from distill.teaching.cache import TeacherCache, open_cache
-from distill.teaching.lessons import Lessons
+from distill.teaching.source import Frozen, Place, SourceContext, TeacherSource
 from distill.tracking import Tracking
 from distill.training.compilation import Compilation
 from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
 from distill.training.guard import Average, Guard
-from distill.training.learner import Learner, build_objectives
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.training.out_of_memory import advising
 from distill.training.saving import Parts, Progress, restore, save, settle
 from distill.training.shares import GradientShares
+from distill.training.task import build_task
 from distill.training.window import Window
 from teachers import Teacher
 
@@ -80,7 +80,6 @@ class Trainer:
             std=info.std,
             seed=recipe.seed,
         )
-        objectives = build_objectives(recipe, self.student, teacher)
         # Faster for convolutions, on a CPU too; a plain ViT has only its patch projection to gain.
         self.student.to(memory_format=torch.channels_last)
         self.student.to(accelerator.device)
@@ -92,21 +91,13 @@ class Trainer:
         self.compilation = Compilation(train, accelerator.device)
         self.compilation.apply(self.student)
         self.compilation.apply_to_augmentation(dataset.augmenter)
-        self.learner = Learner(self.student, objectives.to(accelerator.device))
-        self.lessons = None
-        if teacher is not None and recipe.distill:
-            self.lessons = Lessons(
-                teacher,
-                objectives.maps,
-                accelerator,
-                self.compilation,
-                self.plan,
-                steps_per_epoch=self.steps_per_epoch,
-                resolution=recipe.data.resolution,
-            )
-        self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, objectives))
-        self.model: nn.Module = accelerator.prepare(self.learner)
-        self.guard = Guard(accelerator, self.model, self.learner, self.optimizer)
+        self.source = self._source() if recipe.distill else None
+        self.task = build_task(recipe, self.student, self.source, num_classes=info.num_classes)
+        self.task.methods.to(accelerator.device)
+        dataset.give_views(self.task.views)
+        self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, self.task.methods))
+        self.model: nn.Module = accelerator.prepare(self.task)
+        self.guard = Guard(accelerator, self.model, self.task, self.optimizer)
         self.average = None if self.ema is None else Average(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
@@ -116,9 +107,25 @@ class Trainer:
         self.shares = GradientShares(train, accelerator, self.student)
         self.teacher_logits: Tensor | None = None
 
+    def _source(self) -> TeacherSource | None:
+        if self.teacher is not None:
+            return Frozen(
+                self.teacher,
+                self.accelerator,
+                self.compilation,
+                self.plan,
+                steps_per_epoch=self.steps_per_epoch,
+                resolution=self.recipe.data.resolution,
+            )
+        if (options := self.recipe.source) is not None:
+            context = SourceContext(self.student, self.accelerator, self.total_steps)
+            source: TeacherSource = registry.find("teachers", options.source).implementation.build(options, context)
+            return source
+        return None
+
     @property
     def cache(self) -> TeacherCache | None:
-        return None if self.lessons is None else self.lessons.cache
+        return self.source.cache if isinstance(self.source, Frozen) else None
 
     def open_cache(self) -> None:
         """Look for the teacher's stored logits, where the recipe wants them; nothing is written yet. Collective.
@@ -126,8 +133,8 @@ class Trainer:
         Raises:
             InputError: the disk has no room for them.
         """
-        if self.lessons is not None:
-            self.lessons.cache = open_cache(
+        if isinstance(self.source, Frozen):
+            self.source.cache = open_cache(
                 self.recipe, self.teacher, self.dataset, self.accelerator, steps=self.total_steps, plan=self.plan
             )
 
@@ -172,7 +179,7 @@ class Trainer:
                 for micro_batches in self.window.timed(marking_process(batches)):
                     if progress.step % self.steps_per_epoch == 0:
                         # The first sample of the global batch: whatever the number of processes, it is there.
-                        first = Batch(*(part[:1] for part in micro_batches[0]))
+                        first = micro_batches[0].first()
                         run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(first))
                     self.train_step(micro_batches)
                     progress.step += 1
@@ -214,7 +221,7 @@ class Trainer:
         recipe, step = self.recipe, self.progress.step
         rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
-        weights = recipe.loss_weights(step / self.schedule_steps)
+        progress = step / self.schedule_steps
         self.compilation.begin_step()
         self.guard.begin_step()
         losses = []
@@ -223,15 +230,13 @@ class Trainer:
             torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                seen = None if self.lessons is None else self.lessons.seen(batch.images, step, index)
                 shares_due = self.shares.due(step, index)
                 with self.shares.forward_pass(shares_due):
-                    learned = self.model(batch.images, batch.targets, seen)
-                loss, parts = training_loss(learned, weights)
+                    loss, parts = self.model(batch, Place(step, index), progress)
                 if shares_due:
-                    self.shares.measure(learned, weights)
+                    self.shares.measure(parts, self.task.weights(progress))
                 self.accelerator.backward(loss / len(micro_batches))
-            self.window.add(loss, parts)
+            self.window.add(loss, {name: part.detach() for name, part in parts.items()})
             losses.append(loss.detach())
         norm = self.guard.judge(step, losses, [batch.indices for batch in micro_batches])
         if (limit := recipe.optim.clip_grad) is not None:
@@ -243,6 +248,7 @@ class Trainer:
         torch.manual_seed(_seed_of(recipe.seed, step))
         self.guard.step()
         self.optimizer.zero_grad()
+        self.task.after_step(step, self.guard.skipped)
         if self.average is not None:
             self.average.update(step, self.guard.skipped)
         self.window.step(self.guard.skipped)
@@ -307,7 +313,9 @@ class Trainer:
     @property
     def parts(self) -> Parts:
         keep = self.recipe.train.keep_checkpoints
-        return Parts(self.student, self.learner.objectives, self.ema, self.optimizer, self.accelerator.scaler, keep)
+        return Parts(
+            self.student, self.task.methods, self.source, self.ema, self.optimizer, self.accelerator.scaler, keep
+        )
 
     def save(self, run: Run) -> None:
         """Write a checkpoint; returns on all processes when it stands, or after a warning that it does not: the next

@@ -14,16 +14,16 @@ from markdown_it import MarkdownIt
 from distill.errors import InputError
 from distill.exports.card import Card, Result, check_license, data_name, render
 from distill.recipe import Data
-from distill.recipe import Student as Spec
 from distill.report.metrics import Metrics, measure
 from distill.students import Student, build_student, one_head
+from tests.students.helpers import student_options
 
 HOSTILE = "x\n---\n# [a](javascript:b) <script>c</script> | `d` ![e](f) \x1b[31m: {g}"
 
 
 def build(**spec: Any) -> Student:
     return build_student(
-        Spec(model="vit_nano", patch_size=8, **spec),
+        student_options(model="vit_nano", patch_size=8, **spec),
         resolution=16, num_classes=3, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, seed=0,
     )  # fmt: skip
 

@@ -19,9 +19,9 @@ from timm.models._hub import load_model_config_from_hf
 import distill.exports.folder
 from distill.errors import InputError
 from distill.exports.folder import Differs, describe, load_export, write_export
-from distill.recipe import Student as Spec
 from distill.students import build_student, one_head
 from distill.students.saved import read_export
+from tests.students.helpers import student_options
 
 CLASSES = [f"class {index}" for index in range(10)]
 AREA = {"kind": "area", "max_area": [2, 2], "blocks": [0, 1]}
@@ -31,7 +31,7 @@ def build(model="vit_nano", **spec):
     if model.startswith("vit_n"):
         spec = {"patch_size": 4, **spec}
     student = build_student(
-        Spec(model=model, **spec),
+        student_options(model=model, **spec),
         resolution=32, num_classes=10, channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2), seed=0,
     )  # fmt: skip
     for name, buffer in student.named_buffers():  # as after some training

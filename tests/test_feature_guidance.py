@@ -20,10 +20,11 @@ from distill.data import Batch
 from distill.errors import InputError
 from distill.launching.signals import Interrupted
 from distill.recipe import Recipe, from_mapping
+from distill.teaching.source import Place
 from distill.trainer import Trainer
-from distill.training.learner import build_objectives
 from distill.training.optim import build_optimizer
 from distill.training.out_of_memory import _advice, _work_alone
+from distill.training.task import build_task
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
 from tests.test_optim import needs_scheduled_muon
@@ -57,7 +58,7 @@ def directory_at(path: Path) -> run.Run:
 
 
 def owned_by(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.learner.objectives.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.task.methods.state_dict().items()}
 
 
 # What is kept: in checkpoints all, in exports and averages the student alone
@@ -74,12 +75,12 @@ def undisturbed(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-PROJECTIONS = {f"owned.guide.{index}.projection" for index in range(3)} | {"owned.fitnet.0.regressor"}
+PROJECTIONS = {f"guide.guidance.{index}.projection" for index in range(3)} | {"fitnet.hints.0.regressor"}
 
 
 def test_projections_are_in_checkpoints_and_learn(toy: Toy, undisturbed: Path) -> None:
     folders = checkpoint.existing(undisturbed / "checkpoints")
-    states = [checkpoint.read_tensors(folder, "objectives") for folder in folders]
+    states = [checkpoint.read_tensors(folder, "methods") for folder in folders]
     assert len(states) >= 3
     begun = owned_by(trainer_of(recipe_of(toy)))
     for state, before in zip(states, [begun, *states], strict=False):
@@ -89,7 +90,7 @@ def test_projections_are_in_checkpoints_and_learn(toy: Toy, undisturbed: Path) -
         assert all((value != before[name]).any() for name, value in state.items())
     student = checkpoint.read_tensors(folders[-1], "model")
     assert checkpoint.read_tensors(folders[-1], "ema").keys() == student.keys()
-    assert not any("owned" in name or "projection" in name for name in student)
+    assert not any(part in name for part in ("guide", "fitnet", "projection", "regressor") for name in student)
     moments = checkpoint.read_optimizer(folders[-1])["state"]
     assert len(moments) == len([*trainer_of(recipe_of(toy)).student.parameters()]) + len(states[0])
 
@@ -112,7 +113,7 @@ def test_the_export_is_the_student_alone(toy: Toy, undisturbed: Path) -> None:
 def test_without_owners_there_is_no_such_file(toy: Toy, tmp_path: Path) -> None:
     trainer = trainer_of(recipe_of(toy, distill=[{"method": "hard"}, {"method": "similarity"}]))
     trainer.save(directory_at(tmp_path / "run"))
-    assert not list((tmp_path / "run").rglob("objectives*"))
+    assert not list((tmp_path / "run").rglob("methods*"))
     assert list((tmp_path / "run").rglob("ema.safetensors"))
 
 
@@ -124,17 +125,17 @@ def test_a_stopped_run_resumes_bit_for_bit(toy: Toy, undisturbed: Path, tmp_path
             go(recipe, out, steps, resume="auto" if index else None)
     go(recipe, out, None, resume="auto")
     same_end(undisturbed, out)
-    ends = [checkpoint.read_tensors(path / "checkpoints" / "last", "objectives") for path in (undisturbed, out)]
+    ends = [checkpoint.read_tensors(path / "checkpoints" / "last", "methods") for path in (undisturbed, out)]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_a_damaged_projection_is_noticed(undisturbed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(undisturbed / "checkpoints" / "last", tmp_path / "step")
-    file = folder / "objectives.safetensors"
+    file = folder / "methods.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=r"objectives\.safetensors"):
+    with pytest.raises(InputError, match=r"methods\.safetensors"):
         checkpoint.verify(folder)
 
 
@@ -181,7 +182,7 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
     take_steps(trainer, batches, 1)
     found = {name: share.item() for name, share in trainer.shares.latest.items()}
     take_steps(trainer, batches, 2)
-    states = [each.learner.state_dict() for each in trainers.values()]
+    states = [each.task.state_dict() for each in trainers.values()]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert len(found) == len(ALL) + 1
 
@@ -194,8 +195,7 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
     lengths = {}
     for name in found:
         torch.manual_seed(distill.trainer._seed_of(again.recipe.seed, 1, 0, 0))
-        assert again.lessons is not None
-        parts = again.model(batch.images, batch.targets, again.lessons.seen(batch.images, 1, 0))
+        parts = again.model(batch, Place(1, 0), 1 / again.schedule_steps).parts
         again.optimizer.zero_grad()
         (weights[name] * parts[name]).backward()
         squares = [p.grad.double().square().sum() for p in again.student.parameters() if p.grad is not None]
@@ -258,7 +258,7 @@ def test_student_and_control_differ_in_the_teacher_alone(toy: Toy, tmp_path: Pat
     assert batches[0] == batches[1]
     for line in train_lines(out / "control"):
         assert line["loss"] == pytest.approx(0.75 * line["loss/label"], rel=1e-5)
-    assert not list((out / "control").rglob("objectives*"))
+    assert not list((out / "control").rglob("methods*"))
     plain = trainer_of(recipe_of(toy, distill=[{"method": "hard"}]))
     assert trainer_of(recipe_of(toy)).initial_weights == plain.initial_weights, "the projections draw nothing away"
 
@@ -269,7 +269,7 @@ def test_projections_depend_on_the_seed(toy: Toy) -> None:
     assert all(not torch.equal(value, other[name]) for name, value in one.items())
     assert one.keys() == {f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")}
     trainer, state = trainer_of(recipe_of(toy)), torch.get_rng_state()
-    build_objectives(trainer.recipe, trainer.student, trainer.teacher)
+    build_task(trainer.recipe, trainer.student, trainer.source, num_classes=4)
     assert torch.equal(torch.get_rng_state(), state), "the random state is left as it was"
 
 
@@ -291,21 +291,21 @@ def test_guide_alone_lets_both_heads_learn_the_labels(toy: Toy) -> None:
 @pytest.mark.parametrize("name", ["adamw", pytest.param("nmuon", marks=needs_scheduled_muon)])
 def test_each_trained_parameter_is_in_one_group(toy: Toy, name: str, layer_decay: float | None) -> None:
     trainer = trainer_of(recipe_of(toy, optim={"name": name, "layer_decay": layer_decay, "weight_decay": 0.03}))
-    optimizer = build_optimizer(trainer.recipe.optim, trainer.student.model, trainer.learner.objectives)
+    optimizer = build_optimizer(trainer.recipe.optim, trainer.student.model, trainer.task.methods)
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(grouped) == len({id(parameter) for parameter in grouped})
-    names = {id(p): name for name, p in trainer.learner.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in trainer.task.named_parameters() if p.requires_grad}
     assert {id(parameter) for parameter in grouped} == names.keys()
     owned = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if names[id(parameter)].startswith("objectives."):
+            if names[id(parameter)].startswith("methods."):
                 owned += 1
                 assert group["weight_decay"] == (0.03 if parameter.ndim > 1 else 0.0)
                 assert group.get("lr_scale", 1.0) == 1.0
     assert owned == 8
     take_steps(trainer, batches_of(trainer), 2)
-    for parameter in trainer.learner.objectives.parameters():
+    for parameter in trainer.task.methods.parameters():
         assert trainer.optimizer.state[parameter], "it has been stepped"
         assert not trainer.optimizer.state[parameter].get("use_muon", False)
     rates = {group["lr"] / group.get("lr_scale", 1.0) for group in trainer.optimizer.param_groups}
@@ -362,7 +362,8 @@ def test_a_cnn_learns_from_maps_too(toy: Toy) -> None:
     trainer = trainer_of(recipe_of(toy, distill=ALL, student=student))
     take_steps(trainer, batches_of(trainer), 2)
     assert math.isfinite(trainer.window.read(16)["loss/guide"])
-    assert trainer.learner.objectives.on_maps["guide"] == [(0, "layer1"), (1, "layer2"), (2, "layer3")]
+    guide: Any = trainer.task.methods["guide"]
+    assert guide.pairs == [(0, "layer1"), (1, "layer2"), (2, "layer3")]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -382,8 +383,8 @@ def test_nothing_between_two_log_lines_waits_for_the_device(
 
 def test_before_its_teacher_is_trained_a_student_is_built_without_maps(toy: Toy) -> None:
     trainer = trainer_of(recipe_of(toy))
-    without = build_objectives(trainer.recipe, trainer.student, None)
-    assert (without.blocks, without.maps, without.on_logits, without.state_dict()) == ((), (), {}, {})
+    without = build_task(trainer.recipe, trainer.student, None, num_classes=4)
+    assert (without.blocks, dict(without.methods), without.methods.state_dict()) == ((), {}, {})
 
 
 # Out of memory
@@ -405,7 +406,7 @@ def test_the_advice_for_a_guided_run_fits(toy: Toy, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(CifarResNet, "forward_intermediates", limited)
     assert "4 at a time fit.\nSet train.gradient_accumulation=4; train.batch_size stays 16." in _advice(trainer)
     assert set(tried) >= {8, 4}
-    assert not any(getattr(module, "over_processes", False) for module in trainer.learner.modules())
+    assert not any(method.collective for method in trainer.task.methods.values())
 
 
 def test_alone_nobody_is_waited_for(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,5 +415,5 @@ def test_alone_nobody_is_waited_for(toy: Toy, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.distributed, "all_gather", lambda *_: pytest.fail("waits for other processes"))
     _work_alone(trainer)
     maps = torch.rand(2, 16, 4, 4)
-    guide: Any = trainer.learner.objectives.owned["guide"]
-    guide[0](torch.rand(2, 96, 2, 2), maps)
+    guide: Any = trainer.task.methods["guide"]
+    guide.compare(torch.rand(2, 96, 2, 2), maps, 0)

@@ -40,7 +40,7 @@ def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 13))
     for key in ("loss", "loss/label", "loss/hard", "loss/guide"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=1e-5), key
-    ends = [checkpoint.read_tensors(tmp_path / name / "run" / "checkpoints" / "last", "objectives") for name in "12"]
+    ends = [checkpoint.read_tensors(tmp_path / name / "run" / "checkpoints" / "last", "methods") for name in "12"]
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-4)
 

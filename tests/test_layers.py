@@ -79,8 +79,8 @@ def imported_by(*packages: str) -> set[tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("package", ["distill.objectives", "distill.students.attention"])
-def test_variants_import_torch_features_and_one_another_only(package: str) -> None:
+@pytest.mark.parametrize("package", ["distill.methods", "distill.students.attention"])
+def test_variants_import_torch_and_one_another_only(package: str) -> None:
     assert any(within(name, package) for name in MODULES)
     assert {pair for pair in imported_by(package) if not within(pair[1], "torch", "distill.features", package)} == set()
 
@@ -100,11 +100,11 @@ FORBIDDEN = {
         "distill.data",
         "distill.inputs",
     ),
-    "distill.data": ("timm.models", "teachers", "distill.students", "distill.objectives", "distill.report"),
-    "distill.students": ("teachers", "distill.data", "distill.objectives", "distill.report"),
-    "distill.training.optim": ("teachers", "distill.data", "distill.objectives", "distill.report"),
-    "distill.checkpoint": ("teachers", "distill.data", "distill.students", "distill.objectives", "distill.report"),
-    "teachers": ("distill.data", "distill.objectives", "distill.report", "distill.checkpoint"),
+    "distill.data": ("timm.models", "teachers", "distill.students", "distill.methods", "distill.report"),
+    "distill.students": ("teachers", "distill.data", "distill.methods", "distill.report"),
+    "distill.training.optim": ("teachers", "distill.data", "distill.methods", "distill.report"),
+    "distill.checkpoint": ("teachers", "distill.data", "distill.students", "distill.methods", "distill.report"),
+    "teachers": ("distill.data", "distill.methods", "distill.report", "distill.checkpoint"),
 }
 
 

@@ -18,17 +18,17 @@ from distill.errors import InputError
 from distill.exports import onnx_file
 from distill.exports.folder import load_export
 from distill.exports.onnx_file import FromPixels, compare_logits, onnx_logits, write_onnx
-from distill.recipe import Student as Spec
 from distill.run import read_recipe
 from distill.students import Student, build_student
 from tests.conftest import Command, Toy
+from tests.students.helpers import student_options
 
 CLASSES = list("abcdefg")
 
 
 def build(channels: int = 3, **spec: Any) -> Student:
     student = build_student(
-        Spec(**({"model": "vit_nano", "patch_size": 8} | spec)),
+        student_options(**({"model": "vit_nano", "patch_size": 8} | spec)),
         resolution=32, num_classes=7, channels=channels, mean=(0.4, 0.5, 0.6)[:channels],
         std=(0.2, 0.3, 0.2)[:channels], seed=0,
     )  # fmt: skip

@@ -26,8 +26,8 @@ from distill.exports.folder import write_export
 from distill.exports.prediction import LoadedStudent, Transform
 from distill.inputs import InputContract, Preparation
 from distill.recipe import Data
-from distill.recipe import Student as Spec
 from distill.students import Student, build_student, one_head
+from tests.students.helpers import student_options
 
 GENERATOR = np.random.default_rng(0)
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "digits-nano"
@@ -39,7 +39,7 @@ def pixels(*shape: int) -> np.ndarray:
 
 
 def build(preparation: Preparation | None = None, size: int = 16) -> Student:
-    spec = Spec(model="vit_nano", patch_size=8, attention={"kind": "area", "max_area": 2, "blocks": [0]})
+    spec = student_options(model="vit_nano", patch_size=8, attention={"kind": "area", "max_area": 2, "blocks": [0]})
     student = build_student(
         spec, resolution=size, num_classes=len(CLASSES), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2), seed=0
     )

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-import distill.trainer
 from distill import checkpoint, run
 from distill.files.digests import state_digest
 from distill.launching.signals import Interrupted
 from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping
 from distill.trainer import Trainer
+from distill.training.task import Losses, Task
 from tests.conftest import Counted, Toy, environment
 from tests.warm import launch
 
@@ -105,17 +105,17 @@ def trace() -> None:
     rank = int(os.environ.get("RANK", "0"))
     file = Path("interruptions")
     interruptions = file.read_text().splitlines() if file.exists() else []
-    train_step, training_loss = Trainer.train_step, distill.trainer.training_loss
+    train_step, forward = Trainer.train_step, Task.forward
     now = {"step": -1, "micro-batch": 0}
 
     def interrupt() -> None:
         if f"{now['step']} {now['micro-batch']} {rank}" in interruptions:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def loss(*args: Any, **kwargs: Any) -> Any:
+    def losses(*args: Any, **kwargs: Any) -> Losses:
         interrupt()
         now["micro-batch"] += 1
-        return training_loss(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     def step(trainer: Trainer, micro_batches: Any) -> None:
         now.update({"step": trainer.progress.step, "micro-batch": 0})
@@ -124,7 +124,7 @@ def trace() -> None:
             notes.write(f"{trainer.progress.step} {digest_of(trainer)}\n")
         interrupt()
 
-    Trainer.train_step, distill.trainer.training_loss = step, loss  # type: ignore[method-assign]
+    Trainer.train_step, Task.forward = step, losses  # type: ignore[method-assign]
 
 
 def digest_of(trainer: Trainer) -> str:

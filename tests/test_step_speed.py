@@ -32,11 +32,13 @@ from distill.recipe import Recipe, from_mapping
 from distill.recipe.schema import Train
 from distill.run import Run
 from distill.students import Student
+from distill.teaching.source import Frozen
 from distill.teaching.teachers import build_teacher
 from distill.tracking import Tracking
 from distill.trainer import Trainer
 from distill.training import compilation
 from distill.training.compilation import Compilation
+from distill.training.task import Losses
 from distill.training.window import Window
 from teachers import Ensemble, Teacher
 from teachers.cifar_resnet import CifarResNet
@@ -139,13 +141,13 @@ def test_nothing_between_two_log_lines_waits_for_the_device(toy: Toy, precision:
 @pytest.mark.usefixtures("like_a_gpu")
 def test_a_loss_that_waits_would_be_found(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(toy_recipe(toy))
-    original = distill.trainer.training_loss
+    original = trainer.task.forward
 
-    def waiting(*args: Any, **kwargs: Any) -> Any:
-        loss, parts = original(*args, **kwargs)
-        return (loss * 2, parts) if loss > 1e9 else (loss, parts)
+    def waiting(*args: Any, **kwargs: Any) -> Losses:
+        losses = original(*args, **kwargs)
+        return losses._replace(total=losses.total * 2) if losses.total > 1e9 else losses
 
-    monkeypatch.setattr(distill.trainer, "training_loss", waiting)
+    monkeypatch.setattr(trainer.task, "forward", waiting)
     found: list[str] = []
     with Calls(found), Operators(found):
         take_steps(trainer, batches_of(trainer), 1)
@@ -228,7 +230,7 @@ def test_a_compiled_run_on_a_cpu_begins_as_an_eager_one(toy: Toy) -> None:
         trainer = trainer_of(toy_recipe(toy, student={"drop_path": 0.0}, train=train))
         assert all(
             (module is not None and module._compiled_call_impl is not None) == compiled
-            for module in (trainer.student, trainer.lessons and trainer.lessons.teacher)
+            for module in (trainer.student, trainer.source and trainer.source.teacher)
         )
         losses[compiled] = []
         batches = batches_of(trainer)
@@ -291,15 +293,15 @@ def test_weights_cast_once_give_the_logits_of_autocast_bit_for_bit() -> None:
 
 def test_steps_ask_the_teacher_in_the_recipes_precision_and_predictions_in_fp32(toy: Toy) -> None:
     in_bf16 = trainer_of(toy_recipe(toy, train={"precision": "bf16"}))
-    assert in_bf16.lessons is not None
-    assert in_bf16.lessons.teacher.network.conv1.weight.dtype == torch.bfloat16
+    assert isinstance(in_bf16.source, Frozen)
+    assert in_bf16.source.teacher.network.conv1.weight.dtype == torch.bfloat16
     assert in_bf16.teacher is not None
     assert {parameter.dtype for parameter in in_bf16.teacher.parameters()} == {torch.float32}
     in_fp32 = trainer_of(toy_recipe(toy))
-    assert in_fp32.lessons is not None
-    assert in_fp32.lessons.teacher is in_fp32.teacher
+    assert isinstance(in_fp32.source, Frozen)
+    assert in_fp32.source.teacher is in_fp32.teacher
     without = trainer_of(toy_recipe(toy, distill=[]))
-    assert without.lessons is None
+    assert without.source is None
 
 
 # Waiting for data

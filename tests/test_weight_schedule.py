@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from distill.errors import InputError
+from distill.methods import dkd, guide, hard, soft
+from distill.options import WeightSchedule
 from distill.recipe import Recipe, from_mapping
-from distill.recipe.objectives import Dkd, Guide, Hard, Soft, WeightSchedule
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -32,19 +33,23 @@ def test_from_start_to_end(shape: Any, start: float, end: float, until: float) -
 
 
 def test_a_number_stays_one() -> None:
-    hard = Hard(weight=0.3)
-    assert hard.weight == 0.3
-    assert {hard.weight_at(progress) for progress in (0.0, 0.5, 1.0)} == {0.3}
-    assert hard.mean_weight == 0.3
+    fixed = hard.Options(weight=0.3)
+    assert fixed.weight == 0.3
+    assert {fixed.weight_at(progress) for progress in (0.0, 0.5, 1.0)} == {0.3}
+    assert fixed.mean_weight == 0.3
     recipe = recipe_of({"method": "soft", "weight": 2})
     assert recipe.distill[0].weight == 2.0
     assert isinstance(recipe.distill[0].weight, float)
 
 
 def test_the_methods_own_courses() -> None:
-    assert [Guide().weight_at(progress) for progress in (0.0, 0.35, 0.7, 1.0)] == pytest.approx([2.5, 1.25, 0.0, 0.0])
-    assert Guide().mean_weight == pytest.approx(0.875)
-    assert [Dkd().weight_at(progress) for progress in (0.0, 0.04, 0.08, 1.0)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
+    assert [guide.Options().weight_at(progress) for progress in (0.0, 0.35, 0.7, 1.0)] == pytest.approx(
+        [2.5, 1.25, 0.0, 0.0]
+    )
+    assert guide.Options().mean_weight == pytest.approx(0.875)
+    assert [dkd.Options().weight_at(progress) for progress in (0.0, 0.04, 0.08, 1.0)] == pytest.approx(
+        [0.0, 0.5, 1.0, 1.0]
+    )
 
 
 def recipe_of(*distill: dict[str, Any], **others: Any) -> Recipe:
@@ -57,7 +62,7 @@ def test_from_a_recipe_and_back() -> None:
     assert recipe.distill[0].weight == WeightSchedule(**course)
     assert recipe.distill[1].weight == WeightSchedule(start=1.0, end=2.0, until=1.0, shape="linear")
     assert from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
-    assert "weight" not in recipe.distill[0].options()
+    assert "weight" not in recipe.distill[0].arguments()
     changed = from_mapping(yaml.safe_load(recipe.to_yaml()), ["distill.0.weight.start=7", "distill.1.weight=0.25"])
     assert changed.distill[0].weight == WeightSchedule(**course | {"start": 7.0})
     assert changed.distill[1].weight == 0.25
@@ -115,4 +120,4 @@ def test_the_controls_label_weight_is_the_mean_of_what_taught_the_heads() -> Non
 
 
 def test_all_sections_have_a_weight() -> None:
-    assert Soft().mean_weight == Soft().weight_at(0.3) == 0.5
+    assert soft.Options().mean_weight == soft.Options().weight_at(0.3) == 0.5

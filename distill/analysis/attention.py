@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.students import Student
-from distill.students.attention.area import LEARNED_KEY_MODES, AreaAttention
-from distill.students.attention.area_pooling import Areas, pool
+from distill.students.attention import AttentionKind, AttentionMaps
 
 STRONGEST = 4
 """Areas that are drawn for each token and block."""
@@ -43,14 +42,14 @@ class Seen:
 def look(student: Student, images: Tensor) -> Seen | None:
     """Run images [B, C, H, W] in [0, 1], on the student's device, and write down what its attention did.
 
-    None for a student without blocks of timm's attention or area attention behind prefix tokens: a CNN, or a
-    transformer of another kind.
+    None for a student without blocks behind prefix tokens whose attention has weights: a CNN, or a transformer of
+    another kind.
     """
     model = student.model
     if not isinstance(model, VisionTransformer) or model.num_prefix_tokens < 1 or model.num_reg_tokens > 0:
         return None
     modules: list[Any] = [block.attn for block in model.blocks]
-    if not all(isinstance(module, Attention | AreaAttention) for module in modules):
+    if not all(isinstance(module, Attention | AttentionKind) for module in modules):
         return None
     with torch.inference_mode(), _recording(model) as recorded:
         student.logits(images)
@@ -58,47 +57,28 @@ def look(student: Student, images: Tensor) -> Seen | None:
         prefix = model.num_prefix_tokens
         patches, areas = [], {}
         for index, (block, module) in enumerate(zip(model.blocks, modules, strict=True)):
-            weights, of = area_weights(module, block.norm1(recorded[index]), queries=prefix)
-            weights = weights.mean(1)
-            covered = coverage(of).to(weights.device)
-            value_mode = getattr(module, "value_mode", "sum")
-            shares = covered if value_mode == "sum" else covered / covered.sum(1, keepdim=True)
+            maps = attention_maps(module, block.norm1(recorded[index]), queries=prefix)
+            if maps is None:
+                return None
+            weights, covered = maps.weights.mean(1), maps.covered
+            shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
             patches.append((weights @ shares)[..., prefix:].float().cpu())
-            if of.number > covered.shape[1]:
+            if len(covered) > covered.shape[1]:
                 areas[index] = _strongest(weights, covered, prefix)
         token_cosines, head_cosines = _cosines(model, recorded) if prefix == 2 else ((), ())
     return Seen((height, width), torch.stack(patches), areas, token_cosines, head_cosines)
 
 
-def area_weights(attention: Attention | AreaAttention, tokens: Tensor, *, queries: int) -> tuple[Tensor, Areas]:
-    """softmax over the areas of `tokens` [B, N, dim] for the first `queries` tokens, [B, heads, queries, areas].
-
-    Plain attention has areas of one token each.
-    """
+def attention_maps(attention: Attention | AttentionKind, tokens: Tensor, *, queries: int) -> AttentionMaps | None:
+    """Where the first `queries` of the tokens [B, N, dim] look; plain attention looks at single tokens."""
+    if isinstance(attention, AttentionKind):
+        return attention.maps(tokens, queries)
     batch, count, _ = tokens.shape
     qkv = attention.qkv(tokens).view(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, _ = qkv.unbind(0)
-    if isinstance(attention, AreaAttention):
-        grid = None if attention.grid is None else (attention.grid.height, attention.grid.width)
-        areas = Areas.of(count, attention.max_area, grid, attention.num_prefix_tokens)
-        if attention.key_mode in LEARNED_KEY_MODES:
-            key = attention.area_keys(key, areas)
-        else:
-            key = pool(key, areas, "max" if attention.key_mode == "max" else "mean")
-    else:
-        areas = Areas.of(count, 1)
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    logits = (query[:, :, :queries] * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if top_k := getattr(attention, "top_k", 0):
-        smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    return logits.softmax(-1), areas
-
-
-def coverage(areas: Areas) -> Tensor:
-    """float32 [areas, tokens]: 1 where an area covers a token, in the order of the areas."""
-    tokens = areas.prefix + areas.height * areas.width
-    return pool(torch.eye(tokens)[None], areas, "sum")[0]
+    query, key = attention.q_norm(query[:, :, :queries]), attention.k_norm(key)
+    weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)).softmax(-1)
+    return AttentionMaps(weights, torch.eye(count, device=tokens.device))
 
 
 def _strongest(weights: Tensor, covered: Tensor, prefix: int) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ inputs and by weights).
 
 from __future__ import annotations
 
-from distill.recipe.schema import Student
+from distill.options import StudentOptions
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
 
 TRAINING = 3
 
 
-def vit_forward(student: Student, *, resolution: int, num_classes: int, channels: int = 3) -> float:
+def vit_forward(student: StudentOptions, *, resolution: int, num_classes: int, channels: int = 3) -> float:
     """One image through a vit_* student with a patch stem.
 
     Area attention is counted as ordinary attention: its areas are made of sums.

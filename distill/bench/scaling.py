@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill.bench.flops import TRAINING, cifar_resnet_forward, vit_forward
-from distill.recipe.schema import Student
+from distill.recipe import from_mapping
 from distill.students import build_student
 
 GPUS = (2, 4, 8, 16, 32, 64)
@@ -34,7 +34,7 @@ class Assumptions:
 def computed() -> dict[str, Any]:
     """Speed of vit_tiny/4 at 32 px under a ResNet-56 on 2 to 64 GPUs, in multiples of one GPU's."""
     assumptions = Assumptions()
-    student = Student(model="vit_tiny", patch_size=4, distillation_token=True)
+    student = from_mapping({"student": {"model": "vit_tiny", "patch_size": 4}}, source="bench").student
     model = build_student(student, resolution=32, num_classes=10, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, seed=0)
     gradients = assumptions.bytes_per_gradient * sum(parameter.numel() for parameter in model.parameters())
     image = TRAINING * vit_forward(student, resolution=32, num_classes=10) + cifar_resnet_forward(56)

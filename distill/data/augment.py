@@ -40,7 +40,7 @@ def to_float(images: Tensor) -> Tensor:
 
 class Augmenter:
     """Raw images -> augmented images and soft targets, as `spec` says; a pure function of (seed, epoch, sample
-    indices).
+    indices, view).
 
     What happens to a sample depends on its own index and, when pairs are mixed, on that of the pair's first sample:
     never on the batch around it. Order: pad-and-crop or random resized crop, flip, RandAugment or TrivialAugment,
@@ -87,7 +87,7 @@ class Augmenter:
         self._name("erase", ERASE_DRAWS, when=bool(spec.random_erasing))
         self._name("sample", SAMPLE_DRAWS, when=self.paired)
         self._name("pair", PAIR_DRAWS, when=self.paired)
-        self._keys: tuple[tuple[int, int], Tensor] | None = None
+        self._keys: tuple[tuple[int, int], list[Tensor]] | None = None
         self._places = torch.empty(0, 0, dtype=torch.int64, device=device)
 
     def _name(self, group: str, draws: Sequence[str], when: bool) -> None:
@@ -95,19 +95,23 @@ class Augmenter:
             self._rows[group] = slice(len(self._names), len(self._names) + len(draws))
             self._names += draws
 
-    def _epoch_keys(self, seed: int, epoch: int) -> Tensor:
+    def _epoch_keys(self, seed: int, epoch: int, view: int) -> Tensor:
         if self._keys is None or self._keys[0] != (seed, epoch):
-            self._keys = (seed, epoch), keys(seed, epoch, self._names, self.device)
-        return self._keys[1]
+            self._keys = (seed, epoch), []
+        of_views = self._keys[1]
+        while len(of_views) <= view:  # each view draws under names of its own; the first under the plain ones
+            suffix = f"/view{len(of_views)}" if of_views else ""
+            of_views.append(keys(seed, epoch, [name + suffix for name in self._names], self.device))
+        return of_views[view]
 
     def __call__(
-        self, images: Tensor, labels: Tensor, indices: Tensor, *, seed: int, epoch: int
+        self, images: Tensor, labels: Tensor, indices: Tensor, *, seed: int, epoch: int, view: int = 0
     ) -> tuple[Tensor, Tensor]:
         """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
         self._operations.prepare(*images.shape[2:])
         self._prepare_noise(*images.shape[1:])
         mixing = self.paired and not 0 < self.spec.mix_off_epoch <= epoch
-        return self._augment(self._epoch_keys(seed, epoch), images, labels, indices, mixing)
+        return self._augment(self._epoch_keys(seed, epoch, view), images, labels, indices, mixing)
 
     def compile(self) -> None:
         """From the next call on with a few kernels in place of hundreds: for a GPU, and batches of one size."""

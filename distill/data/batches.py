@@ -21,6 +21,12 @@ class Batch(NamedTuple):
     """int64 [B], of the samples themselves."""
     indices: Tensor
     """int64 [B], positions in the training split."""
+    views: tuple[Tensor, ...] = ()
+    """Further views of the same samples, each like `images`, from the second on."""
+
+    def first(self) -> Batch:
+        """The batch of its first sample alone, in one view."""
+        return Batch(self.images[:1], self.targets[:1], self.labels[:1], self.indices[:1])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.data.augment import Augmenter, to_float
 from distill.data.batches import Batch, BatchPlan
 from distill.data.randomness import permutation
+from distill.errors import InputError
 from distill.recipe import Data
 
 Split = Literal["train", "validation", "test"]
@@ -56,15 +57,30 @@ class Dataset(ABC):
     def __init__(self, info: DatasetInfo, spec: Data, device: torch.device, *, cropped: bool) -> None:
         self.info = info
         self.device = device
+        self.views = 1
+        self._cropped = cropped
         self.augmenter = Augmenter(
             spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
         )
 
+    def give_views(self, views: int) -> None:
+        """Let training batches have so many augmented views of each image.
+
+        Raises:
+            InputError: images come cropped already, once for all views.
+        """
+        if views > 1 and self._cropped:
+            raise InputError(
+                "data.augment.random_resized_crop: a stream crops an image once, and a method wants "
+                f"{views} views of it. Set data.stream=false, or crop by data.augment.crop_padding."
+            )
+        self.views = views
+
     def training_batches(self, plan: BatchPlan, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of the epoch, from `first_step` (counted within the epoch) on.
 
-        Order and augmentation are functions of (plan.seed, epoch, index). Raises InputError at the call, not at the
-        first batch, if the plan does not fit the data.
+        Order and augmentation are functions of (plan.seed, epoch, index, view). Raises InputError at the call, not at
+        the first batch, if the plan does not fit the data.
         """
         plan.check(self.info.sizes["train"], self.augmenter.paired)
         return self._augmented(plan, epoch, first_step)
@@ -73,8 +89,12 @@ class Dataset(ABC):
         for step in self._raw_steps(plan, epoch, first_step):
             micro_batches = []
             for raw in step:
-                images, targets = self.augmenter(raw.images, raw.labels, raw.indices, seed=plan.seed, epoch=epoch)
-                micro_batches.append(Batch(images, targets, raw.labels, raw.indices))
+                (images, targets), *others = (
+                    self.augmenter(raw.images, raw.labels, raw.indices, seed=plan.seed, epoch=epoch, view=view)
+                    for view in range(self.views)
+                )
+                views = tuple(of_view for of_view, _ in others)
+                micro_batches.append(Batch(images, targets, raw.labels, raw.indices, views))
             yield micro_batches
 
     @abstractmethod

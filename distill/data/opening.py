@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill import registry
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
 from distill.data.folder import Folder, check_quickly, open_folder, scan, without_unreadable
 from distill.data.holdout import hold_out
@@ -92,7 +93,10 @@ def _open_small(spec: Data, root: Path) -> Packed:
         path = beside if beside.exists() or not Path(spec.name).exists() else Path(spec.name)
         known = KNOWN.get(path.stem)
         return open_packed(path, known.expected if known is not None else None)
-    names = [*KNOWN, "digits", *FOLDER_NAMES]
+    if spec.name in registry.names("datasets"):
+        packed: Packed = registry.find("datasets", spec.name).implementation.read(spec)
+        return packed
+    names = [*KNOWN, "digits", *FOLDER_NAMES, *registry.names("datasets")]
     near = difflib.get_close_matches(spec.name, names, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise InputError(

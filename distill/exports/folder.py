@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor
 
-from distill import __version__, faults
+from distill import __version__, faults, registry
 from distill.errors import InputError
 from distill.exports.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
 from distill.files.digests import state_digest
@@ -143,7 +143,8 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
         InputError: a file is missing, damaged or was changed, or is of an architecture that is not known here.
     """
     folder = Path(folder)
-    config, weights, _ = read_export(folder)
+    config, weights, metadata = read_export(folder)
+    registry.check_available(json.loads(metadata.get("variants", "{}")), str(folder))
     check_name(config["architecture"], str(folder / CONFIG_FILE))
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -171,7 +172,7 @@ def _compare_with_reloaded(student: Student, folder: Path) -> None:
     roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "CUDA_VISIBLE_DEVICES": ""}
     command = "import sys; from distill.exports.folder import reload; reload(*sys.argv[1:])"
-    arguments = [str(folder), str(torch.get_num_threads())]
+    arguments = [str(folder), str(torch.get_num_threads()), *registry.plugins()]
     result = subprocess.run(
         [sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -191,11 +192,13 @@ def _compare_with_reloaded(student: Student, folder: Path) -> None:
         raise Differs(f"the ONNX file is another model than the student: {problem}")
 
 
-def reload(folder: str, threads: str) -> None:
+def reload(folder: str, threads: str, *plugins: str) -> None:
     """In a fresh process: load `folder` as any user of timm would; print its logits on the example images, as torch and
     onnxruntime compute them, and the digest of its weights.
     """
     torch.set_num_threads(int(threads))
+    for plugin in plugins:
+        registry.load_plugin(plugin)
     register_models()
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     student, _ = load_export(folder)

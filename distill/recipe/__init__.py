@@ -6,20 +6,20 @@ every problem at once, each under its dotted path.
 
 from distill.recipe.loading import from_mapping, load, load_teachers_recipe
 from distill.recipe.reading import read_yaml
-from distill.recipe.schema import OPERATIONAL_KEYS, AreaAttention, Augment, Data, Recipe, Student, Teacher
+from distill.recipe.schema import OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
 from distill.recipe.sizes import VIT_SIZES
+from distill.recipe.variants import recipe_model
 
 __all__ = [
     "OPERATIONAL_KEYS",
     "VIT_SIZES",
-    "AreaAttention",
     "Augment",
     "Data",
     "Recipe",
-    "Student",
     "Teacher",
     "from_mapping",
     "load",
     "load_teachers_recipe",
     "read_yaml",
+    "recipe_model",
 ]

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
 from distill.recipe.inheritance import with_bases
-from distill.recipe.objectives import OnLogits
 from distill.recipe.reading import read_mapping, read_yaml, short
 from distill.recipe.schema import Recipe
+from distill.recipe.variants import recipe_model
 
 MOST_PROBLEMS = 40
 
@@ -79,7 +79,7 @@ def from_mapping(
         raise InputError(f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}")
     label_weight = recipe.label_weight
     if label_weight is None:
-        label_weight = 0.5 if any(isinstance(objective, OnLogits) for objective in recipe.distill) else 1.0
+        label_weight = 0.5 if any(objective.needs.logits for objective in recipe.distill) else 1.0
     return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
 
 
@@ -129,7 +129,7 @@ def _override(data: dict[str, Any], text: str) -> Problem | None:
 
 def _validate(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     try:
-        return Recipe.model_validate(data), []
+        return recipe_model(data).model_validate(data), []
     except ValidationError as error:
         messages: dict[tuple[str | int, ...], list[str]] = {}
         for item in error.errors(include_url=False):
@@ -161,7 +161,8 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
             return [
                 Problem(
                     (*path, choice),
-                    f"should be one of {item['ctx']['expected_tags']}, got {short(repr(value[choice]))}",
+                    f"should be one of {item['ctx']['expected_tags']}, got {short(repr(value[choice]))}"
+                    f"{_nearest(value[choice], item['ctx']['expected_tags'])}; what a plugin brings needs --plugin",
                 )
             ]
         known = _keys_under(path)
@@ -170,6 +171,11 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
     shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
     text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
     return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]
+
+
+def _nearest(wrong: Any, expected: str) -> str:
+    near = difflib.get_close_matches(str(wrong), re.findall(r"'([^']*)'", expected), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _suggest(path: tuple[str | int, ...]) -> str:
@@ -190,7 +196,7 @@ def _keys_under(path: tuple[str | int, ...]) -> list[str]:
 
 @cache
 def _known_keys() -> list[tuple[str, ...]]:
-    schema = Recipe.model_json_schema()
+    schema = recipe_model({}).model_json_schema()
     found: list[tuple[str, ...]] = []
 
     def walk(node: dict[str, Any], path: tuple[str, ...]) -> None:

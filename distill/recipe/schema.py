@@ -8,10 +8,25 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
-from distill.recipe.base import Interpolation, Probability, Section, Side, Text
-from distill.recipe.objectives import Objective, OnLogits, WeightSchedule
+from distill.options import (
+    Interpolation,
+    MethodOptions,
+    Probability,
+    Section,
+    Side,
+    SourceOptions,
+    StudentOptions,
+    Text,
+    WeightSchedule,
+)
+
+MAY_CHANGE: dict[str, Any] = {"may_change": True}
+"""Marks a field that may change between a run and its resumption, or between a teacher's training and its reuse: it
+changes nothing of what is learned, but for rounding, the draws of drop path and, with gradient_accumulation, what looks
+at a micro-batch as a whole: batch norms, and the losses that compare its samples.
+"""
 
 
 class RandomResizedCrop(Section):
@@ -80,7 +95,9 @@ class Data(Section):
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
         "NAME.safetensors, or a timm dataset name (hfds/..., wds/...).",
     )
-    root: Text = Field("data", description="Folder that holds the data, or that downloads go to.")
+    root: Text = Field(
+        "data", description="Folder that holds the data, or that downloads go to.", json_schema_extra=MAY_CHANGE
+    )
     validation: float = Field(
         0.1,
         ge=0,
@@ -97,7 +114,11 @@ class Data(Section):
         description="Decode images in workers, do not hold them in memory; null: stream what is too large to hold.",
     )
     workers: int | None = Field(
-        None, ge=0, le=1024, description="Decoding workers per process of a stream; null: cores over local processes."
+        None,
+        ge=0,
+        le=1024,
+        description="Decoding workers per process of a stream; null: cores over local processes.",
+        json_schema_extra=MAY_CHANGE,
     )
     skip_unreadable: bool = Field(
         False,
@@ -135,47 +156,6 @@ class Teacher(Section):
     )
 
 
-class StandardAttention(Section):
-    kind: Literal["standard"] = Field("standard", description="Softmax attention over tokens.")
-
-
-class AreaAttention(Section):
-    kind: Literal["area"] = Field("area", description="Attention over areas of adjacent tokens (Li et al. 2019).")
-    max_area: int | Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
-        2,
-        description="Largest area: an int for runs of the token sequence, [height, width] for boxes of the patch grid.",
-    )
-    blocks: list[int] = Field([0, 1], description="Blocks, counted from 0, that use area attention.")
-    key_mode: Literal["mean", "max", "sample", "concat", "max_concat", "sum", "sample_concat", "sample_sum"] = Field(
-        "mean", description="How an area's key is made of its tokens' keys."
-    )
-    value_mode: Literal["mean", "max", "sum"] = Field(
-        "sum", description="How an area's value is made of its tokens' values."
-    )
-    top_k: int = Field(0, ge=0, description="Attend only to the k areas with the largest weights; 0: to all.")
-
-
-class Student(Section):
-    model: Text = Field("vit_tiny", description="vit_nano, micro, tiny, small, base, large, huge, or any timm name.")
-    patch_size: Side | None = Field(None, description="Patch side in pixels of a vit_* student; null: 16.")
-    stem: Literal["patch", "conv"] = Field(
-        "patch",
-        description="'patch': one patch projection; 'conv': 3x3 convolutions to the same grid (Xiao et al. 2021).",
-    )
-    attention: Annotated[StandardAttention | AreaAttention, Discriminator("kind")] = Field(
-        StandardAttention(), description="The attention of the student's blocks."
-    )
-    distillation_token: bool | None = Field(
-        None,
-        description="DeiT's second token and head; null: yes for vit_*, while other models have the heads they have.",
-    )
-    drop_path: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
-    )
-    pretrained: bool = Field(False, description="Start from timm's weights for this model.")
-    weights: Text | None = Field(None, description="Start from an earlier export folder.")
-
-
 class Optim(Section):
     name: Text = Field(
         "adamw",
@@ -202,10 +182,10 @@ class Train(Section):
     epochs: int = Field(300, gt=0, description="Passes over the training set.")
     batch_size: int = Field(1024, gt=0, description="Global batch, whatever the number of processes.")
     gradient_accumulation: int = Field(
-        1, gt=0, description="Micro-batches per step; the global batch stays what it is."
+        1, gt=0, description="Micro-batches per step; the global batch stays what it is.", json_schema_extra=MAY_CHANGE
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
+        False, description="Recompute activations in the backward pass to save memory.", json_schema_extra=MAY_CHANGE
     )
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="Of training; null: what accelerate was launched with. On a CPU without bf16, fp32."
@@ -227,49 +207,58 @@ class Train(Section):
         10,
         gt=0,
         description="Fail after so many steps in a row with a loss or gradients that are not finite; none is applied.",
+        json_schema_extra=MAY_CHANGE,
     )
     max_minutes: float | None = Field(
-        None, gt=0.0, description="Stop in time, resumable, after this many minutes of this launch."
+        None,
+        gt=0.0,
+        description="Stop in time, resumable, after this many minutes of this launch.",
+        json_schema_extra=MAY_CHANGE,
     )
-    checkpoint_every: int | None = Field(None, gt=0, description="Steps between checkpoints; null: every epoch.")
-    keep_checkpoints: int = Field(2, gt=0, description="Newest checkpoints kept; the best one is kept besides.")
-    log_every: int = Field(50, gt=0, description="Steps between lines of metrics.")
+    checkpoint_every: int | None = Field(
+        None, gt=0, description="Steps between checkpoints; null: every epoch.", json_schema_extra=MAY_CHANGE
+    )
+    keep_checkpoints: int = Field(
+        2, gt=0, description="Newest checkpoints kept; the best one is kept besides.", json_schema_extra=MAY_CHANGE
+    )
+    log_every: int = Field(50, gt=0, description="Steps between lines of metrics.", json_schema_extra=MAY_CHANGE)
     log_gradient_share: bool = Field(
-        False, description="Also log each loss part's share of the norms of the gradients, at some cost a line."
+        False,
+        description="Also log each loss part's share of the norms of the gradients, at some cost a line.",
+        json_schema_extra=MAY_CHANGE,
     )
-    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="Also log there, through accelerate.")
-
-
-def _teacher_shape(value: Any) -> str:
-    return "ensemble" if isinstance(value, list | tuple) else "single"
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="Also log there, through accelerate.", json_schema_extra=MAY_CHANGE
+    )
 
 
 class Recipe(Section):
+    """The sections as the core knows them; `recipe_model` adds the options of the variants that there are."""
+
     base: Text | None = Field(
         None,
         exclude=True,  # a loaded recipe is whole
         description="A recipe that this one changes, relative to this file: mappings are merged, all else is replaced.",
     )
     name: str = Field(
-        "", max_length=100, pattern=r"^[A-Za-z0-9._-]*$", description="Of the run; empty: the recipe's file name."
+        "",
+        max_length=100,
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="Of the run; empty: the recipe's file name.",
+        json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and drop path.")
     data: Data = Field(Data(), description="What is learned from.")
-    teacher: (
-        Annotated[
-            Annotated[Teacher, Tag("single")]
-            | Annotated[Annotated[list[Teacher], Field(min_length=1)], Tag("ensemble")],
-            Discriminator(_teacher_shape),
-        ]
-        | None
-    ) = Field(None, description="One teacher, a list of them (an ensemble), or null.")
-    student: Student = Field(Student(), description="What is trained.")
+    teacher: Teacher | list[Teacher] | SourceOptions | None = Field(
+        None, description="One teacher, a list of them (an ensemble), another source of what teaches, or null."
+    )
+    student: StudentOptions = Field(StudentOptions(), description="What is trained.")
     label_weight: float | None = Field(
         None,
         ge=0.0,
         description="Of the label loss; null: 0.5 where another loss teaches a head, else 1. Then the heads share it.",
     )
-    distill: list[Objective] = Field(
+    distill: list[MethodOptions] = Field(
         [], description="Distillation losses, added up with their weights; []: plain training."
     )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
@@ -280,10 +269,15 @@ class Recipe(Section):
 
     @property
     def teachers(self) -> list[Teacher]:
-        """The teachers as a list, empty where there is none."""
-        if self.teacher is None:
-            return []
-        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        """The frozen networks that teach, as a list; empty where there is none."""
+        if isinstance(self.teacher, list):
+            return self.teacher
+        return [self.teacher] if isinstance(self.teacher, Teacher) else []
+
+    @property
+    def source(self) -> SourceOptions | None:
+        """What teaches instead of a frozen network."""
+        return self.teacher if isinstance(self.teacher, SourceOptions) else None
 
     def replace(self, **sections: Any) -> Recipe:
         """A copy with some top-level values replaced (already validated ones)."""
@@ -315,7 +309,7 @@ class Recipe(Section):
         losses on the heads.
         """
         assert self.label_weight is not None, "a loaded recipe has it resolved"
-        on_heads = [objective.mean_weight for objective in self.distill if isinstance(objective, OnLogits)]
+        on_heads = [objective.mean_weight for objective in self.distill if objective.needs.logits]
         weight = self.label_weight + sum(on_heads)
         return self.replace(name=f"{self.name}-control", teacher=None, distill=[], label_weight=weight, control=False)
 
@@ -324,14 +318,16 @@ class Recipe(Section):
         return dict(_leaves(self.model_dump(mode="json"), ""))
 
 
-# What may change between a run and its resumption, or between a teacher's training and its reuse: none of it changes
-# what is learned, but for rounding, the draws of drop path and, with gradient_accumulation, what looks at a micro-batch
-# as a whole: batch norms, and the losses that compare its samples.
-OPERATIONAL_KEYS = frozenset(
-    {"name", "data.root", "data.workers", "train.gradient_accumulation", "train.gradient_checkpointing",
-     "train.max_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_bad_steps",
-     "train.log_gradient_share", "train.trackers"}
-)  # fmt: skip
+def _keys_that_may_change(section: type[Section], prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        if field.json_schema_extra == MAY_CHANGE:
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys_that_may_change(field.annotation, f"{prefix}{name}.")
+
+
+OPERATIONAL_KEYS = frozenset(_keys_that_may_change(Recipe))
+"""Dotted keys of the fields marked `MAY_CHANGE`."""
 
 
 def _leaves(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:

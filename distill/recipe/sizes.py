@@ -21,3 +21,4 @@ VIT_SIZES = {
     "vit_huge": VitSize(1280, 32, 16),
 }
 DEFAULT_PATCH_SIZE = 16
+MOST_PATCHES_A_SIDE = 256

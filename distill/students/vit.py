@@ -8,18 +8,53 @@ attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
-from distill.students.attention import KINDS, PatchGrid
+from distill import registry
+from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
+from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
+from distill.registry import register
+from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid
+from distill.students.builder import Builder, Built, Images, inputs_of
 from distill.students.stem import ConvStem
+from distill.students.weights import load_timm_weights
+
+
+class Options(StudentOptions):
+    family = "vit"
+    models = tuple(VIT_SIZES)
+
+    def grid(self, resolution: int) -> Grid:
+        patch = self.patch_size or DEFAULT_PATCH_SIZE
+        side = resolution // patch if resolution % patch == 0 else None
+        return Grid(VIT_SIZES[self.model].depth, side, 1 if self.distillation_token is False else 2)
+
+    def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
+        yield from super().check(recipe, at)
+        patch, resolution = self.patch_size or DEFAULT_PATCH_SIZE, recipe.data.resolution
+        involved = ((*at, "patch_size"), (*at, "model"), ("data", "resolution"))
+        grid = self.grid(resolution)
+        if grid.side is None:
+            yield Problem(involved, f"data.resolution {resolution} is not divisible by the patch size {patch}")
+        elif grid.side > MOST_PATCHES_A_SIDE:
+            most = MOST_PATCHES_A_SIDE
+            side = grid.side
+            yield Problem(involved, f"{side}x{side} patches are more than any memory holds; at most {most}x{most}")
+        if self.stem == "conv" and patch & (patch - 1):
+            yield Problem(
+                ((*at, "stem"), (*at, "patch_size")),
+                f"a conv stem halves the image: the patch size {patch} is no power of 2",
+            )
+        yield from self.attention.check_grid(grid, recipe, (*at, "attention"))
+
 
 # What timm's model_args and the functions below take beside the width, depth and heads of a size:
 #   img_size, patch_size, in_chans, num_classes, drop_path_rate, ...: as in timm
@@ -34,24 +69,43 @@ class AttentionVisionTransformer(VisionTransformer):
 
     def __init__(self, *args: Any, kind: str, attention: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        options = dict(attention)
-        blocks: Sequence[int] = options.pop("blocks", (0, 1))
+        variant = registry.find("attention", kind)
+        options: Any = variant.options.model_validate({"kind": kind, **attention})
+        blocks = options.chosen(len(self.blocks))
         if wrong := [index for index in blocks if not 0 <= index < len(self.blocks)]:
             raise ValueError(f"attention.blocks: there are blocks 0 to {len(self.blocks) - 1}, got {wrong}")
         self.patch_grid = PatchGrid(*self.patch_embed.grid_size)
-        options |= {"grid": self.patch_grid, "num_prefix_tokens": self.num_prefix_tokens}
+        self.shared: dict[str, Any] = {}
         for index in blocks:
-            self.blocks[index].attn = _replacement(self.blocks[index].attn, kind, **options)
+            plain = self.blocks[index].attn
+            context = AttentionContext(
+                dim=plain.qkv.in_features,
+                num_heads=plain.num_heads,
+                qkv_bias=plain.qkv.bias is not None,
+                grid=self.patch_grid,
+                num_prefix_tokens=self.num_prefix_tokens,
+                block=index,
+                depth=len(self.blocks),
+                shared=self.shared,
+            )
+            self.blocks[index].attn = _replacement(plain, kind, variant.implementation.build(context, options))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         # [B, H, W, C] where timm lets the image size vary, [B, H * W, C] where it does not.
         grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
         self.patch_grid.height, self.patch_grid.width = grid
+        self.shared.clear()
         return super()._pos_embed(x)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's, and the embeddings of what an attention looks at (`..._embedding`), which are like positions."""
-        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith("_embedding")}
+        """timm's, and what the attention kinds name."""
+        own = {
+            f"{name}.{parameter}"
+            for name, module in self.named_modules()
+            if isinstance(module, AttentionKind)
+            for parameter in module.no_weight_decay()
+        }
+        return super().no_weight_decay() | own
 
 
 class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTransformerDistilled):
@@ -89,11 +143,10 @@ TOKENS = {"cls": 0, "dist": 1}
 """Where the token of each head stands."""
 
 
-def _replacement(plain: Any, kind: str, **options: Any) -> nn.Module:
-    """A module of this kind with the projections, as initialised, of timm's attention."""
+def _replacement(plain: Any, kind: str, module: AttentionKind) -> AttentionKind:
+    """The module with the projections, as initialised, of timm's attention."""
     if plain.attn_drop.p:
         raise ValueError(f"{kind} attention has no dropout of its weights; leave attn_drop_rate at 0")
-    module = KINDS[kind](plain.qkv.in_features, plain.num_heads, qkv_bias=plain.qkv.bias is not None, **options)
     if foreign := module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys:
         raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that asks for it")
     module.proj_drop = plain.proj_drop
@@ -158,13 +211,7 @@ def _build(
     )
 
 
-def _names() -> dict[str, str | None]:
-    return {f"{kind}_{size}" if kind else size: kind for kind in (None, *KINDS) for size in VIT_SIZES}
-
-
-default_cfgs = generate_default_cfgs(
-    {name: {"input_size": (3, 224, 224), "fixed_input_size": True} for name in _names()}
-)
+default_cfgs: dict[str, Any] = {}
 __all__ = ["AttentionVisionTransformer", "AttentionVisionTransformerDistilled"]
 
 
@@ -173,8 +220,55 @@ def _register(variant: str, kind: str | None) -> None:
         return _build(variant, kind, pretrained, **kwargs)
 
     create.__name__ = variant
+    default_cfgs.update(generate_default_cfgs({variant: {"input_size": (3, 224, 224), "fixed_input_size": True}}))
     globals()[variant] = register_model(create)
 
 
-for _variant, _kind in _names().items():
-    _register(_variant, _kind)
+def register_names() -> None:
+    """Make `vit_<size>` and `<kind>_vit_<size>` known to timm, for every attention kind that is there by now."""
+    for kind in (None, *registry.names("attention")):
+        for size in VIT_SIZES:
+            variant = f"{kind}_{size}" if kind else size
+            if variant not in default_cfgs:
+                _register(variant, kind)
+
+
+register_names()
+
+
+@register("students", "vit", Options)
+class Vit(Builder):
+    @staticmethod
+    def build(options: Options, images: Images) -> Built:
+        size = VIT_SIZES[options.model]
+        distilled = options.distillation_token is not False
+        patch_size = options.patch_size or DEFAULT_PATCH_SIZE
+        model_args: dict[str, Any] = {"img_size": images.resolution, "patch_size": patch_size}
+        attention = options.attention
+        if not isinstance(attention, AttentionOptions) and options.stem == "patch":
+            # One of timm's own architectures, so that an export needs nothing but timm; the arguments say all of its
+            # size.
+            family = options.model.removeprefix("vit_") if options.model in ("vit_small", "vit_base") else "tiny"
+            architecture = f"deit_{family}_distilled_patch16_224" if distilled else f"vit_{family}_patch16_224"
+            model_args |= {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+        else:
+            architecture = options.model
+            model_args |= {"distilled": distilled, "stem": options.stem}
+            if isinstance(attention, AttentionOptions):
+                architecture = f"{attention.kind}_{options.model}"
+                model_args["attention"] = attention.model_dump(mode="json", exclude={"kind"})
+        channels, statistics = inputs_of(options, images)
+        register_names()
+        model = timm.create_model(
+            architecture,
+            num_classes=images.num_classes,
+            in_chans=channels,
+            drop_path_rate=options.drop_path,
+            **model_args,
+        )
+        if options.pretrained:
+            config = load_timm_weights(
+                model, options.model, resolution=images.resolution, patch_size=patch_size, channels=channels
+            )
+            statistics = statistics or (config["mean"], config["std"])
+        return Built(model, architecture, model_args, statistics or (images.mean, images.std))

@@ -15,7 +15,7 @@ from distill.data import Batch
 from distill.errors import InputError, RunFailed
 from distill.launching.processes import return_freed_memory
 from distill.memory import forget, is_out_of_memory
-from distill.objectives.guide import Guide
+from distill.teaching.source import Frozen
 from distill.training.guard import Guard
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _advice(trainer: Trainer) -> str:
         if share % accumulation == 0 and not (paired and share // accumulation % 2)
     ]
     stays = f"train.batch_size stays {plan.batch_size}."
-    if comparing := dict.fromkeys(method.method for method in trainer.recipe.distill if method.compares_samples):
+    if comparing := dict.fromkeys(method.method for method in trainer.recipe.distill if method.needs.compares_samples):
         stays += f" {', '.join(comparing)}: comparing fewer samples at a time, the loss changes."
     happened = f"step {trainer.progress.step + 1}: out of memory with {plan.micro_batch} images at a time"
     if (found := _first_that_fits(trainer, share, larger[1:])) is not None:
@@ -75,13 +75,12 @@ def _work_alone(trainer: Trainer) -> None:
         trainer.model._remove_autograd_hooks()  # a backward pass would wait for the others
     trainer.optimizer.zero_grad()
     trainer.accelerator._models.clear()
-    trainer.model = trainer.learner
-    for module in trainer.learner.modules():
-        if isinstance(module, Guide):
-            module.over_processes = False
-    trainer.guard = Guard(trainer.accelerator, trainer.learner, trainer.learner, trainer.optimizer)
-    if trainer.lessons is not None:
-        trainer.lessons.cache = None  # a teacher whose logits are stored may have to be asked all the same
+    trainer.model = trainer.task
+    for method in trainer.task.methods.values():
+        method.collective = False  # type: ignore[assignment]
+    trainer.guard = Guard(trainer.accelerator, trainer.task, trainer.task, trainer.optimizer)
+    if isinstance(trainer.source, Frozen):
+        trainer.source.cache = None  # a teacher whose logits are stored may have to be asked all the same
     torch.compiler.reset()
 
 

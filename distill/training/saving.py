@@ -19,6 +19,7 @@ from distill.errors import InputError
 from distill.files.durable import describe_failure
 from distill.launching.processes import on_main
 from distill.run import Run
+from distill.teaching.source import TeacherSource
 
 _log = logging.getLogger("distill")
 
@@ -45,8 +46,9 @@ class Parts:
     """All of a run that lives in tensors, and how often it is kept."""
 
     student: nn.Module
-    objectives: nn.Module
+    methods: nn.Module
     """What the losses own."""
+    source: TeacherSource | None
     ema: ModelEmaV3 | None
     optimizer: AcceleratedOptimizer
     scaler: torch.amp.GradScaler | None
@@ -55,7 +57,9 @@ class Parts:
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """File stem -> state dict."""
-        states = {"model": self.student.state_dict(), "objectives": self.objectives.state_dict()}
+        states = {"model": self.student.state_dict(), "methods": self.methods.state_dict()}
+        if self.source is not None:
+            states["teacher"] = dict(self.source.state_dict())
         if self.ema is not None:
             states["ema"] = self.ema.module.state_dict()
         return {stem: state for stem, state in states.items() if state}
@@ -95,8 +99,10 @@ def restore(parts: Parts, folder: Path, run: Run) -> tuple[Progress, dict[str, A
     checkpoint.verify(folder)
     state = checkpoint.read_state(folder)
     parts.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
-    if parts.objectives.state_dict():
-        parts.objectives.load_state_dict(checkpoint.read_tensors(folder, "objectives"))
+    if parts.methods.state_dict():
+        parts.methods.load_state_dict(checkpoint.read_tensors(folder, "methods"))
+    if parts.source is not None and parts.source.state_dict():
+        parts.source.load_state_dict(checkpoint.read_tensors(folder, "teacher"))
     if parts.ema is not None:
         parts.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
     parts.optimizer.load_state_dict(checkpoint.read_optimizer(folder))

@@ -28,8 +28,9 @@ from distill.data.randomness import hashes, integers, keys, uniform
 from distill.features import mean_over_heads
 from distill.recipe import Recipe, from_mapping
 from distill.students import build_student
-from distill.training.learner import Learner, build_objectives
+from distill.teaching.source import Place
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.training.task import build_task
 from results.augmentation import one_by_one
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def right_answers(recipe: Recipe, seed: int, arm: str, epochs: int, max_steps: i
     info = dataset.info
     described = {"num_classes": info.num_classes, "channels": info.channels, "mean": info.mean, "std": info.std}
     student = build_student(recipe.student, resolution=recipe.data.resolution, seed=seed, **described).train()
-    learner = Learner(student, build_objectives(recipe, student, None))
+    task = build_task(recipe, student, None, num_classes=info.num_classes)
     optimizer = build_optimizer(recipe.optim, student.model)
     plan = BatchPlan(seed, recipe.train.batch_size)
     in_epoch = plan.steps_per_epoch(info.sizes["train"])
@@ -81,9 +82,9 @@ def right_answers(recipe: Recipe, seed: int, arm: str, epochs: int, max_steps: i
     batches = (batch for epoch in range(epochs) for (batch,) in dataset.training_batches(plan, epoch))
     for step, batch in zip(range(total), batches, strict=False):
         set_learning_rate(optimizer, learning_rate(recipe.optim, step, steps_per_epoch=in_epoch, total_steps=total))
-        parts = learner(batch.images, batch.targets, None)
+        losses = task(batch, Place(step, 0), step / total)
         optimizer.zero_grad()
-        parts["label"].backward()
+        losses.total.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
     student.eval()

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distill.analysis.attention import area_weights, coverage, look
+from distill.analysis.attention import attention_maps, look
 from distill.recipe import from_mapping
 from distill.students import Student, build_student
 from distill.students.attention.area import AreaAttention
-from distill.students.attention.area_pooling import Areas, pool
+from distill.students.attention.area_pooling import Areas, coverage, pool
 from distill.students.attention.base import PatchGrid
 
 
@@ -34,13 +34,15 @@ def test_weights_times_area_values_are_what_area_attention_answers(
         24, 3, max_area=max_area, grid=grid, num_prefix_tokens=2, key_mode=key_mode, top_k=top_k
     ).eval()  # type: ignore[arg-type]
     tokens = torch.randn(2, 14, 24)
-    weights, areas = area_weights(module, tokens, queries=14)
+    maps = attention_maps(module, tokens, queries=14)
+    assert maps is not None
+    weights, areas = maps.weights, module.areas(14)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 14))
     value = module.qkv(tokens).view(2, 14, 3, 3, 8).permute(2, 0, 3, 1, 4)[2]
     answer = module.proj((weights @ pool(value, areas, "sum")).transpose(1, 2).flatten(2))
     assert torch.allclose(answer, module(tokens), atol=1e-5)
     # A sum over areas is a sum over tokens, each as often as areas with weight cover it.
-    by_token = module.proj(((weights @ coverage(areas)) @ value).transpose(1, 2).flatten(2))
+    by_token = module.proj(((weights @ maps.covered) @ value).transpose(1, 2).flatten(2))
     assert torch.allclose(by_token, answer, atol=1e-5)
 
 

@@ -12,14 +12,15 @@ from torchvision.models import VisionTransformer
 from distill.bench.arms import STATISTICS
 from distill.bench.flops import cifar_resnet_forward, vit_forward
 from distill.flops import count_flops
-from distill.recipe.schema import Student
+from distill.options import StudentOptions
 from distill.students import build_student
 from distill.students.plain import train_on_cpu
 from distill.students.student import Student as Model
 from teachers.cifar_resnet import CifarResNet
+from tests.students.helpers import student_options
 
 
-def build(spec: Student, side: int) -> Model:
+def build(spec: StudentOptions, side: int) -> Model:
     mean, std = STATISTICS
     student = build_student(spec, resolution=side, num_classes=10, channels=3, mean=mean, std=std, seed=0)
     train_on_cpu(student)  # as a run does
@@ -32,7 +33,7 @@ def build(spec: Student, side: int) -> Model:
     [("vit_nano", 4, 32, True), ("vit_nano", 8, 64, False), ("vit_tiny", 4, 32, True), ("vit_tiny", 16, 224, True)],
 )
 def test_vit(model: str, patch: int, side: int, token: bool, mode: str) -> None:
-    spec = Student(model=model, patch_size=patch, distillation_token=token)
+    spec = student_options(model=model, patch_size=patch, distillation_token=token)
     student = build(spec, side).train(mode == "train")
     assert count_flops(student, torch.rand(2, 3, side, side)) == 2 * vit_forward(spec, resolution=side, num_classes=10)
     assert student.training == (mode == "train")
@@ -44,7 +45,7 @@ def test_vit(model: str, patch: int, side: int, token: bool, mode: str) -> None:
     "attention", [{"max_area": 2}, {"max_area": [2, 3], "value_mode": "mean"}, {"max_area": 2, "key_mode": "sample"}]
 )
 def test_areas_are_sums_on_every_device(attention: dict[str, Any], device: str, mode: str) -> None:
-    spec = Student.model_validate({"model": "vit_nano", "patch_size": 4, "attention": {"kind": "area", **attention}})
+    spec = student_options(model="vit_nano", patch_size=4, attention={"kind": "area", **attention})
     student = build(spec, 32).to(device).train(mode == "train")
     counted = count_flops(student, torch.rand(1, 3, 32, 32, device=device))
     assert counted == vit_forward(spec, resolution=32, num_classes=10)
@@ -62,7 +63,7 @@ def test_multi_head_attention_of_torch() -> None:
 def test_training_is_three_forward_passes() -> None:
     """Less what the first layer saves, since nobody asks for gradients by pixels."""
     mean, std = STATISTICS
-    spec = Student(model="vit_nano", patch_size=4, distillation_token=True)
+    spec = student_options(model="vit_nano", patch_size=4, distillation_token=True)
     student = build_student(spec, resolution=32, num_classes=10, channels=3, mean=mean, std=std, seed=0)
     for block in student.model.blocks:
         block.attn.fused_attn = False  # the fused kernel computes the logits anew in its backward pass

@@ -30,6 +30,7 @@ from distill.recipe.schema import Train
 from distill.teaching.logit_file import LogitFile
 from distill.trainer import Trainer
 from distill.training.guard import Guard
+from distill.training.task import Losses, Task
 from tests.conftest import Counted, Toy
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
 from tests.warm import launch
@@ -49,7 +50,7 @@ def inject(injections: list[Injection]) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     mine = {step: (place, value) for process, step, place, value in injections if process == rank}
-    train_step, training_loss, backward = Trainer.train_step, distill.trainer.training_loss, Accelerator.backward
+    train_step, forward, backward = Trainer.train_step, Task.forward, Accelerator.backward
     now: dict[str, Any] = {}
 
     def step(trainer: Trainer, micro_batches: Sequence[Batch]) -> None:
@@ -61,10 +62,10 @@ def inject(injections: list[Injection]) -> None:
         with Path(f"digests-{rank}").open("a") as file:
             file.write(f"{trainer.progress.step} {state_digest(trainer.student.state_dict())}\n")
 
-    def loss(*args: Any, **kwargs: Any) -> Any:
-        total, parts = training_loss(*args, **kwargs)
+    def losses(*args: Any, **kwargs: Any) -> Losses:
+        total, parts = forward(*args, **kwargs)
         factor, summand = now["place"] == "loss", now["place"] == "added"
-        return total * (now["value"] if factor else 1.0) + (now["value"] if summand else 0.0), parts
+        return Losses(total * (now["value"] if factor else 1.0) + (now["value"] if summand else 0.0), parts)
 
     def spoil(gradient: Tensor) -> Tensor:
         return gradient.index_fill(0, torch.tensor([0]), now["value"])
@@ -77,14 +78,14 @@ def inject(injections: list[Injection]) -> None:
         if now["place"] == "gradients":
             now["bias"].grad[0] = now["value"]
 
-    Trainer.train_step, distill.trainer.training_loss, Accelerator.backward = step, loss, back  # type: ignore[method-assign]
+    Trainer.train_step, Task.forward, Accelerator.backward = step, losses, back  # type: ignore[method-assign]
 
 
 @pytest.fixture
 def injected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[Injection]], None]:
     """`inject`, taken back at the end of the test."""
     monkeypatch.chdir(tmp_path)
-    for owner, name in ((Trainer, "train_step"), (distill.trainer, "training_loss"), (Accelerator, "backward")):
+    for owner, name in ((Trainer, "train_step"), (Task, "forward"), (Accelerator, "backward")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     return inject
 

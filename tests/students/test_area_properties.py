@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.students.attention import KINDS
+from distill import registry
+from distill.students.attention import build_attention
 from distill.students.attention.area import AreaAttention, area_attention
 from distill.students.attention.area_pooling import Areas
 
@@ -93,4 +94,5 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_kind_is_found_by_its_name():
-    assert KINDS["area"] is AreaAttention
+    assert registry.find("attention", "area").implementation is AreaAttention
+    assert isinstance(build_attention("area", 4, 2), AreaAttention)

@@ -15,9 +15,9 @@ from torch import nn
 from distill.errors import InputError
 from distill.exports.folder import write_export
 from distill.features import mean_over_heads
-from distill.recipe import Student as Spec
 from distill.students import build_student
 from distill.students.attention.area import AreaAttention
+from tests.students.helpers import student_options
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 AREA = {"kind": "area", "max_area": [2, 2], "blocks": [0, 1]}
@@ -27,7 +27,7 @@ def build(model="vit_nano", *, resolution=32, num_classes=10, channels=3, mean=M
     if model.startswith("vit_n"):
         spec = {"patch_size": 4, **spec}
     return build_student(
-        Spec(model=model, **spec),
+        student_options(model=model, **spec),
         resolution=resolution, num_classes=num_classes, channels=channels, mean=mean, std=std, seed=seed,
     )  # fmt: skip
 

@@ -9,10 +9,10 @@ import timm
 import torch
 
 from distill.errors import InputError
-from distill.recipe import Student as Spec
 from distill.students import Student, build_student, merge_heads, one_head
 from distill.students.heads import MergedHeads
 from distill.students.vit import OneHeadVisionTransformer
+from tests.students.helpers import student_options
 
 AREA = {"kind": "area", "max_area": [2, 2], "blocks": [0, 5]}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -22,7 +22,7 @@ def build(model: str = "vit_nano", **spec: Any) -> Student:
     if model.startswith("vit_"):
         spec = {"patch_size": 8, **spec}
     student = build_student(
-        Spec(model=model, **spec),
+        student_options(model=model, **spec),
         resolution=32, num_classes=10, channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2), seed=0,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)

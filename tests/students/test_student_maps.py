@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import recipe
 from distill.errors import InputError
 from distill.students import Student, build_student
+from tests.students.helpers import student_options
 
 AREA = {"kind": "area", "max_area": 2, "blocks": [0, 1]}
 AREAS_2D = {"kind": "area", "max_area": [2, 2], "blocks": [0, 2]}
@@ -37,7 +37,7 @@ OTHERS = {
 
 def student_of(resolution: int, **spec: Any) -> Student:
     """With weights and biases that are all different."""
-    section = recipe.Student.model_validate({"model": "vit_nano", **spec})
+    section = student_options(**{"model": "vit_nano", **spec})
     student = build_student(
         section, resolution=resolution, num_classes=5, channels=3, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3, seed=0
     )

@@ -1,13 +1,44 @@
-"""Kinds of attention, one a file: a new kind needs a new file here that uses `attention_kind`, and its recipe entry."""
+"""Kinds of attention, one a file: its options, its code and its paper. `base.py` says what a kind is given."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from typing import Any
 
-from distill.students.attention.base import KINDS, PatchGrid, attention_kind
+from distill import registry
+from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, PatchGrid
 
-for _module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
-    importlib.import_module(_module.name)
+__all__ = ["AttentionContext", "AttentionKind", "AttentionMaps", "PatchGrid", "build_attention"]
 
-__all__ = ["KINDS", "PatchGrid", "attention_kind"]
+
+def build_attention(
+    kind: str,
+    dim: int,
+    num_heads: int,
+    *,
+    grid: tuple[int, int] | None = None,
+    num_prefix_tokens: int = 0,
+    qkv_bias: bool = True,
+    **options: Any,
+) -> AttentionKind:
+    """An attention module by the name of its kind: tokens [B, num_prefix_tokens + H * W, dim] -> the same shape.
+
+    Args:
+        grid: (H, W) of the patches, for kinds that need it.
+        options: those of the kind, as under `student.attention` in a recipe.
+
+    Raises:
+        InputError: there is no such kind.
+        ValueError: options that do not fit.
+    """
+    variant = registry.find("attention", kind)
+    context = AttentionContext(
+        dim=dim,
+        num_heads=num_heads,
+        qkv_bias=qkv_bias,
+        grid=None if grid is None else PatchGrid(*grid),
+        num_prefix_tokens=num_prefix_tokens,
+    )
+    module: AttentionKind = variant.implementation.build(
+        context, variant.options.model_validate({"kind": kind, **options})
+    )
+    return module

@@ -6,15 +6,55 @@ Li et al. 2019, "Area Attention" (arXiv 1810.10126), sections 3.1 and 3.2; in vi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.students.attention.area_pooling import Areas, pool, standard_deviation
-from distill.students.attention.base import PatchGrid, attention_kind
+from distill.options import AttentionOptions, Grid, Key, Problem
+from distill.registry import register
+from distill.students.attention.area_pooling import Areas, coverage, pool, standard_deviation
+from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, PatchGrid
 from distill.students.attention.cpu import attend, eager_on_cpu
+
+
+class Options(AttentionOptions):
+    kind: Literal["area"] = Field("area", description="Attention over areas of adjacent tokens (Li et al. 2019).")
+    max_area: int | Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
+        2,
+        description="Largest area: an int for runs of the token sequence, [height, width] for boxes of the patch grid.",
+    )
+    key_mode: Literal["mean", "max", "sample", "concat", "max_concat", "sum", "sample_concat", "sample_sum"] = Field(
+        "mean", description="How an area's key is made of its tokens' keys."
+    )
+    value_mode: Literal["mean", "max", "sum"] = Field(
+        "sum", description="How an area's value is made of its tokens' values."
+    )
+    top_k: int = Field(0, ge=0, description="Attend only to the k areas with the largest weights; 0: to all.")
+
+    def check_grid(self, grid: Grid, recipe: Any, at: Key) -> Iterator[Problem]:
+        yield from super().check_grid(grid, recipe, at)
+        if grid.side is None:
+            return
+        involved = (
+            (*at, "max_area"),
+            ("student", "patch_size"),
+            ("data", "resolution"),
+            ("student", "distillation_token"),
+        )
+        tokens = grid.side**2 + grid.prefix_tokens
+        if isinstance(self.max_area, list):
+            if not all(1 <= side <= grid.side for side in self.max_area):
+                yield Problem(
+                    involved,
+                    f"[height, width] from 1 to the {grid.side}x{grid.side} patch grid, got {self.max_area}",
+                )
+        elif not 1 <= self.max_area <= tokens:
+            yield Problem(involved, f"from 1 to the {tokens} tokens, got {self.max_area}")
+
 
 PLAIN_KEY_MODES = ("mean", "max", "sample")
 LEARNED_KEY_MODES = ("concat", "max_concat", "sum", "sample_concat", "sample_sum")
@@ -86,13 +126,21 @@ def _attend(query: Tensor, area_keys: Tensor, area_values: Tensor, top_k: int) -
             return attend(query, area_keys, area_values, areas=Areas.of(area_keys.shape[-2], 1)).transpose(1, 2)
         return F.scaled_dot_product_attention(query, area_keys, area_values)
     logits = (query * query.shape[-1] ** -0.5) @ area_keys.transpose(-1, -2)
+    return _kept(logits, top_k).softmax(-1) @ area_values
+
+
+def _kept(logits: Tensor, top_k: int) -> Tensor:
+    """Logits with -inf where they are below the k-th largest; softmax over what is kept equals the paper's: softmax
+    over all, then the kept weights divided by their sum.
+    """
+    if not top_k:
+        return logits
     smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-    # Softmax over what is kept equals the paper's: softmax over all, then the kept weights divided by their sum.
-    return logits.masked_fill(logits < smallest, float("-inf")).softmax(-1) @ area_values
+    return logits.masked_fill(logits < smallest, float("-inf"))
 
 
-@attention_kind("area")
-class AreaAttention(nn.Module):
+@register("attention", "area", Options)
+class AreaAttention(AttentionKind):
     """Multi-head self-attention over areas, in place of timm's Attention: tokens [B, N, dim] -> [B, N, dim].
 
     The learned key modes put a two-layer MLP, shared by all heads, on what is known of an area: mean, maximum or
@@ -134,6 +182,17 @@ class AreaAttention(nn.Module):
         if key_mode in LEARNED_KEY_MODES:
             self._add_key_parameters()
 
+    @classmethod
+    def build(cls, context: AttentionContext, options: Options) -> AreaAttention:
+        return cls(
+            context.dim,
+            context.num_heads,
+            qkv_bias=context.qkv_bias,
+            grid=context.grid,
+            num_prefix_tokens=context.num_prefix_tokens,
+            **options.model_dump(exclude={"kind", "blocks"}),
+        )
+
     def _add_key_parameters(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f"size embeddings take half of the head width each; {self.head_dim} is odd")
@@ -155,8 +214,8 @@ class AreaAttention(nn.Module):
             raise ValueError("area attention takes no mask")
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        areas = self.areas(tokens)
         grid = None if self.grid is None else (self.grid.height, self.grid.width)
-        areas = Areas.of(tokens, self.max_area, grid, self.num_prefix_tokens)
         key_mode = "mean" if self.key_mode == "sample" and not self.training else self.key_mode
         if _pools_logits(x.device, key_mode, self.value_mode, self.top_k):
             attended = attend(qkv, areas=areas, mean_values=self.value_mode == "mean")
@@ -172,6 +231,27 @@ class AreaAttention(nn.Module):
                 key_mode=key_mode, value_mode=self.value_mode, top_k=self.top_k,
             )  # fmt: skip
         return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+
+    def areas(self, tokens: int) -> Areas:
+        """The areas of so many tokens."""
+        grid = None if self.grid is None else (self.grid.height, self.grid.width)
+        return Areas.of(tokens, self.max_area, grid, self.num_prefix_tokens)
+
+    def maps(self, x: Tensor, queries: int) -> AttentionMaps:
+        batch, tokens, _ = x.shape
+        areas = self.areas(tokens)
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, _ = qkv.unbind(0)
+        if self.key_mode in LEARNED_KEY_MODES:
+            keys = self.area_keys(key, areas)
+        else:
+            keys = pool(key, areas, "max" if self.key_mode == "max" else "mean")
+        logits = (query[:, :, :queries] * self.head_dim**-0.5) @ keys.transpose(-1, -2)
+        weights = _kept(logits, self.top_k).softmax(-1)
+        return AttentionMaps(weights, coverage(areas).to(x.device), averages=self.value_mode == "mean")
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("_embedding")}  # they are like positions
 
     def area_keys(self, key: Tensor, areas: Areas) -> Tensor:
         """The learned keys: [B, heads, tokens, head_dim] -> [B, heads, areas, head_dim]."""

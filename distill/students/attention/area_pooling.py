@@ -148,3 +148,9 @@ def _made_of_smaller_boxes(x: Tensor, areas: Areas) -> Iterator[tuple[Tensor, Te
             yield boxes, sizes[h - 1, 1].narrow(1, 0, height), sizes[1, 1].narrow(1, h - 1, height), h
         sizes[h, w] = boxes
         start += count
+
+
+def coverage(areas: Areas) -> Tensor:
+    """float32 [areas, tokens]: 1 where an area covers a token, in the order of the areas."""
+    tokens = areas.prefix + areas.height * areas.width
+    return pool(torch.eye(tokens)[None], areas, "sum")[0]

@@ -1,28 +1,11 @@
-"""What the kinds of attention share: how a kind is found by its name, and the grid that 2-D kinds look at."""
+"""What every attention kind is given and gives, and the grid that 2-D kinds look at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from torch import nn
-
-KINDS: dict[str, type[nn.Module]] = {}
-"""Every kind by its name in a recipe (`student.attention.kind`). A kind is built as
-`kind(dim, num_heads, qkv_bias=..., grid=PatchGrid, num_prefix_tokens=..., **the recipe's other keys)`, maps tokens
-[B, N, dim] to [B, N, dim], and names its projections `qkv` and `proj` as timm's Attention does, so that weights fit."""
-
-Kind = TypeVar("Kind", bound=type[nn.Module])
-
-
-def attention_kind(name: str) -> Callable[[Kind], Kind]:
-    """Class decorator that makes an attention module available to recipes as `name`."""
-
-    def add(kind: Kind) -> Kind:
-        KINDS[name] = kind
-        return kind
-
-    return add
+from torch import Tensor, nn
 
 
 class PatchGrid:
@@ -35,3 +18,53 @@ class PatchGrid:
     def __init__(self, height: int, width: int) -> None:
         self.height = height
         self.width = width
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Where in a model an attention module stands."""
+
+    dim: int
+    num_heads: int
+    qkv_bias: bool = True
+    grid: PatchGrid | None = None
+    num_prefix_tokens: int = 0
+    block: int = 0
+    """Number of its block, from 0."""
+    depth: int = 1
+    """Of the model, in blocks."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What the blocks of one model share within one forward pass; empty when it begins."""
+
+
+class AttentionMaps(NamedTuple):
+    """Where tokens look, for pictures."""
+
+    weights: Tensor
+    """[B, heads, queries, K], rows summing to 1."""
+    covered: Tensor
+    """float32 [K, tokens]: 1 where a key covers a token."""
+    averages: bool = False
+    """Whether the value of a key is the mean of its tokens' values, not their sum."""
+
+
+class AttentionKind(nn.Module):
+    """Self-attention in place of timm's Attention: tokens [B, N, dim] -> [B, N, dim].
+
+    It names its projections `qkv` and `proj` as timm's Attention does, so that weights fit, and has `proj_drop`.
+    """
+
+    proj_drop: nn.Module
+
+    @classmethod
+    def build(cls, context: AttentionContext, options: Any) -> AttentionKind:
+        """One module, from the options of a recipe."""
+        return cls(context, options)
+
+    def maps(self, x: Tensor, queries: int) -> AttentionMaps | None:
+        """Where the first `queries` of the tokens x [B, N, dim] look; None where this kind has no such weights."""
+        return None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of its parameters without weight decay, besides biases and norms."""
+        return set()

@@ -1,0 +1,105 @@
+"""What every distillation method is given and gives, and what methods on logits and on feature maps share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill.features import Features
+from distill.methods.maps import pairs_of
+from distill.options import MapsOptions, MethodOptions
+
+
+class StepInputs(NamedTuple):
+    """What a step has for its methods; view 0 is the one that labels and metrics are about."""
+
+    student: Sequence[Features]
+    """By view."""
+    teacher: Sequence[Features]
+    """By view; empty without a teacher. No gradient flows into it."""
+    targets: Tensor
+    """[B, classes], rows summing to 1 (soft where images were mixed), not smoothed."""
+    indices: Tensor
+    """int64 [B], positions of the samples in the training split."""
+    progress: float
+    """Share of the run that is done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of student and teacher, as far as methods depend on them."""
+
+    student_channels: Sequence[int] = ()
+    """Of the student's map after each block."""
+    teacher_channels: Mapping[str, int] = field(default_factory=dict)
+    """Of the teacher's maps by name."""
+    stages: Sequence[str] = ()
+    """Names of the teacher's own stages among them, from the first to the last."""
+    num_classes: int = 0
+
+
+class Method(nn.Module):
+    """One distillation loss: an unweighted scalar of a step.
+
+    It may own parameters, which are trained along with the student and never exported, and buffers (a queue, a
+    centre), which checkpoints keep. `forward` changes no buffer: `after_step` does, and leaves no trace of a step that
+    was skipped.
+    """
+
+    blocks: tuple[int, ...] = ()
+    """Blocks of the student whose maps it looks at."""
+    maps: tuple[str, ...] = ()
+    """Names of the teacher's maps that it looks at."""
+    collective = True
+    """Whether it may exchange tensors with the other processes; False where this one trains alone."""
+
+    def __init__(self, options: MethodOptions, shapes: Shapes) -> None:
+        """Raises ValueError for options that these shapes rule out; the message names those that there are."""
+        super().__init__()
+        self.options = options
+        self.arguments = options.arguments()
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """The loss, a scalar in float32 or more, 0 or more."""
+        raise NotImplementedError
+
+    def after_step(self, step: StepInputs, skipped: Tensor) -> None:
+        """Update buffers once the weights have been, in place; where `skipped` (bool [], on the device) they stay as
+        they are: `buffer.copy_(torch.where(skipped, buffer, new))`.
+        """
+
+
+class LogitsMethod(Method):
+    """Compares the logits of the head that the teacher teaches, the distillation head where there is one."""
+
+    def forward(self, step: StepInputs) -> Tensor:
+        student, teacher = step.student[0].logits, step.teacher[0].logits
+        return self.compare(student.get("dist", student["cls"]), teacher["cls"], step.targets)
+
+    def compare(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+        """[B, classes] each -> a scalar."""
+        raise NotImplementedError
+
+
+class MapsMethod(Method):
+    """The mean over pairs of a student's block and a teacher's map."""
+
+    def __init__(self, options: MapsOptions, shapes: Shapes) -> None:
+        super().__init__(options, shapes)
+        given = [(pair.block, pair.map) for pair in options.pairs or ()]
+        self.pairs = pairs_of(given, options.pairing, depth=len(shapes.student_channels), maps=shapes.stages)
+        self.blocks = tuple(sorted({block for block, _ in self.pairs}))
+        self.maps = tuple(dict.fromkeys(name for _, name in self.pairs))
+
+    def forward(self, step: StepInputs) -> Tensor:
+        student, teacher = step.student[0].maps, step.teacher[0].maps
+        losses = [self.compare(student[block], teacher[name], pair) for pair, (block, name) in enumerate(self.pairs)]
+        return torch.stack(losses).mean()
+
+    def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
+        """[B, C, h, w] and [B, D, H, W] of the pair of that number -> a scalar."""
+        raise NotImplementedError

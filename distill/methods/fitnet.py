@@ -1,0 +1,60 @@
+"""Hints: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550), section 2.2, equation 3."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.methods.base import MapsMethod, Shapes
+from distill.methods.maps import resize
+from distill.methods.precision import at_least_float32
+from distill.options import MapsOptions, Weight, weight
+from distill.registry import register
+
+
+class Options(MapsOptions):
+    pairing = "middle"
+    method: Literal["fitnet"] = Field(
+        "fitnet", description="Hint regression between the middle of student and teacher (Romero et al. 2015)."
+    )
+    weight: Weight = weight(100.0)
+
+
+@register("methods", "fitnet", Options)
+class Fitnet(MapsMethod):
+    def __init__(self, options: Options, shapes: Shapes) -> None:
+        super().__init__(options, shapes)
+        channels = [(shapes.student_channels[block], shapes.teacher_channels[name]) for block, name in self.pairs]
+        self.hints = nn.ModuleList(Hint(*of_pair) for of_pair in channels)
+
+    def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
+        loss: Tensor = self.hints[pair](student_map, teacher_map)
+        return loss
+
+
+class Hint(nn.Module):
+    """mean((regressor(student_map) - teacher_map)^2), over all elements, in float32.
+
+    The paper has half the sum over the elements, which grows with the maps. Its regressor is a convolution as large as
+    brings the student's grid to the teacher's; here the teacher's map is resized and the regressor, 1x1, learns only
+    which channels answer to which.
+
+    Args:
+        student_channels, teacher_channels: of the maps to come. The regressor is learned along with the student.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.regressor = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        """[B, student_channels, h, w], [B, teacher_channels, H, W] -> a scalar, 0 or more, and 0 when the regressor
+        makes the teacher's map of the student's.
+        """
+        height, width = student_map.shape[2:]
+        hint = resize(at_least_float32(teacher_map.detach()), (height, width))
+        guess: Tensor = self.regressor(at_least_float32(student_map))
+        return F.mse_loss(guess, hint)

@@ -1,0 +1,256 @@
+"""What options are made of: the base of a recipe's sections and of the options that variants bring. No torch.
+
+A variant's module holds `class Options`, a subclass of one of those here, with a help text for each key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+
+class Section(BaseModel):
+    """Common ground of all sections: unknown keys are errors, types are strict, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _visible(text: str) -> str:
+    """Names and paths go to consoles, files and pages: none may steer a terminal, break a line or turn it around."""
+    if any(ord(character) < 32 or character in _INVISIBLE for character in text):
+        raise ValueError("should have no control characters in it")
+    return text
+
+
+_INVISIBLE = frozenset(map(chr, (*range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A))))
+Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_visible)]
+Side = Annotated[int, Field(gt=0, le=10_000)]
+"""Of an image or a patch, in pixels."""
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Key = tuple[str | int, ...]
+
+
+class Problem(NamedTuple):
+    """Values that are fine alone and impossible together."""
+
+    keys: tuple[Key, ...]
+    """The recipe paths involved; the problem is reported under the first."""
+    message: str
+
+
+class Options(Section):
+    """Options of a variant, as a recipe gives them; each key with its help."""
+
+    def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
+        """What is impossible in this recipe, whose section at the path `at` this is. Without torch."""
+        return iter(())
+
+
+class Grid(NamedTuple):
+    """What a student's blocks work on, as far as the recipe tells."""
+
+    depth: int
+    """Number of blocks."""
+    side: int | None
+    """Of the square patch grid; None where patches do not fit the image."""
+    prefix_tokens: int
+
+
+class AnyAttention(Options):
+    """What stands under `student.attention`."""
+
+    kind: str
+
+    def check_grid(self, grid: Grid, recipe: Any, at: Key) -> Iterator[Problem]:
+        """What is impossible on this grid. Without torch."""
+        return iter(())
+
+
+class StandardAttention(AnyAttention):
+    """The model's own attention in all of its blocks."""
+
+    kind: Literal["standard"] = Field("standard", description="Softmax attention over tokens.")
+
+
+class AttentionOptions(AnyAttention):
+    """Base of the options of an attention kind: `kind: Literal["name"]` is its discriminator."""
+
+    blocks: list[int] | Literal["all"] = Field(
+        [0, 1], description="Blocks, counted from 0, that use this attention, or 'all'."
+    )
+
+    def chosen(self, depth: int) -> list[int]:
+        """The blocks of a student of this depth that use it."""
+        return list(range(depth)) if isinstance(self.blocks, str) else self.blocks
+
+    def check_grid(self, grid: Grid, recipe: Any, at: Key) -> Iterator[Problem]:
+        blocks = self.chosen(grid.depth)
+        if wrong := [block for block in blocks if not 0 <= block < grid.depth]:
+            model = recipe.student.model
+            yield Problem(
+                ((*at, "blocks"), ("student", "model")), f"{model} has blocks 0 to {grid.depth - 1}, got {wrong}"
+            )
+        if len(set(blocks)) != len(blocks):
+            yield Problem(((*at, "blocks"),), f"a block stands twice in {blocks}")
+
+
+class StudentOptions(Options):
+    """Base of the options of a student, and those of a student that has none of its own: `student` in a recipe."""
+
+    family: ClassVar[str] = "timm_model"
+    """The variant that builds it."""
+    models: ClassVar[Sequence[str]] = ()
+    """The values of `model` that choose this variant; any other name is timm's."""
+    model: Text = Field("vit_tiny", description="vit_nano, micro, tiny, small, base, large, huge, or any timm name.")
+    patch_size: Side | None = Field(None, description="Patch side in pixels of a vit_* student; null: 16.")
+    stem: Literal["patch", "conv"] = Field(
+        "patch",
+        description="'patch': one patch projection; 'conv': 3x3 convolutions to the same grid (Xiao et al. 2021).",
+    )
+    attention: AnyAttention = Field(StandardAttention(), description="The attention of the student's blocks.")
+    distillation_token: bool | None = Field(
+        None,
+        description="DeiT's second token and head; null: yes for vit_*, while other models have the heads they have.",
+    )
+    drop_path: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
+    )
+    pretrained: bool = Field(False, description="Start from timm's weights for this model.")
+    weights: Text | None = Field(None, description="Start from an earlier export folder.")
+
+    def grid(self, resolution: int) -> Grid | None:
+        """What its blocks work on; None where only building it tells."""
+        return None
+
+    def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
+        if self.pretrained and self.weights is not None:
+            yield Problem(
+                ((*at, "pretrained"), (*at, "weights")), "start from timm's weights or from an export, not from both"
+            )
+
+
+class SourceOptions(Options):
+    """Base of the options of a teacher that is no frozen network: `source: Literal["name"]` is its discriminator."""
+
+    source: str
+
+
+class WeightSchedule(Section):
+    start: NonNegative = Field(1.0, description="Weight at the first step.")
+    end: NonNegative = Field(0.0, description="Weight from `until` on.")
+    until: Annotated[Probability, Field(gt=0.0)] = Field(1.0, description="Share of the run after which it is `end`.")
+    shape: Literal["linear", "cosine"] = Field("linear", description="Of the way from `start` to `end`.")
+
+    def at(self, progress: float) -> float:
+        """The weight after a share `progress`, 0 to 1, of the run."""
+        way = min(1.0, progress / self.until)
+        if self.shape == "cosine":
+            way = (1.0 - math.cos(math.pi * way)) / 2.0
+        return self.start + (self.end - self.start) * way
+
+    @property
+    def mean(self) -> float:
+        """Over the run; either shape is halfway on average."""
+        return self.until * (self.start + self.end) / 2.0 + (1.0 - self.until) * self.end
+
+
+def _weight_shape(value: Any) -> str:
+    return "schedule" if isinstance(value, dict | WeightSchedule) else "number"
+
+
+Weight = Annotated[
+    Annotated[NonNegative, Tag("number")] | Annotated[WeightSchedule, Tag("schedule")], Discriminator(_weight_shape)
+]
+
+
+def weight(default: float | WeightSchedule) -> Any:
+    """The field of a method's weight with another default."""
+    return Field(default, description="Weight in the loss, a number or its course over the run.")
+
+
+class Needs(NamedTuple):
+    """What a method asks of the step."""
+
+    logits: bool = False
+    """The teacher's logits; the method then teaches a head of the student, the distillation head where there is one."""
+    maps: bool = False
+    """Feature maps of the teacher."""
+    views: int = 1
+    """Augmented views of each image."""
+    compares_samples: bool = False
+    """Samples of a micro-batch with one another, so that its size matters."""
+
+
+class MethodOptions(Options):
+    """Base of the options of a distillation method: `method: Literal["name"]` is its discriminator."""
+
+    needs: ClassVar[Needs] = Needs()
+    method: str
+    weight: Weight = weight(1.0)
+
+    def weight_at(self, progress: float) -> float:
+        """The weight after a share `progress`, 0 to 1, of the run."""
+        return self.weight.at(progress) if isinstance(self.weight, WeightSchedule) else self.weight
+
+    @property
+    def mean_weight(self) -> float:
+        return self.weight.mean if isinstance(self.weight, WeightSchedule) else self.weight
+
+    def arguments(self) -> dict[str, Any]:
+        """The options of the method itself, by name."""
+        return self.model_dump(exclude={"method", "weight", "pairs"})
+
+    def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
+        if not self.needs.maps:
+            return
+        method = f"{self.method} learns from feature maps of the teacher"
+        if len(recipe.teachers) > 1:
+            yield Problem((at, ("teacher",)), f"{method}, and an ensemble has none of its own; name a single teacher")
+        elif recipe.teachers and recipe.teachers[0].cache:
+            path: Key = ("teacher", 0) if isinstance(recipe.teacher, list) else ("teacher",)
+            yield Problem(((*path, "cache"), at), f"{method}, and only logits are stored; set teacher.cache to false")
+
+
+class LogitsOptions(MethodOptions):
+    """Of a method that compares the student's logits with the teacher's."""
+
+    needs = Needs(logits=True)
+
+
+class Pair(Section):
+    block: int | None = Field(
+        None, ge=0, description="Block of the student, counted from 0; of a CNN, its stage; null: the last."
+    )
+    map: Text | None = Field(
+        None, description="Feature map of the teacher; `distill teachers NAME` lists them; null: the last."
+    )
+
+
+class MapsOptions(MethodOptions):
+    """Of a method that compares the student's tokens on the patch grid with feature maps of the teacher."""
+
+    needs = Needs(maps=True)
+    pairing: ClassVar[Literal["all", "middle", "last"]] = "all"
+    """What is compared where no `pairs` are given: all maps, spread evenly over the blocks, or one pair."""
+    pairs: Annotated[list[Pair], Field(min_length=1)] | None = Field(
+        None, description="Blocks of the student and maps of the teacher; null: as the method's paper pairs them."
+    )
+
+    def named_maps(self) -> Sequence[str]:
+        return [pair.map for pair in self.pairs or () if pair.map is not None]
+
+    def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
+        yield from super().check(recipe, at)
+        grid = recipe.student.grid(recipe.data.resolution)
+        blocks = [pair.block for pair in self.pairs or () if pair.block is not None]
+        if grid is not None and (wrong := [block for block in blocks if block >= grid.depth]):
+            yield Problem(
+                ((*at, "pairs"), ("student", "model")),
+                f"{recipe.student.model} has blocks 0 to {grid.depth - 1}, got {wrong}",
+            )

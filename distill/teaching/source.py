@@ -1,0 +1,125 @@
+"""What teaches, as the steps ask it: a frozen network here; other sources register under `teachers`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.data import BatchPlan
+from distill.errors import InputError
+from distill.features import Features
+from distill.teaching.cache import TeacherCache
+from distill.training.compilation import Compilation
+from teachers import Teacher
+
+
+class Place(NamedTuple):
+    """Which micro-batch is asked about."""
+
+    step: int
+    """Optimizer steps before this one."""
+    micro_batch: int
+
+
+class SourceContext(NamedTuple):
+    """What a source of teaching is built with."""
+
+    student: nn.Module
+    """The student, initialised and on its device: images [B, C, H, W] in [0, 1] and `blocks` -> its outputs."""
+    accelerator: Accelerator
+    total_steps: int
+
+
+class TeacherSource(ABC):
+    """What teaches: answers to the views of a micro-batch. Nothing of it is trained by gradients."""
+
+    @classmethod
+    def build(cls, options: Any, context: SourceContext) -> TeacherSource:
+        """One source, from the options of a recipe."""
+        return cls(options, context)  # type: ignore[call-arg]
+
+    @abstractmethod
+    def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
+        """What it answers to images [B, C, H, W] in [0, 1], by view. A source without a classifier has no logits."""
+
+    def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
+        """(channels, height, width) of its feature maps by name: of those, or of its own stages, first to last."""
+        return {}
+
+    def want(self, maps: Sequence[str]) -> None:
+        """Answer with these feature maps from now on.
+
+        Raises:
+            InputError: there are no such maps.
+        """
+        if maps:
+            raise InputError(f"teacher: {type(self).__name__} has no feature maps {', '.join(maps)}.")
+
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """Follow the student's step `step` (from 0); `skipped` (bool [], on the device): its weights did not change."""
+        return
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What checkpoints keep of it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        return
+
+
+class Frozen(TeacherSource):
+    """A frozen network, or an ensemble, in the recipe's precision, compiled if the student is; its logits come from the
+    cache where that has them.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        accelerator: Accelerator,
+        compilation: Compilation,
+        plan: BatchPlan,
+        *,
+        steps_per_epoch: int,
+        resolution: int,
+    ) -> None:
+        self._shapes_of = teacher
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if precision is not None or compilation.enabled:
+            teacher = teacher.with_weights_in(precision or torch.float32)
+        self.teacher = teacher
+        self.maps: tuple[str, ...] = ()
+        self.cache: TeacherCache | None = None
+        self._accelerator, self._compilation, self._plan = accelerator, compilation, plan
+        self._steps_per_epoch, self._resolution = steps_per_epoch, resolution
+
+    def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
+        if names is None:
+            return self._shapes_of.map_shapes(self._resolution)
+        return self._shapes_of.map_shapes(self._resolution, list(names))
+
+    def want(self, maps: Sequence[str]) -> None:
+        self.maps = tuple(maps)
+        self.teacher.prepare_maps(self.maps, self._resolution)
+        if self._compilation.enabled:
+            self._compilation.apply(self.teacher)
+
+    def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
+        return [self._ask(images, place if view == 0 else None) for view, images in enumerate(views)]
+
+    def _ask(self, images: Tensor, place: Place | None) -> Features:
+        """Stored are the logits of view 0 alone."""
+        with self._accelerator.autocast():
+            if self.maps:
+                logits, maps = self.teacher(images, self.maps)
+                return Features({"cls": logits}, maps)
+            if self.cache is None or place is None:
+                return Features({"cls": self.teacher(images)}, {})
+            epoch, step = divmod(place.step, self._steps_per_epoch)
+            part = self._plan.slices(step)[place.micro_batch]
+            return Features({"cls": self.cache.logits(epoch, part, lambda: self.teacher(images))}, {})

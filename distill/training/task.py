@@ -1,0 +1,148 @@
+"""What a step computes: a batch -> its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill import registry
+from distill.data import Batch
+from distill.errors import InputError
+from distill.features import Features
+from distill.methods.base import Method, Shapes, StepInputs
+from distill.methods.labels import labels
+from distill.options import MapsOptions
+from distill.recipe import Recipe
+from distill.students import Student
+from distill.teaching.source import Place, TeacherSource
+
+
+class Losses(NamedTuple):
+    """Scalars in float32."""
+
+    total: Tensor
+    """label_weight * label + sum of weight * method (Touvron et al. 2021, arXiv 2012.12877, equations 2 and 3 with free
+    weights).
+    """
+    parts: dict[str, Tensor]
+    """Unweighted: 'label', and each method under its name."""
+
+
+class Task(nn.Module):
+    """Student and methods as one module, so that what methods own is trained like the student, under
+    DistributedDataParallel too; checkpoints keep both, exports the student alone.
+
+    The labels are learned by the class head and the teacher's logits by the distillation head; a model with one head
+    learns both on it. Where nothing teaches the distillation head, the label loss is the mean over the heads.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        methods: Mapping[str, Method],
+        source: TeacherSource | None,
+        *,
+        label_smoothing: float,
+        weights: Callable[[float], Mapping[str, float]],
+    ) -> None:
+        """`weights`: of the parts after a share of the run, 0 to 1."""
+        super().__init__()
+        self.student, self.methods = student, nn.ModuleDict(dict(methods))
+        self.source = source
+        self.weights, self.label_smoothing = weights, label_smoothing
+        self.blocks = tuple(sorted({block for method in methods.values() for block in method.blocks}))
+        self.views = max([1, *(method.options.needs.views for method in methods.values())])
+        self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
+        self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
+        self._steps: list[StepInputs] = []
+        """The micro-batches of the step at hand, for `after_step`."""
+
+    def forward(self, batch: Batch, place: Place, progress: float) -> Losses:
+        """The losses of a micro-batch after a share `progress`, 0 to 1, of the run."""
+        views = (batch.images, *batch.views)
+        teacher = [] if self.source is None else self.source.ask(views, place)
+        student = [self.student(images, self.blocks) for images in views]
+        step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
+        with torch.autocast(batch.targets.device.type, enabled=False):
+            parts = {
+                "label": labels(
+                    student[0].logits,
+                    batch.targets,
+                    smoothing=self.label_smoothing,
+                    all_heads=self._label_all_heads,
+                )
+            }
+            parts |= {name: method(step) for name, method in self.methods.items()}
+            weights = self.weights(progress)
+            total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        if self._keeps_steps:
+            self._steps.append(_detached(step))
+        return Losses(total, parts)
+
+    @torch.no_grad()
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """Let methods and teacher follow an optimizer step (from 0), which was `skipped` (bool [], on the device)."""
+        for inputs in self._steps:
+            for method in self.methods.values():
+                cast(Method, method).after_step(inputs, skipped)
+        self._steps.clear()
+        if self.source is not None:
+            self.source.after_step(step, skipped)
+
+
+def _detached(step: StepInputs) -> StepInputs:
+    student = [
+        Features(
+            {name: tensor.detach() for name, tensor in view.logits.items()},
+            {name: tensor.detach() for name, tensor in view.maps.items()},
+        )
+        for view in step.student
+    ]
+    return step._replace(student=student)
+
+
+def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *, num_classes: int) -> Task:
+    """The recipe's losses between this student and what teaches it, with weights that depend on the seed only.
+
+    Raises:
+        InputError: they leave a head untaught, or are to compare maps that one of the two has not.
+    """
+    _check_heads(recipe, student)
+    # Without its teacher, which may have to be trained first, a recipe has only the methods that need none.
+    sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
+    # Methods on logits come first, so that the sum of the losses has one order.
+    sections.sort(key=lambda section: not section.needs.logits)
+    shapes = Shapes(num_classes=num_classes)
+    if source is not None and any(section.needs.maps for section in sections):
+        named = {name for section in sections if isinstance(section, MapsOptions) for name in section.named_maps()}
+        stages = source.map_shapes()
+        others = sorted(name for name in named if name not in stages)
+        known = stages | (source.map_shapes(others) if others else {})
+        channels = {name: shape[0] for name, shape in known.items()}
+        shapes = Shapes(student.map_channels(), channels, list(stages), num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        try:
+            methods = {
+                section.method: registry.find("methods", section.method).implementation(section, shapes)
+                for section in sections
+            }
+        except ValueError as error:
+            raise InputError(f"distill: {error}.") from None
+    if source is not None:
+        source.want(tuple(dict.fromkeys(name for method in methods.values() for name in method.maps)))
+    return Task(student, methods, source, label_smoothing=recipe.train.label_smoothing, weights=recipe.loss_weights)
+
+
+def _check_heads(recipe: Recipe, student: Student) -> None:
+    """InputError where the labels teach the first of two heads and no method with any weight the other."""
+    on_logits = {index: section for index, section in enumerate(recipe.distill) if section.needs.logits}
+    untaught = on_logits and not any(section.mean_weight for section in on_logits.values())
+    if recipe.label_weight != 0 and untaught and len(student.heads) > 1:
+        raise InputError(
+            f"distill.{min(on_logits)}.weight: 0 all the time: the distillation head, half of the answer, would learn "
+            "nothing; leave the method out"
+        )
