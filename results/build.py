@@ -8,7 +8,6 @@ the same bytes. What has not been run yet says so.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ from distill.errors import InputError
 from distill.files.text import markdown, write_text
 from distill.recipe import Recipe
 from distill.report.charts import COLOURS, Chart
+from distill.report.curves import curves_of
 from distill.report.runs import RunFiles
 from distill.report.statistics import p_text
-from results.arms import ARMS, QUESTIONS, Arm, Block, Goal, Question, seeds_of
-from results.cells import Cells, Difference, read_cells
+from results.arms import HERE, PLAN, Block, Goal, Question, load_arm, says, seeds_of
+from results.cells import Cells, Difference, difference, read_cells
 
-HERE = Path(__file__).resolve().parent
 NOT_RUN = "not run"
 STYLES = ("-", "--", ":")
 INTRODUCTION = """\
@@ -33,7 +32,8 @@ INTRODUCTION = """\
 
 Built by `python -m results.build` out of the run files in [runs](runs); no number is typed by hand. `python -m
 results.campaign cpu --runs DIR` (or `gpu`) runs what is missing, `python -m results.collect DIR` brings its files
-here; [LOG.md](LOG.md) is the log of what was tried and learned.
+here; [LOG.md](LOG.md) is the log of what was tried and learned. An arm is a recipe in [recipes](recipes), run by
+`accelerate launch distill/train.py results/recipes/ARM.yaml seed=SEED`.
 
 CIFAR-10. Top-1 accuracy is that of the 10,000 test images, which each run reads once, at its end, for the weights that
 were chosen on its validation images: mean and standard deviation over the seeds. A difference is that of the answers
@@ -65,19 +65,22 @@ def build(cells: Cells) -> dict[str, str]:
     """The texts of all files, by their names."""
     plots = {f"plots/{block.name}.svg": chart for block in _blocks() if (chart := curves(cells, block)) is not None}
     parts = [INTRODUCTION, "## Goals", goals(cells)]
-    for number, question in enumerate(QUESTIONS, start=1):
+    for number, question in enumerate(PLAN.questions, start=1):
         parts += [f"## {number}. {question.title}", question.asks]
         for block in question.blocks:
             parts += [budget(cells, block), table(cells, block)]
             if f"plots/{block.name}.svg" in plots:
                 caption = "Validation accuracy after each epoch, of the weights' moving average; means over the seeds."
                 parts += [f"![Validation accuracy by epoch](plots/{block.name}.svg)", caption]
-    parts += ["## Arms", "Each is one command; `seed=1` and `seed=2` give the others.", commands()]
     return {"README.md": "\n\n".join(parts) + "\n", **{name: chart.to_svg_file() for name, chart in plots.items()}}
 
 
 def _blocks() -> Iterator[Block]:
-    return (block for question in QUESTIONS for block in question.blocks)
+    return (block for question in PLAN.questions for block in question.blocks)
+
+
+def _arms(block: Block) -> list[str]:
+    return list(dict.fromkeys(row[0] for row in block.rows))
 
 
 def lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int]) -> str:
@@ -88,36 +91,29 @@ def lines(header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequen
 
 def table(cells: Cells, block: Block) -> str:
     """A block's arms; where none of them has been run, their names."""
-    names = dict.fromkeys(name for name, _ in block.rows)
+    names = _arms(block)
     if not any(name in cells.runs for name in names):
         return f"None of these has been run: {', '.join(f'`{name}`' for name in names)}."
     header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "p", "p over seeds", "in common",
               "minutes"]  # fmt: skip
-    rows = [_row(cells, ARMS[name], against) for name, against in block.rows]
+    rows = [_row(cells, *row) for row in block.rows]
     return lines(header, rows, words=(0, 1, 5, 9))
 
 
-def _row(cells: Cells, arm: Arm, against: str | None) -> list[str]:
-    values = cells.top1(arm.name)
+def _row(cells: Cells, arm: str, against: str | None = None) -> list[str]:
+    values = cells.top1(arm)
     tested = ["none", "", "", "", ""]
     if against is not None:
-        difference = cells.difference(arm.name, against)
-        tested = [f"`{against}`", *([NOT_RUN] * 4 if difference is None else _tested(cells, arm, against, difference))]
-    measured = [_spread(values), _number(cells.validation(arm.name), ".2f")] if values else [NOT_RUN, NOT_RUN]
-    minutes = _number(cells.minutes(arm.name), ".1f") if values else NOT_RUN
-    return [
-        f"`{arm.name}`",
-        markdown(arm.says),
-        f"{len(values)} of {len(seeds_of(arm.name))}",
-        *measured,
-        *tested,
-        minutes,
-    ]
+        found = difference(cells.rights(arm), cells.rights(against))
+        tested = [f"`{against}`", *([NOT_RUN] * 4 if found is None else _tested(cells, arm, against, found))]
+    measured = [_spread(values), _number(cells.validation(arm), ".2f")] if values else [NOT_RUN, NOT_RUN]
+    minutes = _number(cells.minutes(arm), ".1f") if values else NOT_RUN
+    return [f"`{arm}`", markdown(says(arm)), f"{len(values)} of {len(seeds_of(arm))}", *measured, *tested, minutes]
 
 
-def _tested(cells: Cells, arm: Arm, against: str, difference: Difference) -> list[str]:
-    tests = [_p(difference.p), _p(difference.p_over_seeds)]
-    return [f"{difference.points:+.2f}", *tests, cells.matched(arm.name, against) or "neither"]
+def _tested(cells: Cells, arm: str, against: str, found: Difference) -> list[str]:
+    tests = [_p(found.p), _p(found.p_over_seeds)]
+    return [f"{found.points:+.2f}", *tests, cells.matched(arm, against) or "neither"]
 
 
 def _p(value: float | None) -> str:
@@ -135,10 +131,10 @@ def _number(value: float | None, form: str) -> str:
 
 def budget(cells: Cells, block: Block) -> str:
     """What the arms of a block have to learn with, as recipes and runs say it."""
-    names = list(dict.fromkeys(name for name, _ in block.rows))
+    names = _arms(block)
     found: dict[str, list[str]] = {}
     for name in names:
-        recipe = ARMS[name].load(0)
+        recipe = load_arm(name, 0)
         found.setdefault(f"{_model(recipe)}, {_schedule(recipe)}", []).append(name)
     machines = list(dict.fromkeys(filter(None, (_machine(cells, name) for name in names))))
     teachers = list(dict.fromkeys(filter(None, (_teacher(cells, name) for name in names))))
@@ -164,7 +160,7 @@ def _schedule(recipe: Recipe) -> str:
 
 
 def _machine(cells: Cells, arm: str) -> str | None:
-    for run in cells.runs.get(arm, {}).values():
+    for run in cells.of(arm):
         environment = run.environment
         threads = f", {environment['threads']} thread(s) a run" if environment["device"] == "cpu" else ""
         return markdown(f"{environment['device_name']} in {environment['precision']}{threads}")
@@ -172,14 +168,16 @@ def _machine(cells: Cells, arm: str) -> str | None:
 
 
 def _teacher(cells: Cells, arm: str) -> str | None:
-    for run in cells.runs.get(arm, {}).values():
+    for run in cells.of(arm):
         if (teacher := cells.teacher(run)) is not None:
             return f"{markdown(teacher[0])}, {teacher[1]:.2f} %"
     return None
 
 
 def goals(cells: Cells) -> str:
-    rows = [_goal(cells, question, goal) for question in QUESTIONS for block in question.blocks for goal in block.goals]
+    rows = [
+        _goal(cells, question, goal) for question in PLAN.questions for block in question.blocks for goal in block.goals
+    ]
     return lines(["question", "goal", "arm", "measured", "met"], rows, words=(0, 1, 2, 3, 4))
 
 
@@ -202,7 +200,8 @@ def _measured(cells: Cells, goal: Goal) -> tuple[str, str]:
         met = met and minutes is not None and minutes <= goal.minutes
     if goal.against is not None:
         is_teacher = goal.against == "teacher"
-        found = cells.against_teacher(goal.arm) if is_teacher else cells.difference(goal.arm, goal.against)
+        theirs = cells.rights_of_teacher(goal.arm) if is_teacher else cells.rights(goal.against)
+        found = difference(cells.rights(goal.arm), theirs)
         if found is None:
             return NOT_RUN, NOT_RUN
         said.append(f"{found.words}, {found.seeds} seed(s)")
@@ -215,10 +214,10 @@ def curves(cells: Cells, block: Block) -> Chart | None:
     chart = Chart(size=(7.5, 4.2))
     chart.label("epoch", "validation top-1 (%)")
     chart.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    names = list(dict.fromkeys(name for name, _ in block.rows))
+    names = _arms(block)
     drawn = False
     for index, name in enumerate(names):
-        points = _points(cells, list(cells.runs.get(name, {}).values()))
+        points = _points(cells.of(name))
         if points:
             drawn = True
             chart.line(
@@ -231,24 +230,15 @@ def curves(cells: Cells, block: Block) -> Chart | None:
     return chart
 
 
-def _points(cells: Cells, runs: Sequence[RunFiles]) -> dict[float, float]:
+def _points(runs: Sequence[RunFiles]) -> dict[float, float]:
     """Mean accuracy by epoch, where all runs have one; of the moving average, if there is one."""
     found = []
     for run in runs:
-        assert cells.comparison is not None, "it has these runs"
-        measured = [curve for curve in cells.comparison.curves.top1 if curve.run == run.path.name]
+        measured = curves_of({run.path.name: run}).top1
         averaged = [curve for curve in measured if curve.variant.endswith("EMA")]
         found += [dict(zip(curve.epochs, curve.values, strict=True)) for curve in (averaged or measured)[:1]]
     common = [epoch for epoch in found[0] if all(epoch in points for points in found)] if found else []
     return {epoch: float(np.mean([points[epoch] for points in found])) for epoch in common}
-
-
-def commands() -> str:
-    rows = []
-    for arm in ARMS.values():
-        command = ["accelerate", "launch", "distill/train.py", arm.recipe, *arm.all_overrides(0)]
-        rows.append([f"`{arm.name}`", f"`{shlex.join(command)}`"])
-    return lines(["arm", "command"], rows, words=(0, 1))
 
 
 if __name__ == "__main__":

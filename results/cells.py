@@ -1,24 +1,23 @@
-"""The collected runs as cells, and what they say: means, deviations and paired tests, all by the report's own code."""
+"""The collected runs as cells, and what they say: accuracies, times and paired tests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from distill.errors import InputError
-from distill.report.comparison import Comparison, Row, compare
-from distill.report.metrics import measure, read_predictions
-from distill.report.runs import Record, RunFiles
-from distill.report.sections import seeds
-from distill.report.statistics import in_words, mcnemar
+from distill.report.metrics import Predictions, read_predictions
+from distill.report.runs import Record, RunFiles, read_run
+from distill.report.statistics import Right, in_words, mcnemar, paired
 from distill.run import read_recipe
-from results.arms import ARMS, identity, seeds_of
+from results.arms import ARMS, identity, load_arm, seeds_of
 from results.collect import TEACHERS, is_chosen, teacher_of
+
+Rights = Mapping[int, Right]
+"""By seed, bool [images]: which test images are answered rightly."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,29 @@ class Cells:
     """All collected runs."""
 
     folder: Path
-    comparison: Comparison | None
-    """None where nothing is collected."""
     runs: Mapping[str, Mapping[int, RunFiles]]
     """By arm, by seed."""
 
+    def of(self, arm: str) -> list[RunFiles]:
+        return list(self.runs.get(arm, {}).values())
+
+    def rights(self, arm: str) -> Rights:
+        return {seed: _right(run.predictions) for seed, run in self.runs.get(arm, {}).items()}
+
+    def rights_of_teacher(self, arm: str) -> Rights:
+        """Of the teacher of each of an arm's runs, where its answers were collected."""
+        found = {seed: self._teacher(run) for seed, run in self.runs.get(arm, {}).items()}
+        return {seed: _right(predictions) for seed, predictions in found.items() if predictions is not None}
+
     def top1(self, arm: str) -> list[float]:
         """On the test set, in percent, by seed."""
-        return [self._row(arm, seed).metrics.top1 for seed in self.runs.get(arm, {})]
+        return list(map(_percent, self.rights(arm).values()))
 
     def validation(self, arm: str) -> float | None:
         """Mean accuracy of what was exported on the split that it was chosen on."""
         found = [
             event["student/top1"]
-            for run in self.runs.get(arm, {}).values()
+            for run in self.of(arm)
             for event in run.events
             if is_chosen(event, run.status.get("exported"))
         ]
@@ -63,35 +71,19 @@ class Cells:
 
     def minutes(self, arm: str) -> float | None:
         """Mean time of training."""
-        found = [seconds for run in self.runs.get(arm, {}).values() if (seconds := run.status.get("training_seconds"))]
+        found = [seconds for run in self.of(arm) if (seconds := run.status.get("training_seconds"))]
         return float(np.mean(found)) / 60 if found else None
 
     def teacher(self, run: RunFiles) -> tuple[str, float] | None:
         """What a run's teacher is, and its accuracy on the test set."""
-        file = self.folder / TEACHERS / f"{teacher_of(run)}.safetensors"
-        if not file.exists():
+        if (predictions := self._teacher(run)) is None:
             return None
         event = next(event for event in run.events if event.get("event") == "preflight")
-        predictions = read_predictions(file)
-        top1 = measure(predictions.logits["student.fused"], predictions.labels).top1
-        return str(event["teacher"]).partition(": ")[0], top1
+        return str(event["teacher"]).partition(": ")[0], _percent(_right(predictions))
 
-    def difference(self, arm: str, other: str) -> Difference | None:
-        """None where no seed has both; over one seed McNemar's test of its images, over several of all their answers
-        together.
-        """
-        common = sorted(set(self.runs.get(arm, {})) & set(self.runs.get(other, {})))
-        if len(common) > 1:
-            first, second = (f"student of {name}-{min(self.runs[name])}" for name in (arm, other))
-            for pair, sign in (((first, second), 1), ((second, first), -1)):
-                if (test := self._tests.get(pair)) is not None:
-                    return Difference(sign * test["points"], test["p_pooled"], test["seeds"], test["p_over_seeds"])
-            raise InputError(f"{self.folder}: the runs of {arm} or of {other} differ in more than their seed.")
-        if not common:
-            return None
-        assert self.comparison is not None
-        verdict = self.comparison.verdict(self._row(arm, common[0]), self._row(other, common[0]))
-        return Difference(verdict.points, verdict.p, 1)
+    def _teacher(self, run: RunFiles) -> Predictions | None:
+        file = self.folder / TEACHERS / f"{teacher_of(run)}.safetensors"
+        return read_predictions(file) if file.exists() else None
 
     def matched(self, arm: str, other: str) -> str:
         """What two arms have in common under each seed: the weights that they began from, and the batches they saw."""
@@ -101,33 +93,24 @@ class Cells:
         batches = all(_saw(one) == _saw(two) for one, two in pairs)
         return " and ".join(name for name, same in (("weights", weights), ("batches", batches)) if same)
 
-    def against_teacher(self, arm: str) -> Difference | None:
-        """The arm minus its teacher, over all its seeds."""
-        answers = []
-        for seed, run in self.runs.get(arm, {}).items():
-            file = self.folder / TEACHERS / f"{teacher_of(run)}.safetensors"
-            if not file.exists():
-                return None
-            predictions = read_predictions(file)
-            logits = self._row(arm, seed).logits, predictions.logits["student.fused"]
-            answers.append([values.argmax(1) == predictions.labels for values in logits])
-        if not answers:
-            return None
-        verdict = mcnemar(arm, "its teacher", *(np.concatenate(rights) for rights in zip(*answers, strict=True)))
-        return Difference(verdict.points, verdict.p, len(answers))
 
-    def _row(self, arm: str, seed: int) -> Row:
-        assert self.comparison is not None
-        row = self.comparison.row(f"{arm}-{seed}", "student")
-        assert row is not None, "read_run asks for the student's logits"
-        return row
+def difference(ours: Rights, theirs: Rights) -> Difference | None:
+    """None where no seed has both."""
+    common = sorted(set(ours) & set(theirs))
+    if not common:
+        return None
+    a, b = ([rights[seed] for seed in common] for rights in (ours, theirs))
+    pooled = mcnemar("", "", np.concatenate(a), np.concatenate(b))
+    over_seeds = paired(list(map(_percent, a)), list(map(_percent, b))).p if len(common) > 1 else None
+    return Difference(pooled.points, pooled.p, len(common), over_seeds)
 
-    @cached_property
-    def _tests(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Of all pairs of arms with two seeds in common, as the report on all runs has them."""
-        assert self.comparison is not None
-        section = seeds.build(self.comparison)
-        return {} if section is None else {(test["first"], test["second"]): test for test in section.data["tests"]}
+
+def _right(predictions: Predictions) -> Right:
+    return predictions.logits["student.fused"].argmax(1) == predictions.labels
+
+
+def _percent(right: Right) -> float:
+    return 100.0 * float(right.mean())
 
 
 def _began_with(events: Sequence[Record]) -> list[str]:
@@ -143,23 +126,21 @@ def read_cells(folder: Path) -> Cells:
     """All collected runs under `folder`.
 
     Raises:
-        InputError: one is damaged, or is not what results/arms.py says of its name.
+        InputError: one is damaged, is not what its name says, or was measured on another test set.
     """
-    found: dict[str, dict[int, Path]] = {}
-    for name, arm in ARMS.items():
-        for seed in seeds_of(name):
-            path = folder / f"{name}-{seed}"
+    found: dict[str, dict[int, RunFiles]] = {}
+    for arm in ARMS:
+        for seed in seeds_of(arm):
+            path = folder / f"{arm}-{seed}"
             if path.exists():
-                if identity(read_recipe(path)) != identity(arm.load(seed)):
-                    raise InputError(
-                        f"{path}: its recipe is not what results/arms.py says of {name}. Remove or rerun it."
-                    )
-                found.setdefault(name, {})[seed] = path
-    known = {path.name for paths in found.values() for path in paths.values()} | {TEACHERS}
+                if identity(read_recipe(path)) != identity(load_arm(arm, seed)):
+                    raise InputError(f"{path}: its recipe is not that of {ARMS[arm].name}. Remove or rerun it.")
+                found.setdefault(arm, {})[seed] = read_run(path)
+    runs = [run for by_seed in found.values() for run in by_seed.values()]
+    known = {run.path.name for run in runs} | {TEACHERS}
     if strange := sorted(path.name for path in folder.glob("[!.]*") if path.name not in known):
-        raise InputError(f"{folder}: no cells of results/arms.py: {', '.join(strange)}.")
-    if not found:
-        return Cells(folder, None, {})
-    comparison = compare([path for paths in found.values() for path in paths.values()])
-    runs = {name: {seed: comparison.runs[path.name] for seed, path in paths.items()} for name, paths in found.items()}
-    return Cells(folder, comparison, runs)
+        raise InputError(f"{folder}: no cells of plan.yaml: {', '.join(strange)}.")
+    for run in runs:
+        if not np.array_equal(run.predictions.labels, runs[0].predictions.labels):
+            raise InputError(f"{run.path}: measured on another test set than {runs[0].path}. Remove or rerun it.")
+    return Cells(folder, found)

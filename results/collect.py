@@ -2,8 +2,8 @@
 
     python -m results.collect DIR [DIR ...]
 
-Every finished run anywhere under the folders, controls and teachers among them, that is a cell of results/arms.py goes
-to results/runs/<arm>-<seed>/. A cell that is there already stays as it is. Of a run this keeps the resolved recipe,
+Every finished run anywhere under the folders, controls and teachers among them, that is a cell of plan.yaml goes to
+results/runs/<arm>-<seed>/. A cell that is there already stays as it is. Of a run this keeps the resolved recipe,
 status and environment without paths, host and commands of the machine; the metrics, one line of training an epoch and
 at most thirty epochs; and the test set's logits in float16, which decide as the original ones do. A teacher's logits
 are kept once.
@@ -30,9 +30,9 @@ from distill.files.tensors import write_tensors
 from distill.files.text import write_text
 from distill.report.runs import Record, RunFiles, read_run
 from distill.run import is_finished, read_recipe
-from results.arms import all_cells, identity
+from results.arms import HERE, all_cells, identity, load_arm
 
-COLLECTED = Path(__file__).resolve().parent / "runs"
+COLLECTED = HERE / "runs"
 TEACHERS = "teachers"
 MOST_EPOCHS = 30
 STATUS = ("state", "reason", "step", "epoch", "metrics", "parameters", "data_digest", "exported")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, *, to: Path = COLLECTED) -> int
 
 def collect(folders: Sequence[Path], to: Path) -> None:
     """Copy all cells under `folders` that `to` has not yet, and say what became of every finished run."""
-    names = {identity(arm.load(seed)): f"{arm.name}-{seed}" for arm, seed in all_cells()}
+    names = {identity(load_arm(arm, seed)): f"{arm}-{seed}" for arm, seed in all_cells()}
     for path in sorted({status.parent for folder in folders for status in folder.rglob("status.json")}):
         try:
             if not is_finished(path):
@@ -63,7 +63,7 @@ def collect(folders: Sequence[Path], to: Path) -> None:
                 continue
             name = names.get(identity(read_recipe(path)))
             if name is None:
-                print(f"{path}: no arm of results/arms.py, left out")
+                print(f"{path}: no cell of plan.yaml, left out")
             elif (to / name).exists():
                 print(f"{path}: {name} is there already")
             else:

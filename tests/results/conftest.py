@@ -13,7 +13,7 @@ import torch
 
 from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
-from results.arms import ARMS
+from results.arms import load_arm
 
 SAMPLES, CLASSES, EPOCHS = 200, 10, 4
 TEACHER_SHA = "ab" * 32
@@ -29,9 +29,9 @@ def make_cell(tmp_path: Path) -> MakeCell:
         folder = tmp_path / "there" / (path or f"run-{name}-{seed}")
         (folder / "checkpoints").mkdir(parents=True)
         given = [f"data.root={HOME}/data"]
-        recipe = ARMS[name].load(seed, given)
+        recipe = load_arm(name, seed, given)
         if recipe.teachers and recipe.teachers[0].model is not None:
-            recipe = ARMS[name].load(seed, [*given, f"teacher.weights={HOME}/w/teacher.th"])
+            recipe = load_arm(name, seed, [*given, f"teacher.weights={HOME}/w/teacher.th"])
         (folder / "resolved.yaml").write_text(recipe.to_yaml())
         labels = np.random.default_rng(0).integers(0, CLASSES, SAMPLES)
         draw = np.random.default_rng([seed, *map(ord, name)])

@@ -13,7 +13,7 @@ from distill.report.metrics import read_predictions
 from distill.report.runs import read_run
 from distill.run import read_recipe
 from results import campaign
-from results.arms import ARMS, Arm, identity
+from results.arms import ARMS, PLAN, Cells, identity, load_arm
 from results.collect import collect, halved, portable, thinned
 from tests.conftest import Toy, environment
 from tests.results.conftest import EPOCHS, HOME, TEACHER_SHA, MakeCell, metrics_lines
@@ -27,7 +27,7 @@ def test_cells_are_found_by_what_they_learned_controls_among_them(
     unfinished = make_cell("nano-hard", 0)
     (unfinished / "status.json").write_text('{"state": "running"}')
     foreign = make_cell("nano-plain", 0)
-    (foreign / "resolved.yaml").write_text(ARMS["nano-plain"].load(0, ["train.epochs=7"]).to_yaml())
+    (foreign / "resolved.yaml").write_text(load_arm("nano-plain", 0, ["train.epochs=7"]).to_yaml())
     damaged = make_cell("nano-mean", 0)
     content = bytearray((damaged / "predictions.safetensors").read_bytes())
     content[-1] ^= 1
@@ -36,7 +36,7 @@ def test_cells_are_found_by_what_they_learned_controls_among_them(
     collect([tmp_path / "there"], kept)
     assert sorted(path.name for path in kept.iterdir()) == ["nano-control-1", "nano-hard-guide-1", "teachers"]
     said = capsys.readouterr().out
-    for path, what in ((unfinished, "not finished"), (foreign, "no arm"), (damaged, "SHA-256")):
+    for path, what in ((unfinished, "not finished"), (foreign, "no cell"), (damaged, "SHA-256")):
         assert what in next(line for line in said.splitlines() if line.startswith(str(path)))
 
 
@@ -51,7 +51,7 @@ def test_nothing_of_the_machine_is_left(tmp_path: Path, make_cell: MakeCell) -> 
             word for word in (HOME, "home", "myhost", "somebody", str(tmp_path)) if word.encode() in path.read_bytes()
         ]
     recipe = read_recipe(folder)
-    assert recipe == load("recipes/cifar10/nano_guide.yaml", ["control=false"])  # as anybody would run it
+    assert recipe == load("results/recipes/nano-hard-guide.yaml")  # as anybody would run it
     status = json.loads((folder / "status.json").read_text())
     assert status["teacher_weights"] == {"teacher.th": "12" * 32}
     assert status["training_seconds"] == 10 * EPOCHS  # without the time until a control was ready
@@ -142,8 +142,9 @@ def test_a_real_campaign_runs_is_skipped_and_is_collected(
     monkeypatch.setattr(campaign, "COLLECTED", tmp_path / "kept")
     monkeypatch.setattr(campaign.os, "environ", environment())
     monkeypatch.setattr(campaign.signal, "signal", lambda *_: None)
-    monkeypatch.setitem(ARMS, "toy", Arm("toy", "", str(toy.recipe), ("train.epochs=1",)))
-    monkeypatch.setitem(campaign.CAMPAIGNS, "cpu", (("toy", (0,)),))
+    (tmp_path / "toy.yaml").write_text(f"base: {toy.recipe}\ntrain: {{epochs: 1}}\n")
+    monkeypatch.setitem(ARMS, "toy", tmp_path / "toy.yaml")
+    monkeypatch.setitem(PLAN.campaigns, "cpu", [Cells(arms=["toy"], seeds=[0])])
     arguments = ["cpu", "--runs", str(tmp_path / "runs"), f"teacher.weights={toy.teacher}"]
     assert campaign.main(arguments) == 0, (tmp_path / "runs" / "toy-0.log").read_text()
     assert "toy-0: finished" in capsys.readouterr().out
@@ -151,7 +152,7 @@ def test_a_real_campaign_runs_is_skipped_and_is_collected(
     for path in (tmp_path / "kept").rglob("*"):
         for word in (tmp_path, toy.root, Path.home(), campaign.os.uname().nodename):
             assert path.is_dir() or str(word).encode() not in path.read_bytes(), (path, word)
-    assert identity(read_recipe(tmp_path / "kept" / "toy-0")) == identity(ARMS["toy"].load(0))
+    assert identity(read_recipe(tmp_path / "kept" / "toy-0")) == identity(load_arm("toy", 0))
     for file in (tmp_path / "runs").rglob("status.json"):
         file.unlink()  # what is collected need not be there any more
     assert campaign.main(arguments) == 0
