@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from distill.options import Section
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load, read_yaml
-from distill.recipe.base import Section
 
 HERE = Path(__file__).resolve().parent
 ARMS = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}

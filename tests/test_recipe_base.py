@@ -13,6 +13,7 @@ import yaml
 
 from distill.errors import InputError
 from distill.recipe import Recipe, from_mapping, load
+from distill.recipe.inheritance import with_bases
 from distill.run import read_status
 from tests.conftest import Toy
 from tests.warm import launch
@@ -89,6 +90,13 @@ def test_mappings_merge_and_all_else_is_replaced(
     assert recipe.digest() == resolved(by_hand).digest()
     assert "base" not in recipe.flat()
     assert "base" not in yaml.safe_load(recipe.to_yaml())
+
+
+def test_a_teacher_from_another_source_replaces_that_of_the_base(tmp_path: Path, base: Path) -> None:
+    source = {"teacher": {"source": "average", "decay": 0.9}}
+    merged, bases = with_bases({"base": "common/base.yaml", **source}, tmp_path / "child.yaml", tmp_path)
+    assert merged == BASE | source
+    assert bases == [base]
 
 
 def test_a_null_base_and_a_base_alone(tmp_path: Path, base: Path) -> None:

@@ -12,6 +12,8 @@ from distill.errors import InputError
 from distill.recipe.reading import read_mapping, short
 
 KEY = "base"
+VARIANTS = ("kind", "source")
+"""Keys that say which variant a section is of, and with that which other keys it has."""
 MOST_BASES = 10
 _LONGEST_PATH = 1000
 
@@ -49,14 +51,12 @@ def with_bases(raw: Mapping[Any, Any], path: Path, folder: Path) -> tuple[Mappin
 
 
 def _merged(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Mappings merge key by key; everything else replaces, null and lists too, and a section of another `kind`, whose
-    keys are others.
-    """
+    """Mappings merge key by key; everything else replaces, null and lists too, and a section of another variant."""
     result = dict(base)
     for key, value in changes.items():
         before = result.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping):
-            same_kind = value.get("kind", before.get("kind")) == before.get("kind")
-            value = _merged(before, value) if same_kind else value
+            same = all(value.get(name, before.get(name)) == before.get(name) for name in VARIANTS)
+            value = _merged(before, value) if same else value
         result[key] = value
     return result
