@@ -11,15 +11,18 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from distill import __version__
-from distill.errors import InputError
+from distill.errors import InputError, Interrupted
 from distill.files.text import visible
-from distill.launching.ending import exit_code, last_words, leave_word
-from distill.launching.launcher import Command
-from distill.launching.signals import Interrupted, StopRequest
+from distill.launching.ending import exit_code, exit_message, write_interruption
+from distill.launching.launcher import is_main_process
+from distill.launching.signals import StopRequest
 from distill.registry import load_plugin
+
+if TYPE_CHECKING:
+    from distill.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "arguments", None):
         _take_target(own, options)
     try:
-        for target in options.plugin:
-            load_plugin(target)
+        if function is not train:  # which listens to signals before it imports anything
+            _load_plugins(options)
         return function(options) or 0
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or error.process is not None:
+        if is_main_process() or error.process is not None:
             print(f"error: {visible(str(error))}", file=sys.stderr)
         return exit_code(error)
 
@@ -107,6 +110,11 @@ def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: s
     parser.add_argument("arguments", nargs=number, metavar=f"{name} key=value", help=explanation)
 
 
+def _load_plugins(options: argparse.Namespace) -> None:
+    for target in options.plugin:
+        load_plugin(target)
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     explanation = "a YAML file, and what replaces single values in it, such as train.epochs=10; in any order"
     _target_arguments(parser, "RECIPE", explanation)
@@ -129,33 +137,41 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train the student of a recipe: what `accelerate launch distill/train.py` runs."""
-    again = sys.argv[1:]
-    command = Command.find(again)
-    resuming = [*(["train"] if again[:1] == ["train"] else []), options.target, *options.overrides]
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
+    plugins = [word for target in options.plugin for word in ("--plugin", target)]
+    resuming = [options.target, *options.overrides, *plugins]
+    runs: list[Run] = []
 
-    def leave(error: BaseException) -> int:
-        directories = [run.path for run in stop.runs]
-        for run in reversed(stop.runs):
-            run.end(error, writes=stop.writes)
-        if isinstance(error, Interrupted) and not directories and options.out and not options.dry_run and stop.writes:
-            leave_word(error, options.out)
+    def end(error: BaseException) -> int:
+        directories = [run.path for run in runs]
+        wrote = [run.end(error) for run in reversed(runs)]
+        if isinstance(error, Interrupted) and not runs and options.out and not options.dry_run and is_main_process():
+            write_interruption(error, options.out)
             directories = [options.out]
-        if stop.speaks:
-            words = last_words(error, directories, command, again, resuming)
+        if is_main_process() or any(wrote):
+            message = exit_message(error, directories, arguments, resuming)
             with suppress(OSError):  # a closed terminal, or a pipe whose reader was stopped too
-                print(visible(words), file=sys.stderr, flush=True)
+                print(visible(message), file=sys.stderr, flush=True)
         return exit_code(error)
 
-    stop = StopRequest(command.launcher, leave)
+    stop = StopRequest(end)
     try:
         from distill.recipe import load
 
+        _load_plugins(options)
         load(options.target, options.overrides)  # bad recipes are answered before torch is imported
         from distill.pipeline import launch
 
-        launch(Path(options.target), options.overrides, out=options.out, resume=options.resume, dry_run=options.dry_run)
+        launch(
+            Path(options.target),
+            options.overrides,
+            runs,
+            out=options.out,
+            resume=options.resume,
+            dry_run=options.dry_run,
+        )
     except BaseException as error:
-        return leave(stop.verdict(error))
+        return end(stop.exit_cause(error))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The two exceptions that end in a message instead of a stack trace."""
+"""The three exceptions that end a command in a message instead of a stack trace."""
 
 
 class InputError(ValueError):
@@ -17,4 +17,11 @@ class RunFailed(Exception):
 
     The message, of one or two lines, says what happened and what to change; the commands add what is safe and how to
     resume, and exit with code 3.
+    """
+
+
+class Interrupted(BaseException):
+    """The run stopped early and can be resumed; the message says why. The commands exit with code 75.
+
+    Not an `Exception`, so that no `except Exception` on its way keeps it.
     """

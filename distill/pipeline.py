@@ -21,14 +21,13 @@ from distill.data.sequential import SequentialDataset
 from distill.errors import InputError, RunFailed
 from distill.launching.processes import (
     build_accelerator,
-    join_peers,
+    join_processes,
     on_main,
-    part_from_peers,
     set_threads,
     start_processes,
     with_precision,
 )
-from distill.launching.signals import StopRequest, verdict
+from distill.launching.signals import StopRequest, exit_cause
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
 from distill.teaching.teachers import (
@@ -70,8 +69,13 @@ class Launch:
     """The one that was asked for, and within it those that have begun and not finished."""
 
 
-def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: str | None, dry_run: bool) -> None:
+def launch(
+    path: Path, overrides: Sequence[str], runs: list[Run], *, out: Path | None, resume: str | None, dry_run: bool
+) -> None:
     """Run the recipe at `path` on all processes of this launch, whose `StopRequest` is made before.
+
+    Args:
+        runs: gets the run that was asked for, and within it those that have begun and not finished.
 
     Raises:
         InputError: something the user gave cannot be used; nothing half-written is left.
@@ -84,26 +88,26 @@ def launch(path: Path, overrides: Sequence[str], *, out: Path | None, resume: st
     threads = set_threads()
     is_main = start_processes().is_main_process
     set_up_logging(is_main=is_main)
-    join_peers(stop)
+    join_processes(stop)
     try:
         recipe = with_precision(recipe)
         if dry_run:
             from distill.dry_run import dry_run_recipe
 
             dry_run_recipe(recipe, build_accelerator(recipe.train, Path()))
-            part_from_peers(stop)
+            stop.finish()
             return
         place = on_main(lambda: locate(recipe, out, resume))
         stop.limit(recipe.train.max_minutes)
-        execute(recipe, place, Launch(stop, threads, stop.runs), source=path)
-        part_from_peers(stop)
+        execute(recipe, place, Launch(stop, threads, runs), source=path)
+        stop.finish()
         if is_main:
             show_result(place.directory)
     except BaseException as error:
-        ended = stop.verdict(error)
-        if ended is error:
+        cause = stop.exit_cause(error)
+        if cause is error:
             raise
-        raise ended from error
+        raise cause from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -164,11 +168,11 @@ def execute(
         if shared.runs[0] is not directory:
             shared.runs.remove(directory)
     except BaseException as error:
-        ended, writes = verdict(error)
-        directory.end(ended, writes=writes)
-        if ended is error:
+        cause = exit_cause(error)
+        directory.end(cause)
+        if cause is error:
             raise
-        raise ended from error
+        raise cause from error
     finally:
         directory.close()
 

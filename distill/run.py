@@ -25,11 +25,10 @@ import torch
 
 from distill import __version__, registry
 from distill.console import LogFile
-from distill.errors import InputError, RunFailed
+from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
 from distill.files.text import write_text
-from distill.launching.signals import Interrupted
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
 
 RUNS = Path("runs")
@@ -58,7 +57,7 @@ class Run:
         self._lock_path = path / ".lock"
         self._made: list[Path] = []
         self._status: dict[str, Any] = {}
-        self._opened = self._ended = False
+        self._opened = self._ended = self._wrote_end = False
         self._lock: IO[str] | None = None
         self._log_file: logging.Handler | None = None
         self._failing: set[Path] = set()
@@ -106,33 +105,44 @@ class Run:
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _log.addHandler(self._log_file)
 
-    def end(self, error: BaseException, *, writes: bool) -> None:
-        """Write down that `error` ended the run. A process that does not write the status adds its stack trace to the
-        log, if it has one that nobody foresaw.
+    def end(self, error: BaseException) -> bool:
+        """Write down that `error` ended the run; whether this process did so. It is the main process, or, where that
+        died without a word, the first of the others to take its lock. An error that nobody foresaw is added to the log
+        with its stack trace, by every process that met one.
 
         What the user gave wrong before the run was opened leaves nothing behind.
         """
         if self._ended:
-            return
+            return self._wrote_end
         self._ended = True
         foreseen = isinstance(error, InputError | RunFailed | Interrupted)
         try:
             if isinstance(error, InputError) and not self._opened:
                 self._withdraw()
-                return
+                return self.is_main
             if not foreseen:
                 with (self.path / "train.log").open("a", encoding="utf-8") as file:
                     file.write("".join(traceback.format_exception(error)))
-            if self._status.get("state") == "finished" and self._opened:
-                return
-            if writes and not self.is_main:  # the main process is dead, and its lock with it
-                self._take_lock()
-                self._status = read_status(self.path)
-                self.is_main = True
+            self._wrote_end = self.is_main or self._take_over()
+            if not self._wrote_end or (self._status.get("state") == "finished" and self._opened):
+                return self._wrote_end
             state = "interrupted" if isinstance(error, Interrupted) else "failed"
             self.status(state, reason=str(error) if foreseen else f"{type(error).__name__}: {error}")
         except (OSError, InputError) as problem:
             _log.error("%s: cannot write down how the run ended: %s", self.path, problem)
+        return self._wrote_end
+
+    def _take_over(self) -> bool:
+        """Become the process that writes, if the main one died while the run was going on."""
+        if state_of(self.path) != "killed":
+            return False
+        try:
+            self._take_lock()
+        except InUse:
+            return False  # another process did
+        self._status = read_status(self.path)
+        self.is_main = self._status.get("state") == "running"
+        return self.is_main
 
     def _withdraw(self) -> None:
         """Remove what `claim` made."""

@@ -20,12 +20,12 @@ from distill.analysis import analyse
 from distill.analysis.energy import EnergyMeter
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
-from distill.errors import RunFailed
+from distill.errors import Interrupted, RunFailed
 from distill.evaluation import SMALLEST_BATCH, accuracies, predict_heads, predict_teacher
 from distill.exports.folder import load_export
 from distill.files.digests import batch_digest, state_digest
 from distill.launching.processes import marking_process, on_main
-from distill.launching.signals import Interrupted, StopRequest, deferred
+from distill.launching.signals import StopRequest, deferred
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.students import Student, build_student

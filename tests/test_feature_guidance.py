@@ -17,8 +17,7 @@ import distill.data.rows
 import distill.exports.folder
 from distill import checkpoint, run
 from distill.data import Batch
-from distill.errors import InputError
-from distill.launching.signals import Interrupted
+from distill.errors import InputError, Interrupted
 from distill.recipe import Recipe, from_mapping
 from distill.teaching.source import Place
 from distill.trainer import Trainer

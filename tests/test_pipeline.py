@@ -19,8 +19,7 @@ from torch.nn.functional import one_hot
 
 import distill.exports.folder
 from distill import checkpoint, run
-from distill.errors import InputError
-from distill.launching.signals import Interrupted
+from distill.errors import InputError, Interrupted
 from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping, load
 from distill.trainer import Trainer

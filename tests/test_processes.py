@@ -15,12 +15,20 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from distill.errors import InputError
+from distill import pipeline
+from distill.errors import InputError, RunFailed
 from distill.launching import processes
-from distill.launching.processes import bf16_instructions, build_accelerator, start_processes, with_precision
+from distill.launching.processes import (
+    bf16_instructions,
+    build_accelerator,
+    on_main,
+    start_processes,
+    with_precision,
+)
 from distill.recipe import from_mapping
 from distill.recipe.schema import Train
-from tests.conftest import environment
+from tests.conftest import Toy, environment
+from tests.warm import launch
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +148,49 @@ def test_what_is_compiled_is_not_the_launchers_affair(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     layer = build_accelerator(Train(), tmp_path).prepare(torch.nn.Linear(2, 2))
     assert type(layer) is torch.nn.Linear
+
+
+def fail_on_main() -> None:
+    """Two failures of the main process alone, then a collective operation that needs both."""
+    rank = start_processes().process_index
+
+    def unforeseen() -> None:
+        raise ZeroDivisionError("of nothing")
+
+    def foreseen() -> None:
+        raise InputError("data.root: empty")
+
+    for action in (unforeseen, foreseen):
+        try:
+            on_main(action)
+        except (ZeroDivisionError, RunFailed, InputError) as error:
+            print(f"{rank}: {type(error).__name__}: {error}")
+    print(f"{rank}: {on_main(lambda: 'alive')}")
+    raise SystemExit(0)
+
+
+def test_a_failure_of_the_main_process_is_one_of_all(tmp_path: Path) -> None:
+    launched = launch([], cwd=tmp_path, processes=2, before=fail_on_main)
+    assert launched.wait() == [0, 0], launched.output
+    said = sorted(line for line in launched.output.splitlines() if line.startswith(("0: ", "1: ")))
+    assert said == [
+        "0: InputError: data.root: empty",
+        "0: ZeroDivisionError: of nothing",
+        "0: alive",
+        "1: InputError: data.root: empty",
+        "1: RunFailed: process 0: ZeroDivisionError: of nothing",
+        "1: alive",
+    ]
+
+
+def fail_while_locating() -> None:
+    def unforeseen(*_: object) -> None:
+        raise ZeroDivisionError("of nothing")
+
+    pipeline.locate = unforeseen  # type: ignore[assignment]
+
+
+def test_a_run_ends_on_all_processes_where_the_main_one_fails(toy: Toy, tmp_path: Path) -> None:
+    launched = launch(["train", toy.recipe], cwd=tmp_path, processes=2, before=fail_while_locating)
+    assert launched.wait() == [3, 3], launched.output
+    assert launched.output.count("ZeroDivisionError: of nothing") == 1, "one process speaks"

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from distill import checkpoint, run
+from distill.errors import Interrupted
 from distill.files.digests import state_digest
-from distill.launching.signals import Interrupted
 from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping
 from distill.trainer import Trainer

@@ -25,9 +25,8 @@ from distill.data.augment import Augmenter
 from distill.data.packed import write_packed
 from distill.data.sequential import SequentialDataset
 from distill.dry_run import dry_run_recipe
-from distill.errors import InputError
+from distill.errors import InputError, Interrupted
 from distill.launching.processes import build_accelerator
-from distill.launching.signals import Interrupted
 from distill.pipeline import locate, open_data
 from distill.recipe import Recipe, from_mapping
 from distill.teaching import cache as teacher_cache

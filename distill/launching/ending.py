@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distill.errors import InputError, RunFailed
-from distill.launching.launcher import Command
-from distill.launching.signals import Interrupted
+from distill.errors import InputError, Interrupted, RunFailed
+from distill.launching.launcher import training_command
 
 # 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
@@ -28,16 +27,16 @@ def exit_code(error: BaseException) -> int:
     return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
 
 
-def last_words(
-    error: BaseException, directories: Sequence[Path], command: Command, again: Sequence[str], resuming: Sequence[str]
+def exit_message(
+    error: BaseException, directories: Sequence[Path], arguments: Sequence[str], resuming: Sequence[str]
 ) -> str:
     """What a person is told.
 
     Args:
         directories: of the runs that had begun, the one that was asked for first, the one that ended within it (its
             teacher's, its control's) last.
-        again: our arguments as they were.
-        resuming: our arguments without --out and --resume.
+        arguments: of `distill train`, as they were.
+        resuming: the same without --out and --resume.
     """
     begun = [directory for directory in directories if (directory / "status.json").exists()]
     if isinstance(error, InputError) and not begun:
@@ -51,7 +50,7 @@ def last_words(
     else:
         return "".join(traceback.format_exception(error)).rstrip()
     if not begun:
-        return "\n".join([*lines, "safe: nothing was begun", f"again: {command.resuming(again, None)}"])
+        return "\n".join([*lines, "safe: nothing was begun", f"again: {training_command(arguments)}"])
     if json.loads((begun[0] / "status.json").read_text(encoding="utf-8")).get("state") == "finished":
         report = shlex.join(["distill", "compare", str(begun[0]), "--out", str(begun[0] / "report.html")])
         return "\n".join(
@@ -59,12 +58,13 @@ def last_words(
         )
     newest = newest_checkpoint(begun)
     safe = "no step is saved yet; the run starts anew" if newest is None else f"all up to {newest}"
-    return "\n".join([*lines, f"safe: {safe}", f"continue: {command.resuming(resuming, begun[0])}"])
+    command = training_command([*resuming, "--resume", str(begun[0])])
+    return "\n".join([*lines, f"safe: {safe}", f"continue: {command}"])
 
 
-def leave_word(error: Interrupted, directory: Path) -> None:
-    """Where a signal came before there was a run: a run directory that says so, to be resumed like any other. What
-    stands there already is left as it is.
+def write_interruption(error: Interrupted, directory: Path) -> None:
+    """Make the run directory of a run that a signal stopped before it began, to be resumed like any other. What stands
+    there already is left as it is.
     """
     with suppress(OSError):
         directory.mkdir(parents=True)

@@ -20,7 +20,8 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 
 from distill.errors import InputError, RunFailed
 from distill.launching.determinism import set_deterministic
-from distill.launching.peers import Peers
+from distill.launching.ending import describe
+from distill.launching.ranks import Ranks
 from distill.launching.signals import StopRequest
 from distill.recipe.schema import Recipe, Train
 
@@ -138,20 +139,13 @@ def start_processes() -> PartialState:
     return state
 
 
-def join_peers(stop: StopRequest) -> None:
+def join_processes(stop: StopRequest) -> None:
     """Have the processes of this launch stop together, and notice one another's end. Collective."""
     if dist.is_initialized():
         # On the host, so that asking never waits for the GPU.
         group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        stop.join(group, Peers(group))
-
-
-def part_from_peers(stop: StopRequest) -> None:
-    """Once all processes are here, each may end when it likes. Collective."""
-    if dist.is_initialized():
-        dist.barrier(stop.group)
-    stop.part()
+        assert isinstance(group, dist.ProcessGroup), "every process is a member"
+        stop.join(group, Ranks(group))
 
 
 def keep_freed_memory() -> None:
@@ -184,17 +178,27 @@ def set_threads() -> int:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its result, or its InputError or RunFailed, reaches every process."""
+    """Run `action` on the main process; its result, or its failure, reaches every process. Collective.
+
+    Raises:
+        InputError, RunFailed: those of `action`, on every process.
+        RunFailed: any other exception of `action`, by its type and text; the main process raises the exception itself.
+    """
     state = PartialState()
     outcome: list = [None, None]
+    failure: Exception | None = None
     if state.is_main_process:
         try:
-            outcome = [action(), None]
-        except (InputError, RunFailed) as error:
-            outcome = [None, error]
+            outcome[0] = action()
+        except Exception as error:
+            failure = error
+            foreseen = isinstance(error, InputError | RunFailed)
+            outcome[1] = error if foreseen else RunFailed(f"process 0: {describe(error)}")
     if state.num_processes > 1:
         broadcast_object_list(outcome)
     result, problem = outcome
+    if failure is not None:
+        raise failure
     if problem is not None:
         raise problem
     return result

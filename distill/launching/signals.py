@@ -1,5 +1,5 @@
-"""Stopping in time: a signal, the time limit, the launcher's end or a peer's ends the run, with a checkpoint where
-there is something to save.
+"""Stopping in time: a signal, the time limit, the launcher's end or another process's ends the run, with a checkpoint
+where there is something to save.
 
 While the student trains, a signal is noted and the loop asks for it, at the same step on all processes. At all other
 times (packing, preflight, export, ...) there is nothing to save, and the signal raises `Interrupted` at once.
@@ -15,77 +15,105 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from distill.errors import InputError, RunFailed
-from distill.launching.launcher import Process
+from distill.errors import InputError, Interrupted, RunFailed
+from distill.launching.launcher import is_launched
 
 if TYPE_CHECKING:  # torch is imported long after the first signal may come
     from torch.distributed import ProcessGroup
 
-    from distill.launching.peers import Peers
-    from distill.run import Run
+    from distill.launching.ranks import Ranks
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-TIME_LIMIT, LAUNCHER_ENDED, PEER_ENDED = "time limit (train.max_minutes)", "the launcher ended", "another process ended"
-REASONS = (None, *(number.name for number in SIGNALS), PEER_ENDED, LAUNCHER_ENDED, TIME_LIMIT)
+TIME_LIMIT, LAUNCHER_ENDED, RANK_ENDED = "time limit (train.max_minutes)", "the launcher ended", "another process ended"
+REASONS = (None, *(number.name for number in SIGNALS), RANK_ENDED, LAUNCHER_ENDED, TIME_LIMIT)
 """Of several, the last one counts."""
+SECOND_SIGINT = "a second SIGINT, at once"
 LOOK = 0.5
-"""Seconds between two looks at launcher and peers."""
+"""Seconds between two looks at the launcher and the other processes."""
 REPEATED = 1.0
 """Seconds within which a launcher passes on the SIGINT that a terminal has sent already: one Ctrl-C, not two."""
 TO_LEAVE, TO_END_STEP = 5.0, 20.0
-"""Seconds that a main thread has to leave where nothing is to be saved, and from a step whose peer is gone. torchrun
-kills after 30."""
+"""Seconds that a main thread has to leave where nothing is to be saved, and to leave a step that waits for a process
+that is gone. torchrun kills after 30."""
 TO_NOTICE = 3.0
-"""Seconds in which a peer's end shows, after it has broken a connection."""
-
-
-class Interrupted(BaseException):
-    """The run stopped early and can be resumed; the text says why. No `except Exception` on its way may keep it."""
+"""Seconds in which a process's end shows, after it has broken a connection."""
 
 
 class StopRequest:
     """Set by SIGTERM, SIGINT, SIGUSR1, SIGHUP, the time limit or the end of the launcher; all processes get the same
-    answer. One a process, on its main thread.
+    answer. Made on the thread that trains; on the main thread it handles the signals until it is closed.
     """
 
-    def __init__(self, launcher: Process | None, leave: Callable[[BaseException], int]) -> None:
-        """`leave` says the last words and returns the exit code, where the main thread cannot."""
-        self.peers: Peers | None = None
-        self.runs: list[Run] = []
-        """The one that was asked for, and within it those that have begun and not finished."""
-        self._launcher, self._leave = launcher, leave
+    def __init__(self, on_exit: Callable[[BaseException], int] | None = None) -> None:
+        """
+        Args:
+            on_exit: ends the run, says why and returns the exit code of this process, where its main thread cannot.
+                None: the process is not ours to end, and a second SIGINT raises `Interrupted`.
+        """
+        self.group: ProcessGroup | None = None
+        self._ranks: Ranks | None = None
+        self._on_exit = on_exit
+        self._parent = os.getppid() if is_launched() else None
         self._reason: str | None = None
         self._agreed = False
         self._deadline: float | None = None
-        self.group: ProcessGroup | None = None
-        self._loading = self._raises = True
+        self._loading = on_exit is not None
+        self._raises = True
         self._training = False
         self._ending = False
-        self._peer_gone = False
-        self._verdict: BaseException | None = None
-        self._told = True
+        self._rank_gone = False
+        self._cause: BaseException | None = None
         self._due: float | None = None
         self._interrupted_at: float | None = None
-        self._arrivals, arriving = os.pipe()
-        os.set_blocking(arriving, False)
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-                signal.signal(number, self._handle)
-        signal.set_wakeup_fd(arriving, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_leave_it_to_the_parent)
-        threading.Thread(target=self._watch, name="stop", daemon=True).start()
-        global _current
-        _current = self
+        self._arrivals, self._arriving = os.pipe()
+        os.set_blocking(self._arriving, False)
+        self._earlier: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                    self._earlier[number] = signal.signal(number, self._handle)
+            self._earlier_wakeup = signal.set_wakeup_fd(self._arriving, warn_on_full_buffer=False)
+        self._closed = False
+        self._token = _current.set(self)
+        self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave signals as they were before, for a process that goes on."""
+        if self._earlier:
+            signal.set_wakeup_fd(self._earlier_wakeup)
+        for number, handler in self._earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._closed = True
+        os.write(self._arriving, bytes(1))
+        self._thread.join()
+        os.close(self._arrivals)
+        os.close(self._arriving)
+        if self._ranks is not None:
+            self._ranks.close()
+        _current.reset(self._token)
 
     @staticmethod
     def current() -> StopRequest:
-        """That of this process."""
-        assert _current is not None, "made by the command, before anything that takes long"
-        return _current
+        """That of this thread.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if (stop := _current.get()) is None:
+            raise RuntimeError("A run needs a StopRequest, made before anything that takes long.")
+        return stop
 
     def loaded(self) -> None:
         """All modules are imported: from now on the process is left through its blocks' ends. An exception out of
@@ -97,14 +125,20 @@ class StopRequest:
         """Ask for a stop after so many minutes from now."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
-    def join(self, group: ProcessGroup, peers: Peers) -> None:
+    def join(self, group: ProcessGroup, ranks: Ranks) -> None:
         """From now on ask together. `group` is of the host, so that asking never waits for the GPU."""
-        self.group, self.peers = group, peers
+        self.group, self._ranks = group, ranks
 
-    def part(self) -> None:
-        """From now on peers may end, and signals change nothing: what is left takes no longer than stopping would."""
+    def finish(self) -> None:
+        """From now on other processes may end, and signals change nothing: what is left takes no longer than stopping
+        would. Collective.
+        """
+        group, self.group = self.group, None
+        if group is not None:
+            import torch.distributed as dist
+
+            dist.barrier(group)
         self._raises, self._ending, self._due = False, True, None
-        self.peers = self.group = None
 
     def reason(self) -> str | None:
         """Why to stop now, or None; collective: every process must ask at the same steps."""
@@ -121,41 +155,30 @@ class StopRequest:
         self._agreed = reason is not None
         return reason
 
-    def verdict(self, error: BaseException) -> BaseException:
-        """What really ended the run, where `error` is what this process met: of a peer that died, or was the first to
-        leave, the others see a broken connection, or the launcher's SIGTERM. From here on signals change nothing.
+    def exit_cause(self, error: BaseException) -> BaseException:
+        """What really ended the run, where `error` is what this process met: of a process that died, or was the first
+        to leave, the others see a broken connection, or the launcher's SIGTERM. From here on signals change nothing.
         """
         self._raises, self._ending = False, True
         self._due = None if self._due is None else time.monotonic() + TO_END_STEP
-        if self.peers is None or error is self._verdict:
+        if self._ranks is None or self.group is None or error is self._cause:
             return error
         if not self._agreed and not isinstance(error, InputError | RunFailed):
             until = time.monotonic() + (0 if isinstance(error, Interrupted) else TO_NOTICE)
-            while (end := self.peers.end()) is None and time.monotonic() < until:
+            while (cause := self._ranks.exit_cause()) is None and time.monotonic() < until:
                 time.sleep(LOOK / 5)
-            error = end or self.peers.broken(error) or error
-        self._verdict = error
-        self._told = self.peers.leave(error)
+            error = cause or error
+        self._cause = error
+        self._ranks.leave(error)
         return error
-
-    @property
-    def writes(self) -> bool:
-        """Whether this is the process that says and writes how the run ended: the main one, or, where that is dead, the
-        first of those that live beside it.
-        """
-        if self.peers is None:
-            return os.environ.get("RANK", "0") == "0"
-        return self.peers.rank == 0 or (0 in self.peers.dead() and self.peers.first_here())
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this process says on the console how it ended: where no other does."""
-        return self.writes or not self._told
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._ask(signal.Signals(number).name)
         if self._loading:
             self._end(Interrupted(self._reason))
+        if self._on_exit is None and not self._ending and self._is_second(number):
+            self._agreed = True
+            raise Interrupted(SECOND_SIGINT)
         if self._raises:
             self._raises = False
             raise Interrupted(self._reason)
@@ -163,56 +186,67 @@ class StopRequest:
     def _ask(self, reason: str) -> None:
         self._reason = self._reason or reason
 
-    def _watch(self) -> NoReturn:
+    def _interrupt(self, reason: str) -> None:
+        """Ask, on the main thread."""
+        self._ask(reason)
+        if self._earlier:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def _watch(self) -> None:
         """Handlers wait for the main thread's next line of Python; this thread learns of a signal when it comes."""
-        while True:
+        while not self._closed:
             if select.select([self._arrivals], [], [], LOOK)[0]:
                 # Of others that somebody handles (a loader whose worker ends: SIGCHLD) word comes here too.
                 for number in os.read(self._arrivals, 64):
                     if number in SIGNALS:
                         self._arrived(number)
-            if self._launcher is not None and self._reason is None and not self._launcher.lives:
-                self._ask(LAUNCHER_ENDED)
-                os.kill(os.getpid(), signal.SIGUSR1)
-            if self.peers is not None and not self._peer_gone and self.peers.anyone_gone():
-                self._peer_gone = True
-                self._ask(PEER_ENDED)
+            if self._parent is not None and self._reason is None and os.getppid() != self._parent:
+                self._interrupt(LAUNCHER_ENDED)
+            if self.group is not None and self._ranks is not None and not self._rank_gone and self._ranks.ended():
+                self._rank_gone = True
                 self._set_due(TO_END_STEP)
-                os.kill(os.getpid(), signal.SIGUSR1)
+                self._interrupt(RANK_ENDED)
             if self._due is not None and time.monotonic() > self._due:
                 self._end(Interrupted(self._reason))
 
     def _arrived(self, number: int) -> None:
-        now = time.monotonic()
         self._ask(signal.Signals(number).name)
-        if number == signal.SIGINT:
-            if self._interrupted_at is not None and now - self._interrupted_at > REPEATED:
-                self._agreed = True
-                self._end(Interrupted("a second SIGINT, at once"))
-            self._interrupted_at = self._interrupted_at or now
+        if self._on_exit is not None and self._is_second(number):
+            self._agreed = True
+            self._end(Interrupted(SECOND_SIGINT))
         if not self._training and not self._ending:
             self._set_due(TO_LEAVE)
 
+    def _is_second(self, number: int) -> bool:
+        """Whether this is another Ctrl-C."""
+        if number != signal.SIGINT:
+            return False
+        now, first = time.monotonic(), self._interrupted_at
+        self._interrupted_at = first or now
+        return first is not None and now - first > REPEATED
+
     def _set_due(self, seconds: float) -> None:
-        due = time.monotonic() + seconds
-        self._due = due if self._due is None else min(due, self._due)
+        if self._on_exit is not None:
+            due = time.monotonic() + seconds
+            self._due = due if self._due is None else min(due, self._due)
 
     def _end(self, error: BaseException) -> NoReturn:
         """End the process, whatever its main thread waits for."""
         code = 1
         try:
-            code = self._leave(self.verdict(error))
+            if self._on_exit is not None:
+                code = self._on_exit(self.exit_cause(error))
         finally:
             os._exit(code)
 
 
-_current: StopRequest | None = None
+_current: ContextVar[StopRequest | None] = ContextVar("stop request", default=None)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
     """Within, a signal waits until `StopRequest.reason` is asked; one that nobody asked for raises at the end."""
-    stop = _current
+    stop = _current.get()
     if stop is None:
         yield
         return
@@ -227,11 +261,10 @@ def deferred() -> Iterator[None]:
         raise Interrupted(stop._reason)
 
 
-def verdict(error: BaseException) -> tuple[BaseException, bool]:
-    """See `StopRequest.verdict`; and whether this process writes it down."""
-    if _current is None:
-        return error, True
-    return _current.verdict(error), _current.writes
+def exit_cause(error: BaseException) -> BaseException:
+    """See `StopRequest.exit_cause`."""
+    stop = _current.get()
+    return error if stop is None else stop.exit_cause(error)
 
 
 def stoppable(batches: Iterable[T], questions: int) -> Iterator[T]:
@@ -251,15 +284,21 @@ def stoppable(batches: Iterable[T], questions: int) -> Iterator[T]:
 
 
 def _stop_if_asked() -> None:
-    if _current is not None and _current._training and (reason := _current.reason()) is not None:
+    stop = _current.get()
+    if stop is not None and stop._training and (reason := stop.reason()) is not None:
         raise Interrupted(reason)
 
 
 def _leave_it_to_the_parent() -> None:
     """In a forked worker: signals may reach the whole group, and the parent decides when its workers end."""
-    signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    stop = _current.get()
+    if stop is not None and stop._earlier:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_leave_it_to_the_parent)
 
 
 def outlive_one_sigterm(worker: int) -> None:

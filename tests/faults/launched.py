@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.launching.launcher import find_process
 from distill.run import read_metrics, read_status
 from tests.conftest import environment
 
@@ -84,7 +83,7 @@ class Launched:
                 texts = (path / "environ").read_text(errors="replace").split("\0")
             except OSError:
                 continue
-            if str(self.out).encode() in words and find_process(int(path.name)) is not None:
+            if str(self.out).encode() in words:  # of a zombie there are none
                 found[int(path.name)] = dict(text.split("=", 1) for text in texts if "=" in text)
         return found
 
@@ -112,6 +111,7 @@ class Launched:
 def paste(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """What a person does with a line of the console, in a shell that knows nothing of the launch."""
     bare = {key: value for key, value in environment().items() if key != "ACCELERATE_USE_CPU"}
+    bare["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{bare['PATH']}"
     line = " ".join([command.partition(": ")[2], *arguments])
     return subprocess.run(
         line, shell=True, cwd=cwd, env=bare, capture_output=True, text=True, timeout=200, check=False

@@ -44,11 +44,11 @@ def failed(result: subprocess.CompletedProcess[str], out: Path, *, path: str, re
     """The run ended as failed, in at most five lines that name the path, the reason and the bytes needed."""
     assert result.returncode == 3, result.stdout
     assert "Traceback" not in result.stdout
-    last_words = result.stdout[result.stdout.index("failed: ") :].splitlines()
-    assert len(last_words) <= 5, last_words
-    assert f"{path}: cannot be written: {reason}" in last_words[0]
-    assert "bytes needed" in last_words[0]
-    assert "--resume" in "".join(last_words)
+    message = result.stdout[result.stdout.index("failed: ") :].splitlines()
+    assert len(message) <= 5, message
+    assert f"{path}: cannot be written: {reason}" in message[0]
+    assert "bytes needed" in message[0]
+    assert "--resume" in "".join(message)
     assert run.read_status(out)["state"] == "failed"
     assert "cannot be written" in run.read_status(out)["reason"]
 

@@ -17,8 +17,8 @@ import torch
 from distill import run
 from distill.errors import RunFailed
 from distill.evaluation import predict
-from distill.launching.peers import Peers
 from distill.launching.processes import build_accelerator
+from distill.launching.ranks import Ranks
 from distill.launching.signals import StopRequest
 from distill.pipeline import open_data
 from distill.students import Student
@@ -130,7 +130,9 @@ def one_then_the_other() -> None:
 
     def and_wait() -> None:
         destroy()
-        await_the_other()
+        ranks = StopRequest.current()._ranks
+        assert ranks is not None
+        await_the_other(ranks)
 
     if os.environ["RANK"] == "1":
         torch.distributed.destroy_process_group = and_wait
@@ -139,19 +141,19 @@ def one_then_the_other() -> None:
 def both_in_turn() -> None:
     """Both run out of memory; process 0 has said so and ended before process 1 can."""
     allow(3)
-    leave = Peers.leave
+    leave = Ranks.leave
 
-    def wait_and_leave(peers: Peers, error: BaseException) -> bool:
-        if peers.rank == 1:
-            await_the_other()
-        return leave(peers, error)
+    def wait_and_leave(ranks: Ranks, error: BaseException) -> None:
+        if os.environ["RANK"] == "1":
+            await_the_other(ranks)
+        leave(ranks, error)
 
-    Peers.leave = wait_and_leave  # type: ignore[method-assign]
+    Ranks.leave = wait_and_leave  # type: ignore[method-assign]
 
 
-def await_the_other() -> None:
-    peers, until = StopRequest.current().peers, time.monotonic() + 60
-    while peers is not None and not peers.anyone_gone() and time.monotonic() < until:
+def await_the_other(ranks: Ranks) -> None:
+    until = time.monotonic() + 60
+    while not ranks.ended() and time.monotonic() < until:
         time.sleep(0.02)
     print("the other is gone")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from distill.launching import signals
-from distill.launching.peers import Peers
+from distill.launching.ranks import Ranks
 from distill.run import read_status
 from distill.trainer import Trainer
 from tests.conftest import Counted, Toy
@@ -64,22 +64,22 @@ def test_the_others_stop_and_say_who_died(
 
 def one_after_the_other() -> None:
     """Process 0 dies in the first step, and process 2 leaves only when process 1 has said so and ended."""
-    rank, leave, signals.TO_END_STEP = int(os.environ["RANK"]), Peers.leave, 2.0
+    rank, leave, signals.TO_END_STEP = int(os.environ["RANK"]), Ranks.leave, 2.0
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def wait_and_leave(peers: Peers, error: BaseException) -> bool:
+    def wait_and_leave(ranks: Ranks, error: BaseException) -> None:
         until = time.monotonic() + 60
-        while any(process.lives for process in peers._here.values()) and time.monotonic() < until:
+        while len(ranks.ended()) < 2 and time.monotonic() < until:
             time.sleep(0.02)
         print("the others are gone")
-        return leave(peers, error)
+        leave(ranks, error)
 
     if rank == 0:
         Trainer.train_step = die  # type: ignore[method-assign]
     if rank == 2:
-        Peers.leave = wait_and_leave  # type: ignore[method-assign]
+        Ranks.leave = wait_and_leave  # type: ignore[method-assign]
 
 
 def test_of_two_that_live_one_speaks(toy: Toy, tmp_path: Path) -> None:

@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from distill import checkpoint
+from distill.errors import Interrupted
+from distill.launching import signals
 from distill.launching.ending import EXIT_INTERRUPTED
+from distill.launching.signals import StopRequest, deferred
 from distill.run import read_metrics, read_status
 from tests.conftest import Counted, Toy
 from tests.faults.launched import COMMANDS, ROOT, Launched, paste
@@ -25,7 +29,7 @@ LONG = ("train.epochs=1000", "train.log_every=1")
 
 
 def interrupt(how: str, number: int, toy: Toy, folder: Path) -> tuple[float, float, list[str]]:
-    """Seconds until there is a checkpoint, and from there until no process is left; and the last words."""
+    """Seconds until there is a checkpoint, and from there until no process is left; and the exit message."""
     launched = Launched(how, toy.recipe, *LONG, cwd=folder, out=folder / "run")
     try:
         launched.until_step(3)
@@ -136,12 +140,68 @@ def test_a_second_sigint_stops_at_once(toy: Toy, tmp_path: Path, counted: Counte
     counted("a second SIGINT stops at once", done=1, of=1)
 
 
+def asked_in_training() -> None:
+    with StopRequest() as stop, deferred():
+        assert stop.reason() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason() == "SIGTERM"
+
+
+def interrupted_elsewhere() -> None:
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(5)
+
+
+def interrupted_twice() -> None:
+    with StopRequest() as stop, deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
+        assert stop.reason() == "SIGINT"
+        time.sleep(2 * signals.REPEATED)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_a_process_that_goes_on_has_its_handlers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEATED", 0.2)
+    before, threads = [signal.getsignal(number) for number in SIGNALS], threading.active_count()
+    for stopped, why in (
+        (asked_in_training, "SIGTERM"),
+        (asked_in_training, "SIGTERM"),
+        (interrupted_elsewhere, "SIGUSR1"),
+        (interrupted_twice, "a second SIGINT"),
+    ):
+        with pytest.raises(Interrupted, match=why):
+            stopped()
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+        assert threading.active_count() == threads
+    with pytest.raises(RuntimeError, match="StopRequest"):
+        StopRequest.current()
+
+
+def test_on_another_thread_nothing_handles_signals() -> None:
+    reasons = []
+
+    def ask() -> None:
+        with StopRequest() as stop:
+            stop.limit(0)
+            reasons.append(stop.reason())
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert reasons == [signals.TIME_LIMIT]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
 def test_the_end_of_a_child_is_no_reason_to_stop() -> None:
     """torch's DataLoader handles SIGCHLD, which comes whenever one of its workers ends."""
     code = (
         "import signal, subprocess, sys, time\n"
         "from distill.launching.signals import StopRequest\n"
-        "stop = StopRequest(None, lambda error: 1)\n"
+        "stop = StopRequest(lambda error: 1)\n"
         "signal.signal(signal.SIGCHLD, lambda number, frame: print('a child ended'))\n"
         "subprocess.run(['true'])\n"
         "time.sleep(0.5)\n"

@@ -64,6 +64,7 @@ def test_a_strangers_variant(toy: Toy, tmp_path: Path, name: str) -> None:
     assert code == 0, output
     code, output = train(tmp_path, path, *SHORT, "train.max_minutes=1.0e-4", "--out", "parts", *plugin)
     assert code == 75, output
+    assert f"--plugin {STRANGERS} --resume parts" in output, "the line to go on with"
     code, output = train(tmp_path, path, *SHORT, "--resume", "parts", *plugin)
     assert code == 0, output
     for place in ("export", "checkpoints/step_00000006"):
