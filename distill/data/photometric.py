@@ -22,10 +22,10 @@ LUMA = (19595, 38470, 7471)  # of R, G and B in 2**-16, as in PIL
 def apply(images: Tensor, layer: Layer) -> None:
     """Each sample's operation with its argument, in place on uint8 [B, C, H, W]."""
     operation, argument, possible = layer
-    if any(kind in possible for kind in TABLES):
+    if not possible.isdisjoint(TABLES):
         wanted = (operation >= TABLES.start) & (operation < TABLES.stop)
         update(images, wanted, _through_tables, images, operation, argument)
-    if any(kind in possible for kind in BLENDS):
+    if not possible.isdisjoint(BLENDS):
         wanted = (operation >= BLENDS.start) & (operation < BLENDS.stop)
         update(images, wanted, _blended, images, operation, argument)
     if Operation.HUE in possible and images.shape[1] == 3:

@@ -75,7 +75,7 @@ def around_moves(layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
         else:
             before.insert(0, layer._replace(operation=operation.masked_fill(~moves_later, Operation.IDENTITY.value)))
             after.insert(0, layer._replace(operation=operation.masked_fill(moves_later, Operation.IDENTITY.value)))
-        if any(kind in layer.possible for kind in MOVES):
+        if not layer.possible.isdisjoint(MOVES):
             moves = (operation >= MOVES.start) & (operation < MOVES.stop)
             moves_later = moves if moves_later is None else moves_later | moves
     return before, after
