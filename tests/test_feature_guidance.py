@@ -26,7 +26,6 @@ from distill.training.out_of_memory import _advice, _work_alone
 from distill.training.task import build_task
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
-from tests.test_optim import needs_scheduled_muon
 from tests.test_resume import go, same_end, train_lines
 from tests.test_step_speed import Calls, Operators, batches_of, take_steps, tracking_of, trainer_of
 
@@ -287,7 +286,7 @@ def test_guide_alone_lets_both_heads_learn_the_labels(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.8])
-@pytest.mark.parametrize("name", ["adamw", pytest.param("nmuon", marks=needs_scheduled_muon)])
+@pytest.mark.parametrize("name", ["adamw", "nmuon"])
 def test_each_trained_parameter_is_in_one_group(toy: Toy, name: str, layer_decay: float | None) -> None:
     trainer = trainer_of(recipe_of(toy, optim={"name": name, "layer_decay": layer_decay, "weight_decay": 0.03}))
     optimizer = build_optimizer(trainer.recipe.optim, trainer.student.model, trainer.task.methods)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 
 import pytest
 import timm
 import torch
-from timm.optim import get_optimizer_class
 from timm.scheduler import CosineLRScheduler
 
 from distill.errors import InputError
@@ -76,12 +74,6 @@ def test_an_optimizer_of_second_order_is_refused() -> None:
         build_optimizer(Optim(name="adahessian"), torch.nn.Linear(2, 2))
 
 
-needs_scheduled_muon = pytest.mark.skipif(
-    "fallback_lr_scale" not in inspect.signature(get_optimizer_class("muon", bind_defaults=False)).parameters,
-    reason=f"timm {timm.__version__}: Muon's AdamW part has no schedule before 1.0.27",
-)
-
-
 def _area_vit() -> torch.nn.Module:
     register_models()
     attention = {"max_area": 2, "blocks": [0], "key_mode": "concat"}
@@ -101,7 +93,6 @@ def _stepped(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[s
     return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
 
 
-@needs_scheduled_muon
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 @pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
 def test_muon_takes_the_matrices_between_hidden_layers(name: str, layer_decay: float | None) -> None:
@@ -120,7 +111,6 @@ def test_muon_takes_the_matrices_between_hidden_layers(name: str, layer_decay: f
     assert len({group.get("lr_scale", 1.0) for group in optimizer.param_groups}) == (1 if layer_decay is None else 4)
 
 
-@needs_scheduled_muon
 @pytest.mark.parametrize("name", ["muon", "nmuon"])
 def test_one_learning_rate_schedules_muon_and_its_adamw(name: str) -> None:
     """Both parts' updates have AdamW's size and follow the rate that is set: a fifth of it moves all a fifth as far."""
@@ -136,13 +126,3 @@ def test_one_learning_rate_schedules_muon_and_its_adamw(name: str) -> None:
         assert move.norm() > 0, key
     matrix = moves[0]["blocks.1.mlp.fc1.weight"]
     assert float(matrix.double().svd().S[0]) == pytest.approx(0.01 * 0.2 * 384**0.5, rel=0.3)  # Liu et al. 2025
-
-
-def test_a_timm_whose_muon_has_no_schedule_for_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Muon(torch.optim.SGD):
-        def __init__(self, params: object, lr: float = 0.02, ns_steps: int = 5, adamw_lr: float | None = None) -> None:
-            raise AssertionError("never built")
-
-    monkeypatch.setattr("distill.training.optim.get_optimizer_class", lambda name, bind_defaults: Muon)
-    with pytest.raises(InputError, match=r"optim\.name: muon needs timm 1\.0\.27"):
-        build_optimizer(Optim(name="muon"), torch.nn.Linear(8, 8))

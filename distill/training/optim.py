@@ -28,7 +28,7 @@ def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None 
     `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
 
     Raises:
-        InputError: no such optimizer, only in a newer timm, or one that needs second derivatives.
+        InputError: no such optimizer, or one that needs second derivatives.
     """
     known = list_optimizers()
     if spec.name.lower() not in known:
@@ -41,10 +41,6 @@ def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None 
     if "fused" in parameters:
         arguments["fused"] = True
     if "ns_steps" in parameters:
-        if "fallback_lr_scale" not in parameters:
-            raise InputError(
-                f"optim.name: {spec.name} needs timm 1.0.27 or newer; before, its AdamW part had no schedule."
-            )
         arguments |= _muon_arguments(model)
     optimizer = create_optimizer_v2(
         model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments

@@ -29,8 +29,6 @@ def network_of(name: str) -> nn.Module:
         network.to_empty(device="cpu")
     else:
         network = timm.create_model(name, num_classes=5)
-        if name == "vgg11":
-            network.pre_logits, network.head.fc = nn.Identity(), nn.Linear(512, 5)
     generator = torch.Generator().manual_seed(0)
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked"):
@@ -81,10 +79,6 @@ SHAPES: dict[tuple[str, int], dict[str, tuple[int, int, int]]] = {
     ("efficientnet_b0", 64): {
         "blocks.0": (16, 32, 32), "blocks.1": (24, 16, 16), "blocks.2": (40, 8, 8), "blocks.4": (112, 4, 4),
         "blocks.6": (320, 2, 2),
-    },
-    ("vgg11", 32): {
-        "features.1": (64, 32, 32), "features.4": (128, 16, 16), "features.9": (256, 8, 8), "features.14": (512, 4, 4),
-        "features.19": (512, 2, 2), "features.20": (512, 1, 1),
     },
     ("torchvision/resnet18", 64): {
         "relu": (64, 32, 32), "layer1": (64, 16, 16), "layer2": (128, 8, 8), "layer3": (256, 4, 4),
