@@ -12,11 +12,11 @@ from accelerate import Accelerator
 
 from distill.console import say
 from distill.flops import count_flops
+from distill.out_of_memory import advising
 from distill.pipeline import count_parameters, open_data
 from distill.recipe import Recipe
 from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
 from distill.trainer import Trainer
-from distill.training.out_of_memory import advising
 
 
 def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:

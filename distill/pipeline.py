@@ -28,6 +28,7 @@ from distill.launching.processes import (
     with_precision,
 )
 from distill.launching.signals import StopRequest, exit_cause
+from distill.out_of_memory import advising
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.run import Run
 from distill.teaching.teachers import (
@@ -302,7 +303,8 @@ def _train(
     )  # fmt: skip
     if trainer.cache is not None:
         trainer.cache.start()
-    trainer.fit(tracking, shared.stop)
+    with advising(trainer):
+        trainer.fit(tracking, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := registry.used(recipe):

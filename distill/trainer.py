@@ -37,7 +37,6 @@ from distill.training.compilation import Compilation
 from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
 from distill.training.guard import Average, Guard
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.training.out_of_memory import advising
 from distill.training.saving import Parts, Progress, restore, save, settle
 from distill.training.shares import GradientShares
 from distill.training.task import build_task
@@ -159,10 +158,10 @@ class Trainer:
 
         Raises:
             Interrupted: asked to stop; there is a checkpoint to resume from.
-            RunFailed: out of memory, or too many steps in a row were not finite.
+            RunFailed: too many steps in a row were not finite.
         """
         train, progress, run, display = self.recipe.train, self.progress, tracking.run, tracking.display
-        with display, deferred(), advising(self):
+        with display, deferred():
             display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
                 self.evaluate(tracking)  # the run was stopped between an epoch's last step and its evaluation

@@ -18,11 +18,11 @@ import distill.exports.folder
 from distill import checkpoint, run
 from distill.data import Batch
 from distill.errors import InputError, Interrupted
+from distill.out_of_memory import _advice, _work_alone
 from distill.recipe import Recipe, from_mapping
 from distill.teaching.source import Place
 from distill.trainer import Trainer
 from distill.training.optim import build_optimizer
-from distill.training.out_of_memory import _advice, _work_alone
 from distill.training.task import build_task
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy

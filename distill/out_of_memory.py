@@ -6,7 +6,6 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -16,10 +15,8 @@ from distill.errors import InputError, RunFailed
 from distill.launching.processes import return_freed_memory
 from distill.memory import forget, is_out_of_memory
 from distill.teaching.source import Frozen
+from distill.trainer import Trainer
 from distill.training.guard import Guard
-
-if TYPE_CHECKING:
-    from distill.trainer import Trainer
 
 _log = logging.getLogger("distill")
 
