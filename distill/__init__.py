@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distill.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from distill.exports.prediction import LoadedStudent
-
-__version__ = "0.1.0"
 
 
 def load_student(folder: str | Path) -> LoadedStudent:

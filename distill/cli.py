@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distill import __version__
 from distill.errors import InputError, Interrupted
 from distill.files.text import visible
 from distill.launching.ending import exit_code, exit_message, write_interruption
 from distill.launching.launcher import is_main_process
 from distill.launching.signals import StopRequest
 from distill.registry import load_plugin
+from distill.version import __version__
 
 if TYPE_CHECKING:
     from distill.run import Run

@@ -23,13 +23,14 @@ from typing import IO, Any
 
 import torch
 
-from distill import __version__, registry
+from distill import registry
 from distill.console import LogFile
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
 from distill.files.text import write_text
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
+from distill.version import __version__
 
 RUNS = Path("runs")
 HELD = (errno.EACCES, errno.EAGAIN)

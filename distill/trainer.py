@@ -23,7 +23,7 @@ from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
 from distill.evaluation import SMALLEST_BATCH, accuracies, predict_heads, predict_teacher
 from distill.exports.folder import load_export
-from distill.files.digests import batch_digest, state_digest
+from distill.files.digests import state_digest
 from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import StopRequest, deferred
 from distill.recipe import Recipe
@@ -179,7 +179,7 @@ class Trainer:
                     if progress.step % self.steps_per_epoch == 0:
                         # The first sample of the global batch: whatever the number of processes, it is there.
                         first = micro_batches[0].first()
-                        run.log("epoch", step=progress.step, epoch=epoch, batch=batch_digest(first))
+                        run.log("epoch", step=progress.step, epoch=epoch, batch=first.digest())
                     self.train_step(micro_batches)
                     progress.step += 1
                     display.advance(progress.step)

@@ -1,24 +1,66 @@
-"""Who may import whom: the arrows of the rooms, kept by walking the imports of every file."""
+"""Who may import whom: one ordered list of layers over every kind of import, and no cycle among files."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+LAYERS = [
+    "distill",
+    "distill.train",
+    "distill.cli",
+    "distill.commands",
+    "distill.bench",
+    "distill.dry_run",
+    "distill.pipeline",
+    "distill.trainer",
+    "distill.training",
+    "distill.teaching",
+    "distill.training.compilation",
+    "distill.tracking",
+    "distill.exports",
+    "distill.analysis",
+    "distill.evaluation",
+    "teachers",
+    "distill.students",
+    "distill.methods",
+    "distill.report",
+    "distill.run",
+    "distill.checkpoint",
+    "distill.console",
+    "distill.data",
+    "distill.files",
+    "distill.launching",
+    "teachers.cifar_resnet",
+    "teachers.zoo",
+    "distill.recipe",
+    "distill.registry",
+    "distill.options",
+    "distill.features",
+    "distill.flops",
+    "distill.inputs",
+    "distill.memory",
+    "distill.faults",
+    "distill.errors",
+    "distill.version",
+]
+"""From top to bottom: modules import from their own layer and from those below it. A module belongs to the longest name
+here that it begins with.
+"""
 
-class Import(NamedTuple):
-    module: str
-    """As far as it is a module of this project; of others the name as it stands."""
-    when_loading: bool
-    """False for imports within functions."""
+REMAINING = {
+    ("distill.pipeline", "distill.dry_run"),
+    ("distill.training.out_of_memory", "distill.trainer"),
+}
+"""Imports from a layer above that are still to be removed: (module, what it imports). Nothing is added here."""
 
 
 def source_files() -> dict[str, Path]:
@@ -30,123 +72,109 @@ def source_files() -> dict[str, Path]:
     return found
 
 
+def imports_of(source: str, known: Iterable[str]) -> set[str]:
+    """What a file imports, of `known` modules and of other packages: at the top, within functions, for type checkers,
+    by `import_module("a.b")` or `import_module(f"a.{name}")` (every module in a), and as a string "a.b:name".
+    `from a import b` is of `a.b` where that is a module, else of `a`.
+    """
+    return {name for node in ast.walk(ast.parse(source)) for name in _imports(node, set(known))}
+
+
+def _imports(node: ast.AST, known: set[str]) -> Iterator[str]:
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=base, names=names, level=level):
+            assert level == 0, "imports are absolute"
+            yield from (name if (name := f"{base}.{alias.name}") in known else base or "" for alias in names)
+        case ast.Call(args=[ast.Constant(value=str(name)), *_]) if _imports_by_name(node):
+            yield name
+        case ast.Call(args=[ast.JoinedStr(values=[ast.Constant(value=str(start)), *_]), *_]) if _imports_by_name(node):
+            yield from (name for name in known if name.startswith(start))
+        case ast.Constant(value=str(text)) if found := re.fullmatch(r"(\w+(?:\.\w+)+):\w+", text):
+            if found[1] in known:
+                yield found[1]
+
+
+def _imports_by_name(call: ast.Call) -> bool:
+    return ast.unparse(call.func).rpartition(".")[2] in ("import_module", "__import__")
+
+
 MODULES = source_files()
-
-
-def imports_of(source: str, known: set[str]) -> set[Import]:
-    """Every import but those for type checkers; `from a import b` is of `a.b` where that is a module, else of `a`."""
-    return set(_imports(ast.parse(source).body, known, when_loading=True))
-
-
-def _imports(nodes: Iterable[ast.AST], known: set[str], *, when_loading: bool) -> Iterator[Import]:
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (Import(alias.name, when_loading) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            base = node.module or ""
-            for alias in node.names:
-                name = f"{base}.{alias.name}"
-                yield Import(name if name in known else base, when_loading)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            yield from _imports(node.orelse, known, when_loading=when_loading)
-        else:
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            yield from _imports(ast.iter_child_nodes(node), known, when_loading=when_loading and not is_function)
-
-
-IMPORTS = {name: imports_of(path.read_text(encoding="utf-8"), set(MODULES)) for name, path in MODULES.items()}
+IMPORTS = {name: imports_of(path.read_text(encoding="utf-8"), MODULES) - {name} for name, path in MODULES.items()}
 
 
 def within(module: str, *packages: str) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-def room_of(module: str) -> str:
-    """distill.data.folder -> distill.data; teachers.zoo -> teachers."""
-    parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "distill" else parts[0]
+def layer_of(module: str) -> str:
+    # The facade is a layer without what is in the package.
+    names = [name for name in LAYERS if within(module, name) and (name != "distill" or module == "distill")]
+    assert names, f"{module} has no place in LAYERS"
+    return max(names, key=len)
 
 
-def imported_by(*packages: str) -> set[tuple[str, str]]:
-    """(module, what it imports) of all modules within `packages`; the standard library aside."""
-    return {
-        (name, found.module)
+def test_arrows_go_down() -> None:
+    height = {name: LAYERS.index(layer_of(name)) for name in MODULES}
+    upwards = {
+        (name, found)
         for name, imports in IMPORTS.items()
-        if within(name, *packages)
-        for found in imports
-        if found.module.split(".")[0] not in sys.stdlib_module_names
+        for found in imports & MODULES.keys()
+        if height[found] < height[name]
     }
+    assert upwards == REMAINING
+    assert {layer_of(name) for name in MODULES} == set(LAYERS), "a layer that is no more"
+
+
+def test_files_have_no_cycle() -> None:
+    graph = {
+        name: {found for found in imports & MODULES.keys() if (name, found) not in REMAINING}
+        for name, imports in IMPORTS.items()
+    }
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the files on the cycle
+
+
+NOT_THERE = {
+    "distill.recipe": ("torch", "torchvision", "timm", "accelerate", "numpy"),
+    "distill.registry": ("torch", "torchvision", "timm", "accelerate", "numpy"),
+    "distill.options": ("torch", "torchvision", "timm", "accelerate", "numpy"),
+    "distill.report": ("torch", "torchvision", "timm", "accelerate", "distill.launching"),
+    "distill.data": ("timm.models",),
+}
+"""What would cost seconds of start, or a model where only files are to be read."""
+
+
+@pytest.mark.parametrize("package", NOT_THERE)
+def test_packages_do_without(package: str) -> None:
+    pairs = {(name, found) for name in MODULES if within(name, package) for found in IMPORTS[name]}
+    assert pairs
+    assert {pair for pair in pairs if within(pair[1], *NOT_THERE[package])} == set()
 
 
 @pytest.mark.parametrize("package", ["distill.methods", "distill.students.attention"])
-def test_variants_import_torch_and_one_another_only(package: str) -> None:
-    assert any(within(name, package) for name in MODULES)
-    assert {pair for pair in imported_by(package) if not within(pair[1], "torch", "distill.features", package)} == set()
+def test_variants_import_what_a_plugin_would(package: str) -> None:
+    """torch, what variants are made of, and one another."""
+    pairs = {(name, found) for name in MODULES if within(name, package) for found in IMPORTS[name]}
+    allowed = ("torch", "pydantic", "distill.options", "distill.registry", "distill.features", package)
+    own = {pair for pair in pairs if pair[1].split(".")[0] not in sys.stdlib_module_names}
+    assert own
+    assert {pair for pair in own if not within(pair[1], *allowed)} == set()
 
 
-FORBIDDEN = {
-    "distill.recipe": ("torch", "torchvision", "timm", "accelerate", "numpy", "teachers", "distill.inputs"),
-    "distill.report": (
-        "torch",
-        "torchvision",
-        "timm",
-        "accelerate",
-        "teachers",
-        "distill.students",
-        "distill.exports.folder",
-        "distill.evaluation",
-        "distill.checkpoint",
-        "distill.data",
-        "distill.inputs",
-    ),
-    "distill.data": ("timm.models", "teachers", "distill.students", "distill.methods", "distill.report"),
-    "distill.students": ("teachers", "distill.data", "distill.methods", "distill.report"),
-    "distill.training.optim": ("teachers", "distill.data", "distill.methods", "distill.report"),
-    "distill.checkpoint": ("teachers", "distill.data", "distill.students", "distill.methods", "distill.report"),
-    "teachers": ("distill.data", "distill.methods", "distill.report", "distill.checkpoint"),
-}
-
-
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_rooms_do_not_reach_where_they_must_not(package: str) -> None:
-    assert any(within(name, package) for name in MODULES)
-    assert {pair for pair in imported_by(package) if within(pair[1], *FORBIDDEN[package])} == set()
-
-
-# What stands above the trainer: the commands, and what they run.
-BENCH = {name for name in MODULES if within(name, "distill.bench")}
-ENTRANCES = {"distill.train", "distill.cli", "distill.pipeline", "distill.dry_run", *BENCH}
-
-
-def test_only_the_entrances_import_the_trainer() -> None:
-    above = {name for name, module in imported_by("distill", "teachers") if within(module, "distill.trainer")}
-    assert above
-    assert above <= ENTRANCES
-
-
-def test_nothing_but_the_entrances_imports_an_entrance() -> None:
-    assert {name for name, module in imported_by("distill", "teachers") if module in ENTRANCES} <= ENTRANCES
-
-
-def test_rooms_have_no_cycle() -> None:
-    graph: dict[str, set[str]] = {}
-    for name, imports in IMPORTS.items():
-        if name == "distill":
-            continue
-        rooms = {
-            room_of(found.module)
-            for found in imports
-            if found.when_loading and found.module in MODULES and found.module != "distill"
-        }
-        graph.setdefault(room_of(name), set()).update(rooms - {room_of(name)})
-    assert len(graph) > 5
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the rooms on the cycle
-
-
-def test_the_package_itself_imports_no_room() -> None:
+def test_the_package_itself_imports_nothing_when_loaded() -> None:
     """`import distill` comes before every other import of the project: what it imports, everything does."""
-    assert {found.module for found in IMPORTS["distill"] if found.when_loading} <= {"__future__", "typing"}
+    imports = [
+        node
+        for node in ast.parse(MODULES["distill"].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert {name for node in imports for name in _imports(node, set(MODULES))} <= {
+        "__future__",
+        "typing",
+        "distill.version",
+    }
 
 
 def test_the_walk_finds_imports_wherever_they_stand() -> None:
@@ -163,27 +191,31 @@ try:
     import safetensors
 except ImportError:
     pass
+ENTRY = {"here": "distill.cli:main", "elsewhere": "os.path:join", "time": "12:30"}
 class A:
     import yaml
     def f(self):
         if True:
             from distill import trainer
+        importlib.import_module("distill.run")
+        import_module(f"distill.report.{self}")
 """
-    known = {"distill.data", "distill.data.folder", "distill.trainer"}
+    known = {
+        "distill", "distill.data", "distill.data.folder", "distill.trainer", "distill.cli", "distill.run",
+        "distill.report", "distill.report.page", "distill.reported",
+    }  # fmt: skip
     with pytest.raises(AssertionError, match="absolute"):
         imports_of(source, known)
-    found = imports_of(source.replace("from . import relative", ""), known)
-    assert found == {
-        Import("typing", True),
-        Import("torch.nn", True),
-        Import("distill.data.folder", True),
-        Import("distill.data", True),
-        Import("scipy", True),
-        Import("safetensors", True),
-        Import("yaml", True),
-        Import("distill.trainer", False),
-    }
-    assert room_of("distill.data.folder") == "distill.data"
-    assert room_of("teachers.zoo") == "teachers"
-    assert within("distill.data.folder", "distill.data")
-    assert not within("distill.database", "distill.data")
+    assert imports_of(source.replace("from . import relative", ""), known) == {
+        "typing", "torch.nn", "distill.data.folder", "distill.data", "timm", "scipy", "safetensors", "distill.cli",
+        "yaml", "distill.trainer", "distill.run", "distill.report.page",
+    }  # fmt: skip
+
+
+def test_a_module_belongs_to_the_longest_name() -> None:
+    assert layer_of("teachers.cifar_resnet") == "teachers.cifar_resnet"
+    assert layer_of("teachers.sources") == "teachers"
+    assert layer_of("distill.data.folder") == "distill.data"
+    assert layer_of("distill") == "distill"
+    with pytest.raises(AssertionError, match="no place"):
+        layer_of("distill.datasets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,13 @@ class Batch(NamedTuple):
     def first(self) -> Batch:
         """The batch of its first sample alone, in one view."""
         return Batch(self.images[:1], self.targets[:1], self.labels[:1], self.indices[:1])
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the student is about to see: indices, pixels and targets."""
+        digest = hashlib.sha256()
+        for part in (self.indices, self.images, self.targets):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor
 
-from distill import __version__, faults, registry
+from distill import faults, registry
 from distill.errors import InputError
 from distill.exports.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
 from distill.files.digests import state_digest
@@ -34,6 +34,7 @@ from distill.students.saved import (
     config_digest,
     read_export,
 )
+from distill.version import __version__
 
 TOLERANCE = 1e-6
 """Largest difference, absolute plus relative, between the logits here and those of the reloaded model."""

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill import __version__
 from distill.errors import InputError
 from distill.students import Student, merge_heads
+from distill.version import __version__
 
 ONNX_FILE = "model.onnx"
 OPSET = 18

@@ -27,12 +27,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill import __version__, run
+from distill import run
 from distill.data import BatchPlan, Dataset
-from distill.files.digests import batch_digest
 from distill.launching.processes import on_main
 from distill.recipe import Recipe
 from distill.teaching.logit_file import LogitFile
+from distill.version import __version__
 from teachers import Ensemble, Teacher
 
 FOLDER = run.RUNS / "teacher-cache"
@@ -176,5 +176,5 @@ def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str)
         "resolution": recipe.data.resolution,
         "augment": recipe.data.augment.model_dump(mode="json"),
         "seed": recipe.seed,
-        "first_batch": batch_digest(batch),
+        "first_batch": batch.digest(),
     }

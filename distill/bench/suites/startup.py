@@ -12,13 +12,12 @@ from pathlib import Path
 
 import yaml
 
-import distill
 from distill.bench.machine import Machine
 from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave, summary
 
 COMMAND = (sys.executable, "-m", "distill.cli")
 IMPORTS = "import torch, torchvision, timm, accelerate"
-RECIPES = Path(distill.__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
