@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from distill.errors import InputError
+from distill.features import with_maps
 
 Reader = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 """The network's inputs [B, C, H, W] -> its logits [B, classes] and the maps [B, C, h, w] by name."""
@@ -39,6 +40,13 @@ def reader_of(name: str, network: nn.Module, names: Sequence[str], inputs: Tenso
     return partial(_by_timm, network, {known[index]: index for index in order})
 
 
+def cannot_be_read(teacher: str, reason: str) -> InputError:
+    """That the maps of a teacher cannot be had along with its logits."""
+    return InputError(
+        f"teacher {teacher}: its feature maps cannot be read ({reason}). Take a timm model, or a method on logits."
+    )
+
+
 def no_map(teacher: str, wrong: str, known: Sequence[str]) -> InputError:
     """That a teacher has no map of that name, but those that are known."""
     return InputError(f"teacher {teacher}: no feature map '{wrong}'; it has {', '.join(known) or 'none'}.")
@@ -51,9 +59,9 @@ def _timm_names(network: nn.Module) -> list[str]:
     return [stage["module"] for stage in getattr(information, "info", information)]
 
 
-def _by_timm(network: Any, indices: dict[str, int], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    features, maps = network.forward_intermediates(inputs, indices=list(indices.values()))
-    return network.forward_head(features), dict(zip(indices, maps, strict=True))
+def _by_timm(network: nn.Module, indices: dict[str, int], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    logits, maps = with_maps(network, inputs, list(indices.values()))
+    return logits, dict(zip(indices, maps, strict=True))
 
 
 def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor) -> Reader:
@@ -72,10 +80,7 @@ def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor)
     except InputError:
         raise
     except Exception as error:  # whatever fx met that it cannot trace
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"teacher {name}: its feature maps cannot be read ({reason}). Take a timm model, or a method on logits."
-        ) from None
+        raise cannot_be_read(name, str(error).partition("\n")[0]) from None
 
     def read(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = extractor(images)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from distill import recipe
 from distill.errors import InputError
+from distill.features import example_image, problem_of_maps
 from distill.inputs import InputAdapter, InputContract
 from teachers.cifar_resnet import CifarResNet
-from teachers.maps import Reader, map_names, no_map, reader_of
+from teachers.maps import Reader, cannot_be_read, map_names, no_map, reader_of
 from teachers.sources import open_source
 from teachers.weights import digest
 
@@ -75,34 +76,43 @@ class Teacher(nn.Module):
         Raises:
             InputError: it has no such map, or none at all.
         """
+        return self._features(images, names)[1]
+
+    def _features(self, images: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         self.prepare_maps(names, images.shape[-1])
-        _, maps = self(images, tuple(names))
+        logits, maps = self(images, tuple(names))
         if wrong := [name for name, found in maps.items() if not isinstance(found, Tensor) or found.dim() != 4]:
-            raise no_map(self.name, wrong[0], map_names(self.network, self._blank(images.shape[-1])))
-        return maps
+            raise no_map(self.name, wrong[0], map_names(self.network, self._example(images.shape[-1])))
+        return logits, maps
 
     def prepare_maps(self, names: Sequence[str], resolution: int) -> None:
         """Make ready to give these maps of images of this side; raises InputError where there is no such map."""
         if (key := tuple(names)) and key not in self._readers:
-            self._readers[key] = reader_of(self.name, self.network, names, self._blank(resolution))
+            self._readers[key] = reader_of(self.name, self.network, names, self._example(resolution))
 
     def map_shapes(self, resolution: int, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
         """(C, h, w) of its feature maps, from the first to the last, or of those named, for images of this side.
 
         Raises:
-            InputError: as `features`.
+            InputError: as `features`, or they cannot be read along with its logits.
         """
-        blank = self._blank(resolution)
-        chosen = map_names(self.network, blank) if names is None else names
+        image = self._example(resolution)
+        chosen = map_names(self.network, image) if names is None else names
         if not chosen:
             raise InputError(f"teacher {self.name}: has no feature maps. Take another, or a method on logits.")
-        return {name: (*found.shape[1:],) for name, found in self.features(blank, chosen).items()}
+        try:
+            logits, maps = self._features(image, chosen)
+            problem = problem_of_maps([logits], [self(image)], list(maps.values()))
+        except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+            problem = str(error).partition("\n")[0] or type(error).__name__
+        if problem is not None:
+            raise cannot_be_read(self.name, problem)
+        return {name: (*found.shape[1:],) for name, found in maps.items()}
 
-    def _blank(self, resolution: int) -> Tensor:
+    def _example(self, resolution: int) -> Tensor:
         """An image as the network takes it, of the size that images of this side are resized to."""
-        size = self.contract.size or resolution
-        device = next((weight.device for weight in self.network.parameters()), None)
-        return torch.zeros(1, len(self.contract.mean), size, size, device=device)
+        device = next((weight.device for weight in self.network.parameters()), torch.device("cpu"))
+        return example_image(len(self.contract.mean), self.contract.size or resolution, device)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode."""
@@ -130,7 +140,7 @@ class Teacher(nn.Module):
 
     def _try_out(self) -> None:
         try:
-            shape = list(self(self._blank(32)).shape)
+            shape = list(self(self._example(32)).shape)
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             raise InputError(
                 f"teacher {self.name}: cannot take its inputs, {self.contract} ({error}). "

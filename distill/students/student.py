@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
-from distill.features import Features
+from distill.features import Features, Stage, example_image, problem_of_maps, with_maps
 from distill.inputs import InputAdapter, InputContract, Preparation
 
 HEADS = ("cls", "dist")
@@ -76,7 +77,7 @@ class Student(nn.Module):
         was_training = self.training
         try:
             with torch.no_grad():
-                return tuple(self.eval().logits(self._blank()))
+                return tuple(self.eval().logits(self._example()))
         finally:
             self.train(was_training)
 
@@ -85,41 +86,58 @@ class Student(nn.Module):
         return _by_head(self.model(self.adapter(images)))
 
     def forward(self, images: Tensor, want: tuple[int, ...] = ()) -> Features:
-        """The logits, and the maps of the blocks in `want`, which rise; of a CNN or a pyramid they are stages, as timm
-        counts them. A map is what comes out of a block: tokens on the patch grid, without prefix tokens, or a feature
-        map, [B, D, H, W].
+        """The logits, and the maps of the `stages` in `want`, counted from 0 and rising: what comes out of a block as
+        tokens on the patch grid, without prefix tokens, or out of a CNN's or a pyramid's stage, [B, D, H, W].
         """
         if not want:
             return Features(self.logits(images), {})
-        model: Any = self.model
-        features, maps = model.forward_intermediates(self.adapter(images), indices=list(want))
-        return Features(_by_head(model.forward_head(features)), dict(zip(want, maps, strict=True)))
+        output, maps = with_maps(self.model, self.adapter(images), want)
+        return Features(_by_head(output), dict(zip(want, maps, strict=True)))
 
-    def map_channels(self) -> list[int]:
-        """The channels D of each block's map, as `forward` gives it.
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What `forward` can give the maps of, from the first to the last.
 
         Raises:
-            InputError: timm cannot read the maps of this model.
+            InputError: the maps of this model cannot be read along with its logits.
         """
+        image, maps = self._example(), self._try_maps(None)
+        known = getattr(self.model, "feature_info", None) or []
+        names = [stage["module"] for stage in getattr(known, "info", known)]
+        if len(names) != len(maps):
+            names = [str(index) for index in range(len(maps))]
+        strides = [round(image.shape[2] / found.shape[2]) for found in maps]
+        return tuple(map(Stage, names, (found.shape[1] for found in maps), strides))
+
+    def check_maps(self, want: tuple[int, ...]) -> None:
+        """Raise InputError unless `forward` gives these maps beside the very logits that it gives without them."""
+        if want:
+            self._try_maps(want)
+
+    def _try_maps(self, want: tuple[int, ...] | None) -> list[Tensor]:
+        """Maps of an image, in evaluation; None: all of them."""
         was_training = self.training
-        model: Any = self.model
         try:
-            with torch.no_grad():
-                maps = model.eval().forward_intermediates(self._blank(), intermediates_only=True)
-        except (AttributeError, AssertionError, NotImplementedError) as error:
-            raise InputError(
-                f"student.model: {self.architecture} does not give its feature maps ({error}). Take another model, or "
-                "distillation methods on logits."
-            ) from None
+            with torch.no_grad(), _no_weights_of_zero(self.model):
+                inputs = self.eval().adapter(self._example())
+                plain = _by_head(self.model(inputs))
+                output, maps = with_maps(self.model, inputs, want)
+                problem = problem_of_maps(list(_by_head(output).values()), list(plain.values()), maps)
+        except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            problem = str(error).partition("\n")[0] or type(error).__name__
         finally:
             self.train(was_training)
-        return [found.shape[1] for found in maps]
+        if problem is None:
+            return maps
+        raise InputError(
+            f"student.model: {self.architecture} does not give its feature maps ({problem}). Take another model, or "
+            "distillation methods on logits."
+        )
 
-    def _blank(self) -> Tensor:
-        """An image of the student's size, all zeros: [1, C, size, size]."""
+    def _example(self) -> Tensor:
         contract = self.adapter.contract
         assert contract.size is not None, "a student has one input size"
-        return next(self.parameters()).new_zeros(1, len(contract.mean), contract.size, contract.size)
+        return example_image(len(contract.mean), contract.size, next(self.parameters()).device)
 
     def timm_config(self, class_names: Sequence[str]) -> dict[str, Any]:
         """config.json of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
@@ -146,6 +164,22 @@ class Student(nn.Module):
                 **{key: _as_json(known[key]) for key in ("first_conv", "classifier") if known.get(key)},
             },
         }
+
+
+@contextmanager
+def _no_weights_of_zero(model: nn.Module) -> Iterator[None]:
+    """Within, matrices that are zero as a whole hold small random numbers: a head that begins with zeros answers the
+    same whatever it is given.
+    """
+    zeros = [weight for weight in model.parameters() if weight.ndim > 1 and not weight.any()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for weight in zeros:
+            weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+        yield
+    finally:
+        for weight in zeros:
+            weight.zero_()
 
 
 def _by_head(output: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:

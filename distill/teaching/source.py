@@ -105,6 +105,8 @@ class Frozen(TeacherSource):
 
     def want(self, maps: Sequence[str]) -> None:
         self.maps = tuple(maps)
+        if self.maps:
+            self.map_shapes(self.maps)  # checks them, which the copy in half precision cannot outside of autocast
         self.teacher.prepare_maps(self.maps, self._resolution)
         if self._compilation.enabled:
             self._compilation.apply(self.teacher)

@@ -122,7 +122,7 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
         others = sorted(name for name in named if name not in stages)
         known = stages | (source.map_shapes(others) if others else {})
         channels = {name: shape[0] for name, shape in known.items()}
-        shapes = Shapes(student.map_channels(), channels, list(stages), num_classes)
+        shapes = Shapes([stage.channels for stage in student.stages], channels, list(stages), num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         try:
@@ -134,7 +134,9 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
             raise InputError(f"distill: {error}.") from None
     if source is not None:
         source.want(tuple(dict.fromkeys(name for method in methods.values() for name in method.maps)))
-    return Task(student, methods, source, label_smoothing=recipe.train.label_smoothing, weights=recipe.loss_weights)
+    task = Task(student, methods, source, label_smoothing=recipe.train.label_smoothing, weights=recipe.loss_weights)
+    student.check_maps(task.blocks)
+    return task
 
 
 def _check_heads(recipe: Recipe, student: Student) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.features import Stage
 from distill.students import Student, build_student
 from tests.students.helpers import student_options
 
@@ -71,7 +72,7 @@ def test_the_grid_is_the_tokens_in_their_order(name: str, training: bool) -> Non
     student = student_of(resolution, **spec).train(training)
     model: Any = student.model
     images, side = images_of(resolution), resolution // spec["patch_size"]
-    assert student.map_channels() == [96] * 6
+    assert student.stages == tuple(Stage(f"blocks.{block}", 96, spec["patch_size"]) for block in range(6))
     assert student.training == training
     tokens = outputs_of(student, list(model.blocks), images)
     plain = student(images)
@@ -110,9 +111,9 @@ def test_stages_of_other_models(name: str, training: bool) -> None:
     student, images = student_of(32, model=name).train(training), images_of(32)
     model: Any = student.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    channels = student.map_channels()
+    stages = student.stages
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "nothing is learned"
-    assert len(channels) == len(modules)
+    assert [stage.name for stage in stages] == modules
     found = outputs_of(student, [model.get_submodule(module) for module in modules], images)
     torch.manual_seed(0)
     plain = student(images)
@@ -124,7 +125,7 @@ def test_stages_of_other_models(name: str, training: bool) -> None:
         assert tuple(maps) == blocks
         for block, one in maps.items():
             expected = found[block].permute(0, 3, 1, 2) if channels_last else found[block]
-            assert one.shape[1] == channels[block]
+            assert one.shape[1:] == (stages[block].channels, *[32 // stages[block].stride] * 2)
             assert torch.equal(one, expected), block
     sides = [one.shape[2] for one in student(images, tuple(range(len(modules)))).maps.values()]
     assert sides == sorted(sides, reverse=True)
@@ -158,10 +159,30 @@ def test_a_model_that_does_not_give_its_maps_is_refused(monkeypatch: pytest.Monk
     student = student_of(32, model="cifar_resnet20")
     monkeypatch.delattr(type(student.model), "forward_intermediates")
     with pytest.raises(InputError) as refused:
-        student.map_channels()
+        _ = student.stages
     assert str(refused.value).startswith("student.model: cifar_resnet20 does not give its feature maps (")
     assert student.training, "it is left as it was"
     assert student(images_of(32)).fused.shape == (2, 5)
+
+
+@pytest.mark.parametrize("want", [(0,), (0, 1, 2), (2,)])
+def test_a_pass_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch, want: tuple[int, ...]) -> None:
+    """Also where the head begins with zeros, which hides them."""
+    student = student_of(32, model="cifar_resnet20")
+    nn.init.zeros_(student.model.linear.weight)
+    before = {key: value.clone() for key, value in student.model.state_dict().items()}
+    student.check_maps(want)
+    assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
+    forward = type(student.model).forward_intermediates
+
+    def with_another_end(self: Any, x: Tensor, **options: Any) -> Any:
+        _, maps = forward(self, x, **options)
+        return maps[-1].sin(), maps
+
+    monkeypatch.setattr(type(student.model), "forward_intermediates", with_another_end)
+    with pytest.raises(InputError, match=r"cifar_resnet20 does not give its feature maps \("):
+        student.check_maps(want)
+    assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
 
 
 def test_maps_of_images_of_another_size() -> None:
