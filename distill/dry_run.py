@@ -38,7 +38,7 @@ def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     with advising(trainer):
         trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
     trainer.inspect()
-    values = trainer.window.read(recipe.train.batch_size)
+    values = trainer.accumulator.read(recipe.train.batch_size)
     if not accelerator.is_main_process:
         return
     memory = _peak_memory(accelerator.device)

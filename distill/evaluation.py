@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.data import Dataset, Split
 from distill.errors import RunFailed
 from distill.features import mean_over_heads
-from distill.files.seal import SEAL
+from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.launching.processes import marking_process
 from distill.launching.signals import stoppable
@@ -143,4 +143,4 @@ def save_predictions(
     """Write `predictions.safetensors`: labels int64 [N] and one float32 [N, classes] per name."""
     # With one head its logits are the fused ones too, and safetensors refuses tensors that share memory.
     tensors = {"labels": labels} | {name: logits.clone() for name, logits in predictions.items()}
-    write_tensors(path, tensors, {**metadata, SEAL: ""})
+    write_tensors(path, tensors, {**metadata, CHECKSUM: ""})

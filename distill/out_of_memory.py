@@ -16,7 +16,7 @@ from distill.launching.processes import return_freed_memory
 from distill.memory import forget, is_out_of_memory
 from distill.teaching.source import Frozen
 from distill.trainer import Trainer
-from distill.training.guard import Guard
+from distill.training.nonfinite import NonFiniteSteps
 
 _log = logging.getLogger("distill")
 
@@ -75,7 +75,7 @@ def _work_alone(trainer: Trainer) -> None:
     trainer.model = trainer.task
     for method in trainer.task.methods.values():
         method.collective = False  # type: ignore[assignment]
-    trainer.guard = Guard(trainer.accelerator, trainer.task, trainer.task, trainer.optimizer)
+    trainer.nonfinite = NonFiniteSteps(trainer.accelerator, trainer.task, trainer.task, trainer.optimizer)
     if isinstance(trainer.source, Frozen):
         trainer.source.cache = None  # a teacher whose logits are stored may have to be asked all the same
     torch.compiler.reset()

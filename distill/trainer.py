@@ -33,14 +33,14 @@ from distill.students.plain import train_on_cpu
 from distill.teaching.cache import TeacherCache, open_cache
 from distill.teaching.source import Frozen, Place, SourceContext, TeacherSource
 from distill.tracking import Tracking
+from distill.training.accumulator import MetricAccumulator
 from distill.training.compilation import Compilation
-from distill.training.finishing import Chosen, describe_export, export_chosen, write_predictions
-from distill.training.guard import Average, Guard
+from distill.training.finishing import SelectedWeights, describe_export, export_chosen, write_predictions
+from distill.training.nonfinite import Ema, NonFiniteSteps
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.training.saving import Parts, Progress, restore, save, settle
+from distill.training.saving import Progress, TrainState, restore, save, settle
 from distill.training.shares import GradientShares
 from distill.training.task import build_task
-from distill.training.window import Window
 from teachers import Teacher
 
 LOADER_BOUND = 0.1
@@ -96,11 +96,11 @@ class Trainer:
         dataset.give_views(self.task.views)
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, self.task.methods))
         self.model: nn.Module = accelerator.prepare(self.task)
-        self.guard = Guard(accelerator, self.model, self.task, self.optimizer)
-        self.average = None if self.ema is None else Average(self.ema, self.student)
+        self.nonfinite = NonFiniteSteps(accelerator, self.model, self.task, self.optimizer)
+        self.average = None if self.ema is None else Ema(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
-        self.window = Window(accelerator)
+        self.accumulator = MetricAccumulator(accelerator)
         self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
         self.shares = GradientShares(train, accelerator, self.student)
@@ -165,7 +165,7 @@ class Trainer:
             display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
                 self.evaluate(tracking)  # the run was stopped between an epoch's last step and its evaluation
-            self.window.start_clock()
+            self.accumulator.start_clock()
             unmixed = self.recipe.data.augment.mix_off_epoch
             if self.dataset.augmenter.paired and unmixed * self.steps_per_epoch >= self.total_steps:
                 _log.warning("data.augment.mix_off_epoch: epoch %d never comes; all images are mixed", unmixed)
@@ -174,8 +174,8 @@ class Trainer:
                 self.model.train()
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
                 if epoch == unmixed:
-                    self.window.await_compilation()
-                for micro_batches in self.window.timed(marking_process(batches)):
+                    self.accumulator.await_compilation()
+                for micro_batches in self.accumulator.timed(marking_process(batches)):
                     if progress.step % self.steps_per_epoch == 0:
                         # The first sample of the global batch: whatever the number of processes, it is there.
                         first = micro_batches[0].first()
@@ -191,9 +191,9 @@ class Trainer:
                     if self.at_boundary:
                         break
                     if train.checkpoint_every and progress.step % train.checkpoint_every == 0:
-                        with self.window.paused():
+                        with self.accumulator.paused():
                             self.save(run)
-                with self.window.paused():
+                with self.accumulator.paused():
                     self.evaluate_or_save(tracking)
                     if self.due() or progress.step == self.total_steps:
                         self.save(run)
@@ -222,7 +222,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         progress = step / self.schedule_steps
         self.compilation.begin_step()
-        self.guard.begin_step()
+        self.nonfinite.begin_step()
         losses = []
         for index, batch in enumerate(micro_batches):
             # What the model draws (drop path) is a function of where we are, so that a resumed run draws the same.
@@ -235,9 +235,9 @@ class Trainer:
                 if shares_due:
                     self.shares.measure(parts, self.task.weights(progress))
                 self.accelerator.backward(loss / len(micro_batches))
-            self.window.add(loss, {name: part.detach() for name, part in parts.items()})
+            self.accumulator.add(loss, {name: part.detach() for name, part in parts.items()})
             losses.append(loss.detach())
-        norm = self.guard.judge(step, losses, [batch.indices for batch in micro_batches])
+        norm = self.nonfinite.judge(step, losses, [batch.indices for batch in micro_batches])
         if (limit := recipe.optim.clip_grad) is not None:
             if self.accelerator.scaler is None:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
@@ -245,25 +245,25 @@ class Trainer:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         # Optimizers that draw, such as timm's Kron, draw the same on all processes.
         torch.manual_seed(_seed_of(recipe.seed, step))
-        self.guard.step()
+        self.nonfinite.step()
         self.optimizer.zero_grad()
-        self.task.after_step(step, self.guard.skipped)
+        self.task.after_step(step, self.nonfinite.skipped)
         if self.average is not None:
-            self.average.update(step, self.guard.skipped)
-        self.window.step(self.guard.skipped)
+            self.average.update(step, self.nonfinite.skipped)
+        self.accumulator.step(self.nonfinite.skipped)
 
     def inspect(self) -> None:
-        """Read what the guard found since the last time; waits for the device.
+        """Fetch the skipped-step flags from the device; synchronises.
 
         Raises:
             RunFailed: too many steps in a row were not finite.
         """
-        self.window.skipped += self.guard.read(self.recipe.train.max_bad_steps)
+        self.accumulator.skipped += self.nonfinite.read(self.recipe.train.max_bad_steps)
 
     def log(self, tracking: Tracking) -> None:
         """Report the global means since the last time."""
         self.inspect()
-        values = self.window.read(self.plan.batch_size) | self.energy.take() | self.shares.read()
+        values = self.accumulator.read(self.plan.batch_size) | self.energy.take() | self.shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
         values |= {f"weight/{name}": weights[name] for name in self.recipe.scheduled}
         if (cache := self.cache) is not None:
@@ -310,9 +310,9 @@ class Trainer:
         return max(SMALLEST_BATCH, self.plan.micro_batch)
 
     @property
-    def parts(self) -> Parts:
+    def state(self) -> TrainState:
         keep = self.recipe.train.keep_checkpoints
-        return Parts(
+        return TrainState(
             self.student, self.task.methods, self.source, self.ema, self.optimizer, self.accelerator.scaler, keep
         )
 
@@ -324,10 +324,10 @@ class Trainer:
             RunFailed: it would have been the last one.
         """
         self.inspect()
-        window = self.window.state()
+        metrics = self.accumulator.state()
         if self.cache is not None:
             self.cache.flush()
-        problem = on_main(lambda: save(self.parts, self.progress, run, epoch=self.epoch, also={"window": window}))
+        problem = on_main(lambda: save(self.state, self.progress, run, epoch=self.epoch, also={"metrics": metrics}))
         if problem is None:
             self.saved = replace(self.progress)
             return
@@ -340,16 +340,16 @@ class Trainer:
 
     def restore(self, folder: Path, run: Run) -> None:
         """Continue from a checkpoint, verified before anything changes."""
-        self.progress, state = restore(self.parts, folder, run)
+        self.progress, state = restore(self.state, folder, run)
         self.saved = replace(self.progress)
-        self.window.resume(state["window"])
-        on_main(lambda: settle(self.parts, folder, self.progress, run, epoch=self.epoch))
+        self.accumulator.resume(state["metrics"])
+        on_main(lambda: settle(self.state, folder, self.progress, run, epoch=self.epoch))
         _log.info("resumed from %s", folder)
 
     def finish(self, tracking: Tracking, metadata: Mapping[str, str]) -> None:
         """Export the chosen weights, and from the export write the predictions on the test set: its one reading."""
         run, info = tracking.run, self.dataset.info
-        chosen = Chosen.of(self.progress, averaged=self.ema is not None)
+        chosen = SelectedWeights.of(self.progress, averaged=self.ema is not None)
         described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
         if self.selection_split is not None:
             described[f"{self.selection_split}_top1"] = f"{self.progress.best_top1:.2f}"

@@ -359,7 +359,7 @@ def test_a_cnn_learns_from_maps_too(toy: Toy) -> None:
     student = {"model": "cifar_resnet20", "patch_size": None, "attention": {"kind": "standard"}, "drop_path": 0.0}
     trainer = trainer_of(recipe_of(toy, distill=ALL, student=student))
     take_steps(trainer, batches_of(trainer), 2)
-    assert math.isfinite(trainer.window.read(16)["loss/guide"])
+    assert math.isfinite(trainer.accumulator.read(16)["loss/guide"])
     guide: Any = trainer.task.methods["guide"]
     assert guide.pairs == [(0, "layer1"), (1, "layer2"), (2, "layer3")]
 

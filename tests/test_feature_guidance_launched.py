@@ -64,7 +64,7 @@ def test_compiled_with_maps_it_begins_as_eager(toy: Toy) -> None:
         batches, losses = batches_of(trainer), []
         for _ in range(4):
             take_steps(trainer, batches, 1)
-            losses.append(trainer.window.read(16)["loss"])
+            losses.append(trainer.accumulator.read(16)["loss"])
         found[compiled] = losses, {name: share.item() for name, share in trainer.shares.latest.items()}
         # Student and teacher; the step that is not compiled made no third.
         assert counters["stats"]["unique_graphs"] == (2 if compiled else 0)

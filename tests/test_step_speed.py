@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill.data.rows
 import distill.trainer
-import distill.training.window
+import distill.training.accumulator
 from distill import checkpoint
 from distill.data import Batch
 from distill.inputs import InputContract
@@ -37,9 +37,9 @@ from distill.teaching.teachers import build_teacher
 from distill.tracking import Tracking
 from distill.trainer import Trainer
 from distill.training import compilation
+from distill.training.accumulator import MetricAccumulator
 from distill.training.compilation import Compilation
 from distill.training.task import Losses
-from distill.training.window import Window
 from teachers import Ensemble, Teacher
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
@@ -75,7 +75,7 @@ def take_steps(trainer: Trainer, batches: Iterator[list[Batch]], number: int) ->
 
 def batches_of(trainer: Trainer) -> Iterator[list[Batch]]:
     epoch, step = divmod(trainer.progress.step, trainer.steps_per_epoch)
-    return trainer.window.timed(trainer.dataset.training_batches(trainer.plan, epoch, step))
+    return trainer.accumulator.timed(trainer.dataset.training_batches(trainer.plan, epoch, step))
 
 
 # No synchronisation
@@ -134,7 +134,7 @@ def test_nothing_between_two_log_lines_waits_for_the_device(toy: Toy, precision:
         take_steps(trainer, batches, 3)
     assert found == []
     with Calls(found):
-        trainer.window.read(16)
+        trainer.accumulator.read(16)
     assert found == ["tolist"]
 
 
@@ -167,7 +167,7 @@ def test_nothing_waits_for_a_gpu(toy: Toy, compiled: bool) -> None:
         take_steps(trainer, batches, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.window.read(16)["loss"] > 0
+    assert trainer.accumulator.read(16)["loss"] > 0
 
 
 # Compilation
@@ -236,7 +236,7 @@ def test_a_compiled_run_on_a_cpu_begins_as_an_eager_one(toy: Toy) -> None:
         batches = batches_of(trainer)
         for _ in range(3):
             take_steps(trainer, batches, 1)
-            losses[compiled].append(trainer.window.read(16)["loss"])
+            losses[compiled].append(trainer.accumulator.read(16)["loss"])
     assert losses[True][0] == pytest.approx(losses[False][0], abs=1e-5)
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     # Nothing was compiled again: not for the second micro-batch, not for evaluation at another size.
@@ -311,12 +311,12 @@ def test_steps_ask_the_teacher_in_the_recipes_precision_and_predictions_in_fp32(
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that goes only when told."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(distill.training.window.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(distill.training.accumulator.time, "perf_counter", lambda: clock.now)
     return clock
 
 
 def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -> None:
-    window = Window(build_accelerator(toy_recipe(toy).train, Path()))
+    window = MetricAccumulator(build_accelerator(toy_recipe(toy).train, Path()))
 
     def batches() -> Iterator[int]:
         for batch in range(3):

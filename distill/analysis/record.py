@@ -19,7 +19,7 @@ from distill.analysis.costs import count_bytes, measure_speed
 from distill.data import Dataset
 from distill.data.randomness import permutation
 from distill.evaluation import named_heads
-from distill.files.seal import SEAL
+from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
 from distill.flops import count_flops
@@ -106,7 +106,7 @@ def analyse(
                 "images": LOOKED_AT,
             }
             tensors |= _attention(seen, drawn, _thumbnails(of(drawn)))
-        metadata = {"format": FORMAT, "data": dataset.info.digest, SEAL: ""}
+        metadata = {"format": FORMAT, "data": dataset.info.digest, CHECKSUM: ""}
         try:
             write_tensors(folder / f"{NAME}.safetensors", tensors, metadata)
             write_text(folder / f"{NAME}.json", json.dumps(values, indent=1) + "\n")

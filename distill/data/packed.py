@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import InputError
-from distill.files.seal import SEAL, is_sealed
+from distill.files.checksum import CHECKSUM, has_right_checksum
 from distill.files.tensors import write_tensors
 
 
@@ -73,7 +73,7 @@ def write_packed(
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a packed file, with the digest of each tensor, and that of the file, in its metadata."""
-    metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": LAYOUT, SEAL: "", **(extra or {})}
+    metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": LAYOUT, CHECKSUM: "", **(extra or {})}
     write_tensors(path, tensors, metadata | {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 
 
@@ -95,7 +95,7 @@ def open_packed(path: Path, expected: Expected | None = None) -> Packed:
             "get it again"
         ) from None
     class_names = _class_names(metadata)
-    is_whole = is_sealed(path, metadata)
+    is_whole = has_right_checksum(path, metadata)
     for problem, remedy in _problems(tensors, metadata, class_names, expected, is_whole=is_whole):
         raise InputError(f"{path}: {problem}; {remedy}")
     return Packed(str(path), class_names, tensors, metadata)
@@ -151,7 +151,7 @@ def _problems(
     counts = torch.bincount(tensors["train.labels"], minlength=len(class_names)).tolist()
     if 0 in counts:
         yield f"class '{class_names[counts.index(0)]}' has no training image", PACK_AGAIN
-    if not is_whole and (SEAL in metadata or metadata.get("layout") == LAYOUT):
+    if not is_whole and (CHECKSUM in metadata or metadata.get("layout") == LAYOUT):
         yield "its header is not what was written (SHA-256 differs), so it is damaged or altered", get_again
 
 

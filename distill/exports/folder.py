@@ -19,9 +19,9 @@ from torch import Tensor
 from distill import faults, registry
 from distill.errors import InputError
 from distill.exports.onnx_file import ONNX_FILE, compare_logits, example_images, onnx_logits, write_onnx
+from distill.files.checksum import CHECKSUM
 from distill.files.digests import state_digest
 from distill.files.durable import clear, flush_folder
-from distill.files.seal import SEAL
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
 from distill.inputs import InputContract, Preparation
@@ -116,7 +116,7 @@ def describe(folder: Path, metadata: Mapping[str, str], readme: str) -> None:
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Beside the config.json that they belong to."""
-    own = {"format": "pt", "distill_version": __version__, SEAL: ""}
+    own = {"format": "pt", "distill_version": __version__, CHECKSUM: ""}
     digests = {WEIGHTS_DIGEST: state_digest(weights), CONFIG_DIGEST: config_digest(folder)}
     write_tensors(folder / WEIGHTS_FILE, weights, {**metadata, **own, **digests})
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.files.checksum import CHECKSUM, PLACEHOLDER
 from distill.files.durable import NewFile, replacing
-from distill.files.seal import SEAL, UNSEALED
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -30,15 +30,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def fill(file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` and `metadata` into a new file in the format of safetensors; `metadata` with a SEAL, whatever it
-    says, gets the right one.
+    """Write `tensors` and `metadata` into a new file in the format of safetensors; where `metadata` has a CHECKSUM,
+    whatever it says, the file gets the right one.
     """
     metadata = metadata or {}
-    if SEAL in metadata:
+    if CHECKSUM in metadata:
         digest = hashlib.sha256()
-        for part in _parts(tensors, {**metadata, SEAL: UNSEALED}):
+        for part in _parts(tensors, {**metadata, CHECKSUM: PLACEHOLDER}):
             digest.update(part)
-        metadata = {**metadata, SEAL: digest.hexdigest()}
+        metadata = {**metadata, CHECKSUM: digest.hexdigest()}
     for part in _parts(tensors, metadata):
         file.write(part)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
-from distill.files.seal import SEAL, is_sealed
+from distill.files.checksum import CHECKSUM, has_right_checksum
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -67,8 +67,8 @@ def read_predictions(path: Path) -> Predictions:
         raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}. Write it again with `distill evaluate`.") from None
-    # Those that evaluation wrote all have a seal, and the digest of the data.
-    if {SEAL, "data"} & metadata.keys() and not is_sealed(path, metadata):
+    # Those that evaluation wrote all have a checksum, and the digest of the data.
+    if {CHECKSUM, "data"} & metadata.keys() and not has_right_checksum(path, metadata):
         raise InputError(f"{path}: not what was written (SHA-256 differs). Write it again with `distill evaluate`.")
     absent = [name for name in ("labels", "student.fused") if name not in tensors]
     if absent:

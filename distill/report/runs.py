@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
-from distill.files.seal import is_sealed
+from distill.files.checksum import has_right_checksum
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
 from distill.report.metrics import Predictions, read_predictions
 
@@ -161,7 +161,7 @@ def _read_analysis(path: Path, data_digest: str | None) -> Analysis | None:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read: {error}. Write it again with `distill evaluate {path}`.") from None
-    if not is_sealed(file, metadata):
+    if not has_right_checksum(file, metadata):
         raise InputError(f"{file}: not what was written (SHA-256 differs). Write it with `distill evaluate {path}`.")
     if data_digest not in (None, values.get("data")) or metadata.get("data") != values.get("data"):
         raise InputError(f"{path / ANALYSIS}.json: made on other data. Write it again with `distill evaluate {path}`.")

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.files.checksum import has_right_checksum
 from distill.files.digests import state_digest
-from distill.files.seal import is_sealed
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +59,7 @@ def read_export(folder: str | Path) -> Saved:
             )
         if written != found:
             raise InputError(f"{folder / name}: not what was exported: its hash differs. Export the student again.")
-    if not is_sealed(folder / WEIGHTS_FILE, metadata):
+    if not has_right_checksum(folder / WEIGHTS_FILE, metadata):
         raise InputError(f"{folder / WEIGHTS_FILE}: its header is not what was exported. Export the student again.")
     return Saved(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), weights, metadata)
 

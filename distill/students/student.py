@@ -45,7 +45,7 @@ class Student(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Student:
-        """As usual, except that the module which decides on one or two outputs always takes itself to be in training.
+        """Like `nn.Module.train`, but keeps timm's `distilled_training` modules in training mode.
 
         timm's two-headed models return both heads only in training. Dropout, batch norm and stochastic depth are
         modules of their own and follow `mode`.

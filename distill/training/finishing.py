@@ -23,7 +23,7 @@ from distill.training.saving import Progress
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedWeights:
     """The weights that a run is for: the best on the split that selects, or the last ones where none does."""
 
     step: int
@@ -31,14 +31,20 @@ class Chosen:
     """'raw' or 'ema'."""
 
     @classmethod
-    def of(cls, progress: Progress, *, averaged: bool) -> Chosen:
+    def of(cls, progress: Progress, *, averaged: bool) -> SelectedWeights:
         if progress.best_step is not None:
             return cls(progress.best_step, progress.best_weights)
         return cls(progress.step, "ema" if averaged else "raw")
 
 
 def export_chosen(
-    chosen: Chosen, student: Student, run: Run, *, recipe: Recipe, dataset: Dataset, metadata: Mapping[str, str]
+    chosen: SelectedWeights,
+    student: Student,
+    run: Run,
+    *,
+    recipe: Recipe,
+    dataset: Dataset,
+    metadata: Mapping[str, str],
 ) -> None:
     """Load the chosen weights from their checkpoint into `student` and export it; on the main process.
 

@@ -42,7 +42,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainState:
     """All of a run that lives in tensors, and how often it is kept."""
 
     student: nn.Module
@@ -65,19 +65,19 @@ class Parts:
         return {stem: state for stem, state in states.items() if state}
 
 
-def save(parts: Parts, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]) -> str | None:
+def save(train_state: TrainState, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]) -> str | None:
     """Write a checkpoint, on the main process; what kept it from being written, or None where it stands.
 
     Args:
         also: further plain data, which `restore` returns.
     """
     folder = checkpoint.folder_of_step(run.checkpoints, progress.step)
-    tensors, optimizer = parts.states(), parts.optimizer.state_dict()
+    tensors, optimizer = train_state.states(), train_state.optimizer.state_dict()
     state = {
         **also,
         "progress": asdict(progress),
         "metrics_size": run.metrics_size(),
-        "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+        "scaler": None if train_state.scaler is None else train_state.scaler.state_dict(),
     }
     needed, free = checkpoint.size(tensors, optimizer), shutil.disk_usage(run.path).free
     if needed > free:  # a hint: the next lines decide
@@ -86,11 +86,11 @@ def save(parts: Parts, progress: Progress, run: Run, *, epoch: float, also: Mapp
         checkpoint.write(folder, tensors, optimizer, state)
     except OSError as error:
         return describe_failure(folder, error, needed)
-    settle(parts, folder, progress, run, epoch=epoch)
+    settle(train_state, folder, progress, run, epoch=epoch)
     return None
 
 
-def restore(parts: Parts, folder: Path, run: Run) -> tuple[Progress, dict[str, Any]]:
+def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, dict[str, Any]]:
     """Load a checkpoint, verified before anything changes; returns its progress and all of its plain data.
 
     Raises:
@@ -98,16 +98,16 @@ def restore(parts: Parts, folder: Path, run: Run) -> tuple[Progress, dict[str, A
     """
     checkpoint.verify(folder)
     state = checkpoint.read_state(folder)
-    parts.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
-    if parts.methods.state_dict():
-        parts.methods.load_state_dict(checkpoint.read_tensors(folder, "methods"))
-    if parts.source is not None and parts.source.state_dict():
-        parts.source.load_state_dict(checkpoint.read_tensors(folder, "teacher"))
-    if parts.ema is not None:
-        parts.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
-    parts.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
-    if parts.scaler is not None and state["scaler"] is not None:
-        parts.scaler.load_state_dict(state["scaler"])
+    train_state.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
+    if train_state.methods.state_dict():
+        train_state.methods.load_state_dict(checkpoint.read_tensors(folder, "methods"))
+    if train_state.source is not None and train_state.source.state_dict():
+        train_state.source.load_state_dict(checkpoint.read_tensors(folder, "teacher"))
+    if train_state.ema is not None:
+        train_state.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
+    train_state.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
+    if train_state.scaler is not None and state["scaler"] is not None:
+        train_state.scaler.load_state_dict(state["scaler"])
     progress = Progress(**state["progress"])
     if problem := on_main(lambda: _damage_of_best(run.checkpoints, progress)):
         _log.warning("%s: the best checkpoint so far is gone or damaged (%s); the choice begins anew", folder, problem)
@@ -116,7 +116,7 @@ def restore(parts: Parts, folder: Path, run: Run) -> tuple[Progress, dict[str, A
     return progress, state
 
 
-def settle(parts: Parts, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:
+def settle(train_state: TrainState, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:
     """Once the checkpoint at `folder` stands, on the main process: the links lead to it, older ones go, metrics and
     status say so. Also after a resumption, since the one that was killed may not have come so far.
     """
@@ -127,7 +127,7 @@ def settle(parts: Parts, folder: Path, progress: Progress, run: Run, *, epoch: f
             checkpoint.point(run.checkpoints, "best", best)
     except OSError as error:
         _log.warning("%s: the links there cannot be made: %s", run.checkpoints, error.strerror)
-    checkpoint.prune(run.checkpoints, parts.keep)
+    checkpoint.prune(run.checkpoints, train_state.keep)
     run.log("checkpoint", step=progress.step, epoch=epoch, path=str(folder.relative_to(run.path)))
     run.status(step=progress.step, epoch=epoch)
 

@@ -29,7 +29,7 @@ from distill.pipeline import open_data
 from distill.recipe.schema import Train
 from distill.teaching.logit_file import LogitFile
 from distill.trainer import Trainer
-from distill.training.guard import Guard
+from distill.training.nonfinite import NonFiniteSteps
 from distill.training.task import Losses, Task
 from tests.conftest import Counted, Toy
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
@@ -152,7 +152,7 @@ def test_a_skipped_step_leaves_no_trace(
         take_steps(trainer, batches, 1)
         assert equal(before, everything(trainer)) == (step in bad), step
     trainer.inspect()
-    values = trainer.window.read(16)
+    values = trainer.accumulator.read(16)
     assert values["bad_steps"] == 4
     assert math.isfinite(values["loss"])
 
@@ -162,7 +162,7 @@ def test_a_parameter_may_get_its_first_gradient_later(build: Callable[..., torch
     """Also in a step that is left out, in which torch's fused optimizers make its state all the same."""
     layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
     optimizer = build(layers.parameters())
-    guard = Guard(build_accelerator(Train(), Path()), layers, layers, optimizer)
+    guard = NonFiniteSteps(build_accelerator(Train(), Path()), layers, layers, optimizer)
     for step, (count, factor) in enumerate([(1, 1.0), (2, NAN), (2, 1.0)]):
         before = [parameter.clone() for parameter in layers.parameters()]
         loss = factor * torch.stack([layer(torch.ones(1, 2)).sum() for layer in layers[:count]]).sum()
@@ -184,7 +184,7 @@ def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
     trainer.accelerator.scaler = scaler
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
-    trainer.guard = Guard(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)
+    trainer.nonfinite = NonFiniteSteps(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)
     injected([(0, 1, "gradients", INF), (0, 2, "loss", NAN), (0, 4, "gradients", NAN), (0, 5, "gradients", NAN)])
     batches = batches_of(trainer)
     scales = []
@@ -195,9 +195,9 @@ def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
         assert equal(before, everything(trainer)) == (step in (1, 2, 4, 5)), step
     assert scales == [4.0, 2.0, 1.0, 1.0, 0.5, 0.25]
     trainer.inspect()
-    assert trainer.window.sums is not None
-    loss = trainer.window.sums[0].item() / 2  # of the steps 0 and 3
-    values = trainer.window.read(16)
+    assert trainer.accumulator.sums is not None
+    loss = trainer.accumulator.sums[0].item() / 2  # of the steps 0 and 3
+    values = trainer.accumulator.read(16)
     assert values["loss"] == pytest.approx(loss)
     assert values["bad_steps"] == 2  # the loss, and gradients that were not finite at the scale 0.5
 
@@ -210,7 +210,7 @@ def test_a_first_step_that_overflows_leaves_no_memory_that_nobody_filled(
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     trainer.accelerator.scaler = scaler
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
-    trainer.guard = Guard(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)
+    trainer.nonfinite = NonFiniteSteps(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)
     injected([(0, 0, "gradients", INF)])
     batches = batches_of(trainer)
     before = everything(trainer)

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
-from distill.files.seal import SEAL
+from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 
 SAMPLES, CLASSES = 40, 10
@@ -78,7 +78,7 @@ def write_analysis(path: Path, draw: np.random.Generator, outputs: Sequence[str]
         mask[..., 0, 0, :2] = True  # a box
         mask[..., 1, 1, 3] = mask[..., 1, 2, 0] = True  # a run that goes around the end of a row
         tensors |= {"attention.areas.0": mask, "attention.area_weights.0": torch.full((2, 2, 2), 0.125)}
-    write_tensors(path / "analysis.safetensors", tensors, {"format": "1", "data": data, SEAL: ""})
+    write_tensors(path / "analysis.safetensors", tensors, {"format": "1", "data": data, CHECKSUM: ""})
     (path / "analysis.json").write_text(json.dumps(values))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.files.seal import SEAL
+from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from results.arms import load_arm
 
@@ -44,7 +44,7 @@ def make_cell(tmp_path: Path) -> MakeCell:
             outputs["teacher"][np.arange(SAMPLES), labels] += 3
         tensors = {key: torch.from_numpy(value).float() for key, value in outputs.items()}
         labelled = {"labels": torch.from_numpy(labels), **tensors}
-        write_tensors(folder / "predictions.safetensors", labelled, {"data": "d" * 64, SEAL: ""})
+        write_tensors(folder / "predictions.safetensors", labelled, {"data": "d" * 64, CHECKSUM: ""})
         status = {
             "state": "finished", "reason": None, "step": 10 * EPOCHS, "epoch": EPOCHS, "data_digest": "d" * 64,
             "teacher_weights": {f"{HOME}/w/teacher.th": "12" * 32}, "parameters": {"student": 684_404},

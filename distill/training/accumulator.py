@@ -14,7 +14,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Window:
+class MetricAccumulator:
     """Sums since the last line of metrics, kept on the device so that logging costs one synchronisation an interval."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -29,7 +29,7 @@ class Window:
         self.sums: Tensor | None = None
         """Of the losses of the steps that were applied, also of those before a resumption, and the number of these."""
         self.skipped = 0
-        """Steps that were left out because they were not finite; the guard knows."""
+        """Steps that were left out because they were not finite."""
         self._micro_batches: list[Tensor] = []
         self.start_clock()
 
@@ -50,7 +50,7 @@ class Window:
         self.began += time.perf_counter() - paused
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; counts how long the loop waits for each, unless the device is busy until it comes."""
+        """Yield the batches unchanged and accumulate the time spent waiting for the loader while the device is idle."""
         asked = time.perf_counter()
         for batch in batches:
             if self._counts_waiting and (self._step_done is None or self._step_done.query()):
@@ -80,7 +80,7 @@ class Window:
         """Means over all processes (none where all steps were skipped), images per second and the share of the time
         spent waiting for data; then starts anew.
         """
-        assert self.sums is not None, "a window is read after at least one step"
+        assert self.sums is not None, "metrics are read after at least one step"
         *sums, applied = self.accelerator.reduce(self.sums, "mean").tolist()
         values = {name: total / applied for name, total in zip(self.names, sums, strict=True)} if applied else {}
         seconds = time.perf_counter() - self.began

@@ -28,7 +28,7 @@ class _Judged(NamedTuple):
     """What the device knows of a step, for the host to read later."""
 
     step: int
-    verdict: Tensor
+    finiteness: Tensor
     """float32 [2] or [3], the same on all processes: is anything not finite, is a loss; with a scaler, its scale."""
     own: Tensor
     """float32: this process's losses, sums of its gradients before they were averaged, and their norm after it."""
@@ -36,7 +36,7 @@ class _Judged(NamedTuple):
     """int64 [B] for each micro-batch of this process."""
 
 
-class Guard:
+class NonFiniteSteps:
     """Decides on the device, at each step, whether its update is applied, and tells the host when it is asked.
 
     The processes agree by a reduction of one small tensor on the device. A step that is not finite leaves no trace in
@@ -92,14 +92,14 @@ class Guard:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         own = torch.stack([*losses, *self._bucket_sums, norm]).float()
-        verdict = (~torch.stack([own.sum(), own[: len(losses)].sum()]).isfinite()).float()
+        finiteness = (~torch.stack([own.sum(), own[: len(losses)].sum()]).isfinite()).float()
         if self._shared:
-            dist.all_reduce(verdict, dist.ReduceOp.MAX)
-        self.skipped = verdict[0] > 0
+            dist.all_reduce(finiteness, dist.ReduceOp.MAX)
+        self.skipped = finiteness[0] > 0
         if (scaler := self._accelerator.scaler) is not None:
             gradients[0].add_(torch.full_like(self._scale(scaler), math.nan).masked_fill(~self.skipped, 0.0))
-            verdict = torch.cat([verdict, self._scale(scaler).view(1)])
-        self._judged.append(_Judged(step, verdict, own, indices))
+            finiteness = torch.cat([finiteness, self._scale(scaler).view(1)])
+        self._judged.append(_Judged(step, finiteness, own, indices))
         return norm
 
     @staticmethod
@@ -140,9 +140,9 @@ class Guard:
         """
         if not self._judged:
             return 0
-        verdicts = torch.stack([judged.verdict for judged in self._judged]).tolist()
+        finitenesss = torch.stack([judged.finiteness for judged in self._judged]).tolist()
         bad = []
-        for judged, (anything, loss, *scale) in zip(self._judged, verdicts, strict=True):
+        for judged, (anything, loss, *scale) in zip(self._judged, finitenesss, strict=True):
             if not anything:
                 self._streak = []
             elif loss or not scale or scale[0] < 1:
@@ -195,8 +195,8 @@ class Guard:
         return blamed
 
 
-class Average:
-    """timm's moving average of a student, whose update a step's verdict can leave out without the host knowing."""
+class Ema:
+    """timm's moving average of a student, whose update a step's finiteness can leave out without the host knowing."""
 
     def __init__(self, ema: ModelEmaV3, student: nn.Module) -> None:
         self._ema = ema
