@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from distill.recipe.base import Section
 from pydantic import Field
 
 from distill.options import Section
