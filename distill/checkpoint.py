@@ -8,7 +8,6 @@ leaves the older ones as they were; they are removed only then.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from distill import faults
 from distill.errors import InputError, RunFailed
+from distill.files.digests import file_digest
 from distill.files.durable import NewFile, flush_folder, remove_folder
 from distill.files.tensors import fill
 
@@ -116,7 +116,7 @@ def verify(path: str | Path) -> None:
         if name not in present:
             raise InputError(f"{file}: missing from the checkpoint. Use another one.")
         try:
-            found = _sha256(file)
+            found = file_digest(file)
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror}). Use another checkpoint.") from None
         if found != digests[name]:
@@ -227,8 +227,3 @@ def _best_step(path: Path) -> int | None:
 
 def _manifest_text(digests: Mapping[str, str]) -> str:
     return json.dumps(digests, indent=1, sort_keys=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,8 +28,8 @@ from distill.console import LogFile
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
-from distill.files.text import write_text
-from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
+from distill.files.text import read_json, write_text
+from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
 from distill.version import __version__
 
 RUNS = Path("runs")
@@ -249,15 +249,10 @@ def read_status(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is there and unreadable.
     """
-    file = path / "status.json"
-    if not file.exists():
-        return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f'{file}: unreadable ({error}). Write {{"state": "interrupted"}} there to resume from its checkpoints.'
-        ) from None
+        return read_json(path / "status.json") or {}
+    except InputError as error:
+        raise InputError(f'{error} Write {{"state": "interrupted"}} there to resume from its checkpoints.') from None
 
 
 def is_finished(path: Path) -> bool:
@@ -280,7 +275,7 @@ def read_recipe(path: Path) -> Recipe:
     if not file.is_file():
         raise InputError(f"{path}: not a run directory (it has no resolved.yaml).")
     registry.check_available(read_environment(path).get("variants", {}), str(path))
-    return from_mapping(read_yaml(file.read_text(encoding="utf-8"), source=str(file)), source=str(file))
+    return from_mapping(read_mapping(file), source=str(file))
 
 
 def check_free(path: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torchvision
@@ -24,6 +24,29 @@ _TORCH_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
+Scheme = Literal["zoo", "local-dir", "hf_hub", "torchvision", "timm"]
+_PREFIXES: dict[str, Scheme] = {
+    "local-dir:": "local-dir", "hf_hub:": "hf_hub", "hf-hub:": "hf_hub", "torchvision/": "torchvision"
+}  # fmt: skip
+
+
+class Address(NamedTuple):
+    """Where a teacher's `model` is found, and its name or folder there."""
+
+    scheme: Scheme
+    name: str
+
+
+def parse(model: str) -> Address:
+    """What the recipe's `teacher.model` says: a name in the zoo, one with a prefix, or else a timm name."""
+    if model in ZOO:
+        return Address("zoo", model)
+    for prefix, scheme in _PREFIXES.items():
+        if model.startswith(prefix):
+            return Address(scheme, model.removeprefix(prefix))
+    return Address("timm", model)
+
+
 class Source(NamedTuple):
     network: nn.Module
     contract: InputContract
@@ -38,17 +61,18 @@ def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
         InputError: an unknown model, weights that cannot be had or do not fit, or another number of classes.
     """
     assert spec.model is not None
-    if spec.model in ZOO:
-        return _from_zoo(spec, spec.model, num_classes)
-    scheme, colon, rest = spec.model.partition(":")
-    if scheme == "local-dir" and colon:
-        return _from_folder(spec, Path(rest), num_classes)
-    if scheme in ("hf_hub", "hf-hub") and colon:
-        return _from_hub(spec, rest, num_classes)
-    library, slash, rest = spec.model.partition("/")
-    if library == "torchvision" and slash:
-        return _from_torchvision(spec, rest, num_classes)
-    return _from_timm(spec, spec.model, num_classes)
+    scheme, name = parse(spec.model)
+    match scheme:
+        case "zoo":
+            return _from_zoo(spec, name, num_classes)
+        case "local-dir":
+            return _from_folder(spec, Path(name), num_classes)
+        case "hf_hub":
+            return _from_hub(spec, name, num_classes)
+        case "torchvision":
+            return _from_torchvision(spec, name, num_classes)
+        case "timm":
+            return _from_timm(spec, name, num_classes)
 
 
 def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
@@ -60,21 +84,21 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
     """
     if spec.model is None:
         raise InputError(f"teacher.recipe: {spec.recipe} trains this teacher; name the model that it is.")
-    if spec.model in ZOO:
-        return _zoo_source(spec, spec.model, num_classes)
-    if spec.model.startswith("torchvision/"):
-        name = spec.model.removeprefix("torchvision/")
-        _, contract = _torchvision_preset(spec, name)
-        return Source(torchvision.models.get_model(name, weights=None, num_classes=num_classes), contract)
-    scheme, colon, rest = spec.model.partition(":")
-    if scheme == "local-dir" and colon:
-        network = _folder_network(Path(rest))
-    elif scheme in ("hf_hub", "hf-hub") and colon:
-        _hub_config(rest)
-        network = timm.create_model(f"hf-hub:{rest}")
-    else:
-        _timm_config(spec.model)
-        network = timm.create_model(spec.model)
+    scheme, name = parse(spec.model)
+    match scheme:
+        case "zoo":
+            return _zoo_source(spec, name, num_classes)
+        case "torchvision":
+            _, contract = _torchvision_preset(spec, name)
+            return Source(torchvision.models.get_model(name, weights=None, num_classes=num_classes), contract)
+        case "local-dir":
+            network = _folder_network(Path(name))
+        case "hf_hub":
+            _hub_config(name)
+            network = timm.create_model(f"hf-hub:{name}")
+        case "timm":
+            _timm_config(name)
+            network = timm.create_model(name)
     network.reset_classifier(num_classes)
     return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from distill import recipe
 from distill.errors import InputError
 from distill.features import example_image, problem_of_maps
+from distill.files.digests import state_digest
 from distill.inputs import InputAdapter, InputContract
 from teachers.cifar_resnet import CifarResNet
 from teachers.maps import Reader, cannot_be_read, map_names, no_map, reader_of
 from teachers.sources import open_source
-from teachers.weights import digest
 
 Spec = Mapping[str, Any] | recipe.Teacher
 
@@ -44,7 +44,7 @@ class Teacher(nn.Module):
     def __init__(self, name: str, network: nn.Module, contract: InputContract, num_classes: int) -> None:
         super().__init__()
         self.name, self.contract, self.num_classes = name, contract, num_classes
-        self.digest = digest(network.state_dict())
+        self.digest = state_digest(network.state_dict())
         self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
         if isinstance(network, CifarResNet):
             network.fold_batch_norms()

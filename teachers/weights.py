@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.files.digests import file_digest
 
 # Where training scripts put the state dict; averaged weights first, as they are the ones that authors evaluate.
 _WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -114,7 +114,7 @@ def download(url: str, sha256: str) -> Path:
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.exists():
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
+        if not file_digest(path).startswith(sha256):
             raise InputError(f"{path}: not the file of {url} (its SHA-256 does not begin with {sha256}). Delete it.")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,13 +128,3 @@ def download(url: str, sha256: str) -> Path:
     except RuntimeError as error:  # torch.hub's way to report another hash; it keeps nothing of the file
         raise InputError(f"{url}: was downloaded and thrown away, it is not the expected file ({error}).") from error
     return path
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, types, shapes and bytes; the same whatever file or order the tensors came in."""
-    total = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu().contiguous()
-        total.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

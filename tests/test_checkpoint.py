@@ -13,6 +13,7 @@ import torch
 
 from distill import checkpoint
 from distill.errors import InputError
+from distill.files.digests import file_digest
 
 
 def write(folder: Path, step: int) -> Path:
@@ -149,7 +150,7 @@ def test_a_pickle_in_the_optimizer_file_is_not_executed(tmp_path: Path) -> None:
             return (Path.touch, (witness,))  # type: ignore[return-value]
 
     torch.save(Payload(), path / "optimizer.pt")
-    digests = {name: checkpoint._sha256(path / name) for name in json.loads((path / "manifest.json").read_text())}
+    digests = {name: file_digest(path / name) for name in json.loads((path / "manifest.json").read_text())}
     (path / "manifest.json").write_text(checkpoint._manifest_text(digests))
     checkpoint.verify(path)  # an attacker who can write the file can write the manifest
     with pytest.raises(Exception, match=r"[Ww]eights"):

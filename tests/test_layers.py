@@ -48,6 +48,7 @@ LAYERS = [
     "distill.features",
     "distill.flops",
     "distill.inputs",
+    "distill.cores",
     "distill.memory",
     "distill.faults",
     "distill.errors",

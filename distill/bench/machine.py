@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from distill.bench.measure import Arm, seconds
+from distill.cores import cores
 from distill.launching.processes import set_threads
 from distill.run import describe_environment
 
@@ -33,7 +33,7 @@ class Machine:
 
     @property
     def cores(self) -> int:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()
 
     @property
     def precisions(self) -> tuple[str, ...]:

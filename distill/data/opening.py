@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from distill import registry
+from distill.cores import share_of_cores
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
 from distill.data.folder import Folder, check_quickly, open_folder, scan, without_unreadable
 from distill.data.holdout import hold_out
 from distill.data.images import common_mode
 from distill.data.packed import Packed, open_packed
 from distill.data.sequential import open_sequential
-from distill.data.stream import Reader, StreamDataset, StreamSplit, default_workers
+from distill.data.stream import Reader, StreamDataset, StreamSplit
 from distill.data.timm_sets import RANDOM_ACCESS, SEQUENTIAL, open_random_access
 from distill.data.torchvision_sets import KNOWN, digits, open_known
 from distill.errors import InputError
@@ -40,7 +41,7 @@ def open_dataset(
     """
     assert 0 <= process_index < num_processes
     root = Path(spec.root)
-    workers = spec.workers if spec.workers is not None else default_workers(num_processes)
+    workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
     if spec.skip_unreadable and spec.name not in FOLDER_NAMES:
         raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
     if spec.name.startswith(SEQUENTIAL):

@@ -4,7 +4,6 @@ device.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -109,12 +108,6 @@ def _training_requests(plan: BatchPlan, epoch: int, first_step: int, count: int)
     for step in range(first_step, plan.steps_per_epoch(count)):
         for part in plan.slices(step):
             yield order[part].tolist(), Draw(plan.seed, epoch)
-
-
-def default_workers(num_processes: int) -> int:
-    """Cores that this process may use, over the processes of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
 
 
 class StreamDataset(Dataset):

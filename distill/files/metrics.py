@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import faults
+from distill.files.text import parse_json
 
 
 class MetricsFile:
@@ -58,10 +59,14 @@ class MetricsFile:
             os.truncate(self.path, size)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, *, finished: bool = False) -> Iterator[dict[str, Any]]:
     """The lines in order; none where there is no file. A torn last one, of a run that was killed or goes on, is not
-    there yet.
+    there yet; in the file of a `finished` run it is damage.
+
+    Raises:
+        InputError: a line is damaged.
     """
     if path.exists():
-        *lines, _ = path.read_bytes().split(b"\n")
-        yield from map(json.loads, lines)
+        *lines, torn = path.read_bytes().split(b"\n")
+        for number, line in enumerate([*lines, torn] if torn and finished else lines, start=1):
+            yield parse_json(line, f"{path}, line {number}")

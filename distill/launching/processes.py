@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
+from distill.cores import share_of_cores
 from distill.errors import InputError, RunFailed
 from distill.launching.determinism import set_deterministic
 from distill.launching.ending import describe
@@ -171,8 +172,7 @@ def set_threads() -> int:
 
     `accelerate launch` sets OMP_NUM_THREADS=1, for a single process too.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = share_of_cores()
     torch.set_num_threads(threads)
     return threads
 

@@ -5,7 +5,7 @@ every problem at once, each under its dotted path.
 """
 
 from distill.recipe.loading import from_mapping, load, load_teachers_recipe
-from distill.recipe.reading import read_yaml
+from distill.recipe.reading import read_mapping, read_yaml
 from distill.recipe.schema import OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
 from distill.recipe.sizes import VIT_SIZES
 from distill.recipe.variants import recipe_model
@@ -20,6 +20,7 @@ __all__ = [
     "from_mapping",
     "load",
     "load_teachers_recipe",
+    "read_mapping",
     "read_yaml",
     "recipe_model",
 ]

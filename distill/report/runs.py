@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
 from distill.files.checksum import has_right_checksum
-from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_yaml
+from distill.files.metrics import read_lines
+from distill.files.text import read_json
+from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
 from distill.report.metrics import Predictions, read_predictions
 
 Record = Mapping[str, Any]
@@ -44,6 +45,7 @@ class RunFiles:
     predictions: Predictions
     status: Record
     recipe: Record
+    """The resolved one as plain data, unchecked: a report on a run of an earlier version is still a report."""
     environment: Record
     events: tuple[Record, ...]
     """The lines of metrics.jsonl in their order."""
@@ -127,7 +129,7 @@ def read_run(path: Path) -> RunFiles:
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such run directory.")
-    status = _read_json(path / "status.json")
+    status = read_json(path / "status.json")
     if status is None:
         raise InputError(f"{path}: not a run directory: it has no status.json.")
     state = status.get("state")
@@ -137,12 +139,12 @@ def read_run(path: Path) -> RunFiles:
         path=path,
         predictions=read_predictions(path / "predictions.safetensors"),
         status=status,
-        recipe=_read_recipe(path / "resolved.yaml"),
-        environment=_read_json(path / "environment.json") or {},
-        events=tuple(_read_lines(path / "metrics.jsonl")),
+        recipe=read_mapping(recipe) if (recipe := path / "resolved.yaml").exists() else {},
+        environment=read_json(path / "environment.json") or {},
+        events=tuple(read_lines(path / "metrics.jsonl", finished=True)),
         control=read_run(path / "control") if (path / "control").is_dir() else None,
         analysis=_read_analysis(path, status.get("data_digest")),
-        config=_read_json(path / "export" / "config.json") or {},
+        config=read_json(path / "export" / "config.json") or {},
     )
 
 
@@ -152,7 +154,7 @@ def _read_analysis(path: Path, data_digest: str | None) -> Analysis | None:
     Raises:
         InputError: it is damaged, or of other data.
     """
-    values, file = _read_json(path / f"{ANALYSIS}.json"), path / f"{ANALYSIS}.safetensors"
+    values, file = read_json(path / f"{ANALYSIS}.json"), path / f"{ANALYSIS}.safetensors"
     if values is None or not file.exists() or values.get("format") != ANALYSIS_FORMAT:
         return None
     try:
@@ -166,42 +168,3 @@ def _read_analysis(path: Path, data_digest: str | None) -> Analysis | None:
     if data_digest not in (None, values.get("data")) or metadata.get("data") != values.get("data"):
         raise InputError(f"{path / ANALYSIS}.json: made on other data. Write it again with `distill evaluate {path}`.")
     return Analysis(values, tensors)
-
-
-def _read_text(path: Path) -> str | None:
-    """None where there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}.") from None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    text = _read_text(path)
-    return None if text is None else _parse_json(text, str(path))
-
-
-def _read_lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate((_read_text(path) or "").splitlines(), start=1):
-        yield _parse_json(line, f"{path}, line {number}")
-
-
-def _parse_json(text: str, source: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{source}: not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{source}: a JSON object is expected, not a {type(value).__name__}.")
-    return value
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """As plain data, unvalidated: a report on a run of an earlier version is still a report."""
-    text = _read_text(path)
-    value = {} if text is None else read_yaml(text, source=str(path))
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a resolved recipe is a mapping of keys to values.")
-    return value

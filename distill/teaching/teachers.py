@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH, accuracies, predict
+from distill.files.digests import file_digest
 from distill.launching.processes import with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
 from teachers import Ensemble, Teacher, judge, load_teacher
+from teachers.sources import parse
 
 PREFLIGHT_IMAGES = 5000
 PREFLIGHT_STRETCHES = 10
@@ -97,12 +98,11 @@ def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
     for spec, member in zip(_trained(recipe), members, strict=True):
         assert spec.model is not None
         files = [Path(spec.weights)] if spec.weights else []
-        if spec.model.startswith("local-dir:"):
-            folder = Path(spec.model.removeprefix("local-dir:"))
-            files += sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
+        scheme, name = parse(spec.model)
+        if scheme == "local-dir":
+            files += sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES)
         for path in files:
-            with path.open("rb") as file:
-                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[str(path)] = file_digest(path)
         if not files:
             digests[spec.model] = member.digest
     return digests

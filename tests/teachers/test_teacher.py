@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import teachers.sources
 from distill import recipe
 from distill.errors import InputError
+from distill.files.digests import state_digest
 from distill.inputs import InputContract
 from distill.students import build_student
 from teachers import ZOO, Ensemble, Teacher, load_teacher
-from teachers.weights import digest
 
 IMAGENET = InputContract((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32)
 
@@ -66,7 +66,7 @@ def test_logits_are_the_networks_under_its_contract(weights: Path) -> None:
     torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-4)
     assert teacher.contract == IMAGENET
     assert (teacher.name, teacher.num_classes) == ("cifar_resnet20", 5)
-    assert teacher.digest == digest(_plain(spec, weights).state_dict())
+    assert teacher.digest == state_digest(_plain(spec, weights).state_dict())
 
 
 def test_recipe_keys_go_before_the_zoos(weights: Path) -> None:
@@ -162,7 +162,7 @@ def test_pretrained_timm_weights_fill_every_layer(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, "cifar_resnet20", config)
     monkeypatch.delitem(ZOO, "cifar_resnet20")
     teacher = load_teacher({"model": "cifar_resnet20"}, 10)
-    assert teacher.digest == digest(network.state_dict())
+    assert teacher.digest == state_digest(network.state_dict())
 
 
 def test_zoo_weights_come_through_the_hub_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_zoo_weights_come_through_the_hub_folder(monkeypatch: pytest.MonkeyPatch
     path = _save(network, tmp_path / "w.safetensors")
     asked = []
     monkeypatch.setattr(teachers.sources, "download", lambda url, sha256: asked.append((url, sha256)) or path)
-    assert load_teacher({"model": "cifar_resnet20"}, 10).digest == digest(network.state_dict())
+    assert load_teacher({"model": "cifar_resnet20"}, 10).digest == state_digest(network.state_dict())
     assert asked == [(ZOO["cifar_resnet20"].url, "12fca82f")]
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import teachers.cifar_resnet  # noqa: F401
 from distill.errors import InputError
-from teachers.weights import digest, download, load_weights, read_state_dict
+from distill.files.digests import state_digest
+from teachers.weights import download, load_weights, read_state_dict
 
 
 @pytest.fixture
@@ -56,16 +57,16 @@ def test_every_wrapping_gives_the_same_weights(
     path = tmp_path / "weights.th"
     torch.save(wrap(state), path, _use_new_zipfile_serialization=not legacy)
     network = _fresh()
-    assert digest(network.state_dict()) != digest(state)
+    assert state_digest(network.state_dict()) != state_digest(state)
     load_weights(network, path, num_classes=10)
-    assert digest(network.state_dict()) == digest(state)
+    assert state_digest(network.state_dict()) == state_digest(state)
 
 
 def test_safetensors(state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(_prefixed(state, "module."), tmp_path / "weights.safetensors")
     network = _fresh()
     load_weights(network, tmp_path / "weights.safetensors", num_classes=10)
-    assert digest(network.state_dict()) == digest(state)
+    assert state_digest(network.state_dict()) == state_digest(state)
 
 
 def test_half_precision_weights_become_float32(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_missing_surplus_and_misshapen_keys_are_listed(state: dict[str, Tensor],
     state["conv1.weight"] = torch.zeros(16, 1, 3, 3)
     torch.save(state, tmp_path / "w.pth")
     network = _fresh()
-    before = digest(network.state_dict())
+    before = state_digest(network.state_dict())
     with pytest.raises(InputError) as caught:
         load_weights(network, tmp_path / "w.pth", num_classes=10)
     message = str(caught.value)
@@ -91,7 +92,7 @@ def test_missing_surplus_and_misshapen_keys_are_listed(state: dict[str, Tensor],
     assert "3 missing: layer2.0.conv1.weight, layer2.1.conv1.weight, layer2.2.conv1.weight" in message
     assert "9 surplus: extra.0, extra.1, extra.2, extra.3, extra.4, ... (9 in all)" in message
     assert "1 of another shape: conv1.weight [16, 1, 3, 3] instead of [16, 3, 3, 3]" in message
-    assert digest(network.state_dict()) == before
+    assert state_digest(network.state_dict()) == before
 
 
 def test_another_class_count_is_named(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -165,10 +166,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_digest_knows_values_names_shapes_and_types_but_not_order(state: dict[str, Tensor]) -> None:
-    original = digest(state)
-    assert digest(dict(reversed(state.items()))) == original
+    original = state_digest(state)
+    assert state_digest(dict(reversed(state.items()))) == original
     assert (
-        digest({k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in state.items()}) == original
+        state_digest({k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in state.items()})
+        == original
     )
     for change in (
         {"linear.bias": state["linear.bias"] + 1},
@@ -176,7 +178,7 @@ def test_digest_knows_values_names_shapes_and_types_but_not_order(state: dict[st
         {"linear.bias": state["linear.bias"].view(torch.int32)},
         {"more": torch.zeros(0)},
     ):
-        assert digest(state | change) != original
+        assert state_digest(state | change) != original
 
 
 @pytest.fixture
