@@ -42,7 +42,7 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
 
     def answers(split: Split) -> dict[str, Tensor]:
         logits = predict_heads(student, dataset, split, accelerator)
-        if teacher is not None:
+        if teacher is not None and teacher.num_classes:
             logits["teacher"] = predict_teacher(teacher, dataset, split, accelerator)
         return logits
 
@@ -63,6 +63,8 @@ def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
     accelerator, dataset, teacher = _set_up(recipe)
     if teacher is None:
         raise InputError(f"{target}: the recipe has no teacher to evaluate.")
+    if not teacher.num_classes:
+        raise InputError(f"{target}: {teacher.name} has no classifier, so it has no accuracy.")
     say(teacher.describe())
     _print_table({"teacher": predict_teacher(teacher, dataset, "test", accelerator)}, dataset.labels("test"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from distill.data import Dataset, Split
@@ -67,7 +68,7 @@ def predict(
         rows.append(outputs_of_batch)
     outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
     if accelerator.num_processes > 1:
-        outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, dataset, accelerator)]
+        outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, accelerator)]
     outputs = [output[:size].cpu() for output in outputs]
     assert all(len(output) == size for output in outputs), f"{split}: saw {[len(o) for o in outputs]} of {size} samples"
     return outputs
@@ -87,12 +88,10 @@ def _forward_in_parts(forward: Callable[[Tensor], Sequence[Tensor]], images: Ten
     return None
 
 
-def _same_outputs(outputs: list[Tensor], dataset: Dataset, accelerator: Accelerator) -> list[Tensor]:
-    """A process whose share is empty takes part in the gathering with as many outputs as the others."""
-    number = torch.tensor([len(outputs)], device=accelerator.device)
-    number = accelerator.gather(number).max()
-    empty = torch.zeros(0, dataset.info.num_classes, device=accelerator.device)
-    return outputs or [empty] * int(number)
+def _same_outputs(outputs: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
+    """A process whose share is empty takes part in the gathering with as many outputs as the others, as wide."""
+    widths = max(gather_object([[output.shape[1] for output in outputs]]), key=len)
+    return outputs or [torch.zeros(0, width, device=accelerator.device) for width in widths]
 
 
 def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:

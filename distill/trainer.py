@@ -360,7 +360,7 @@ class Trainer:
         )
         student, _ = load_export(run.export)
         predictions = self.predict_heads(student.to(self.accelerator.device), "test")
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher.num_classes:
             predictions["teacher"] = predict_teacher(
                 self.teacher, self.dataset, "test", self.accelerator, batch_size=self.evaluation_batch
             )

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teachers.preflight import judge
+    from teachers.preflight import judge, judge_features
     from teachers.teacher import Ensemble, Teacher, load_teacher
     from teachers.zoo import ZOO, ZooEntry
 
@@ -20,9 +20,10 @@ _HOMES = {
     "Teacher": "teacher",
     "load_teacher": "teacher",
     "judge": "preflight",
+    "judge_features": "preflight",
 }
 
-__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "judge", "load_teacher"]
+__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "judge", "judge_features", "load_teacher"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Preflight: is the teacher, fed the very way it will be used, as good as it should be?"""
+"""Preflight: is the teacher, fed the very way it will be used, as good as it should be, or at least alive?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from distill.errors import InputError
 from teachers.teacher import Teacher
+
+SAME = 1e-5
+"""Largest difference between outputs that count as the same, as a share of the largest output."""
 
 
 def judge(teacher: Teacher, labels: Tensor, logits: Tensor, *, min_accuracy: float | None) -> float:
@@ -45,6 +48,26 @@ def judge(teacher: Teacher, labels: Tensor, logits: Tensor, *, min_accuracy: flo
         f"(teacher.min_accuracy{' by default: well above chance' if min_accuracy is None else ''}). "
         f"Likely causes: {'; '.join(f'({n}) {cause}' for n, cause in enumerate(causes, 1))}. "
         "If it really is no better, set teacher.min_accuracy lower."
+    )
+
+
+def judge_features(teacher: Teacher, outputs: Tensor) -> None:
+    """Check what can be checked of a teacher without a classifier: its outputs [N, features] on N images.
+
+    Raises:
+        InputError: they are not finite, or the same for all images; the message names the likely causes.
+    """
+    share = outputs.isfinite().all(1).float().mean().item()
+    difference = (outputs - outputs[0]).abs().max().item()
+    if share < 1:
+        problem = f"its outputs are not finite on {1 - share:.2%} of {len(outputs)} images"
+    elif difference <= SAME * outputs.abs().max().item():
+        problem = f"its outputs are the same on all {len(outputs)} images"
+    else:
+        return
+    raise InputError(
+        f"teacher {teacher.name}: {problem}. Likely causes: (1) damaged weights or those of another model "
+        f"(teacher.weights); (2) inputs that it cannot use (it gets {teacher.contract}; set teacher.mean, std, size)."
     )
 
 

@@ -50,6 +50,8 @@ def parse(model: str) -> Address:
 class Source(NamedTuple):
     network: nn.Module
     contract: InputContract
+    num_classes: int
+    """Of its logits; 0 where it has no classifier."""
 
 
 def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
@@ -58,7 +60,8 @@ def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
     The contract is the recipe's where it speaks, else the zoo's, the timm configuration's or torchvision's.
 
     Raises:
-        InputError: an unknown model, weights that cannot be had or do not fit, or another number of classes.
+        InputError: an unknown model, weights that cannot be had or do not fit, or another number of classes than these
+            or none at all.
     """
     assert spec.model is not None
     scheme, name = parse(spec.model)
@@ -90,7 +93,9 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
             return _zoo_source(spec, name, num_classes)
         case "torchvision":
             _, contract = _torchvision_preset(spec, name)
-            return Source(torchvision.models.get_model(name, weights=None, num_classes=num_classes), contract)
+            return Source(
+                torchvision.models.get_model(name, weights=None, num_classes=num_classes), contract, num_classes
+            )
         case "local-dir":
             network = _folder_network(Path(name))
         case "hf_hub":
@@ -100,7 +105,7 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
             _timm_config(name)
             network = timm.create_model(name)
     network.reset_classifier(num_classes)
-    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
+    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)), num_classes)
 
 
 def _zoo_source(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
@@ -108,7 +113,7 @@ def _zoo_source(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     entry = ZOO[name]
     contract = _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation))
     network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(contract.mean))
-    return Source(network, contract)
+    return Source(network, contract, num_classes)
 
 
 def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
@@ -116,8 +121,8 @@ def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     if spec.weights is None:
         _same_classes(f"the weights of {name}", entry.num_classes, num_classes)
     source = _zoo_source(spec, name, num_classes)
-    load_weights(source.network, Path(spec.weights or download(entry.url, entry.sha256)), num_classes=num_classes)
-    return source
+    weights = Path(spec.weights or download(entry.url, entry.sha256))
+    return source._replace(num_classes=load_weights(source.network, weights, num_classes=num_classes))
 
 
 def _timm_config(name: str) -> timm.models.PretrainedCfg:
@@ -142,14 +147,12 @@ def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     contract = _contract(spec, _timm_contract(config.to_dict()))
     if spec.weights is not None:
         network = timm.create_model(name, num_classes=num_classes, in_chans=len(contract.mean))
-        load_weights(network, Path(spec.weights), num_classes=num_classes)
-        return Source(network, contract)
+        return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
     if not config.has_weights:
         raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
-    _same_classes(f"timm's weights for {name}", config.num_classes, num_classes)
-    return Source(
-        _pretrained(name, f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url), contract
-    )
+    known = _same_classes(f"timm's weights for {name}", config.num_classes, num_classes)
+    url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    return Source(_pretrained(name, url), contract, known)
 
 
 def _hub_config(name: str) -> Mapping[str, Any]:
@@ -167,12 +170,11 @@ def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     url = f"https://huggingface.co/{name}"
     config = _hub_config(name)
     contract = _contract(spec, _timm_contract(config))
-    _same_classes(f"hf_hub:{name}", config.get("num_classes"), num_classes)
+    known = _same_classes(f"hf_hub:{name}", config.get("num_classes"), num_classes)
     if spec.weights is None:
-        return Source(_pretrained(f"hf-hub:{name}", url), contract)
+        return Source(_pretrained(f"hf-hub:{name}", url), contract, known)
     network = timm.create_model(f"hf-hub:{name}", num_classes=num_classes)
-    load_weights(network, Path(spec.weights), num_classes=num_classes)
-    return Source(network, contract)
+    return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
 
 
 def _pretrained(name: str, url: str) -> nn.Module:
@@ -214,11 +216,11 @@ def _folder_network(folder: Path) -> Any:
 
 def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source:
     network = _folder_network(folder)
-    _same_classes(str(folder), network.num_classes, num_classes)
+    known = _same_classes(str(folder), network.num_classes, num_classes)
     candidates = [Path(spec.weights)] if spec.weights else [folder / name for name in _FOLDER_FILES]
     weights = next((path for path in candidates if path.is_file()), candidates[0])
-    load_weights(network, weights, num_classes=num_classes)
-    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)))
+    known = load_weights(network, weights, num_classes=known)
+    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)), known)
 
 
 def _torchvision_preset(spec: recipe.Teacher, name: str) -> tuple[Any, InputContract]:
@@ -238,23 +240,24 @@ def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Sour
     weights, contract = _torchvision_preset(spec, name)
     if spec.weights is not None:
         network = torchvision.models.get_model(name, num_classes=num_classes)
-        load_weights(network, Path(spec.weights), num_classes=num_classes)
-        return Source(network, contract)
+        return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
     _same_classes(f"torchvision's weights for {name}", len(weights.meta["categories"]), num_classes)
     try:
-        return Source(torchvision.models.get_model(name, weights=weights), contract)
+        return Source(torchvision.models.get_model(name, weights=weights), contract, num_classes)
     except (OSError, HTTPException) as error:
         raise InputError(_no_download(weights.url, error)) from error
     except Exception as error:  # see _pretrained
         raise InputError(_unusable(name, weights.url, error)) from error
 
 
-def _same_classes(what: str, theirs: int | None, ours: int) -> None:
-    if theirs != ours:
+def _same_classes(what: str, theirs: int | None, ours: int) -> int:
+    """`theirs`; raises InputError unless these are our classes, or none: 0 stands for a network without classifier."""
+    if theirs is None or theirs not in (0, ours):
         raise InputError(
             f"teacher: {what}: {theirs} classes, the data have {ours}. Fine-tune the model on your data first "
             "(recipes/teachers/cifar10_resnet18_finetune.yaml shows how), or give others: teacher.weights=PATH."
         )
+    return theirs
 
 
 def _timm_contract(config: Mapping[str, Any]) -> InputContract:

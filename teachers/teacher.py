@@ -1,4 +1,4 @@
-"""A teacher: a frozen network that takes the images of the house and answers with logits."""
+"""Frozen teacher network with its own input contract: images in [0, 1] -> logits and feature maps."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ Spec = Mapping[str, Any] | recipe.Teacher
 class Teacher(nn.Module):
     """Images in [0, 1], float [B, C, H, W], C the network's channels or 1 -> logits, float32 [B, num_classes].
 
-    Frozen: in eval mode whatever `train` is told, without gradients, with float32 logits also under autocast. It
+    A network without a classifier (`num_classes` 0) has no logits: its output is its pooled features, [B, features].
+
+    Frozen: in eval mode whatever `train` is told, without gradients, with float32 outputs also under autocast. It
     belongs beside the student, never inside it, and is not to be wrapped or prepared: then it is in no checkpoint.
 
     Attributes:
         name: as the recipe gives it.
         contract: the input contract that it applies to the images itself.
-        num_classes: of its logits.
+        num_classes: of its logits; 0 without a classifier.
         digest: SHA-256 (hex) of its weights alone; the outputs depend on the contract too.
     """
 
@@ -58,7 +60,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph as targets
     def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Any:
-        """Logits; with names of prepared `maps`, logits and these feature maps, as `features` has them."""
+        """The output; with names of prepared `maps`, the output and these feature maps, as `features` has them."""
         channels = len(self.contract.mean)
         if images.shape[1] not in (1, channels):
             raise InputError(
@@ -66,9 +68,15 @@ class Teacher(nn.Module):
             )
         inputs = self.adapter(images)
         if not maps:
-            return self.network(inputs).float()
-        logits, found = self._readers[maps](inputs)
-        return logits.float(), found
+            return self._output(self.network(inputs))
+        output, found = self._readers[maps](inputs)
+        return self._output(output), found
+
+    def _output(self, output: Tensor) -> Tensor:
+        """float32; features that the network does not pool itself are means over all but the first two dimensions."""
+        if output.dim() > 2 and not self.num_classes:
+            output = output.flatten(2).mean(2)
+        return output.float()
 
     def features(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Feature maps [B, C, h, w] by name, in the network's own precision; see `map_shapes`.
@@ -133,8 +141,9 @@ class Teacher(nn.Module):
 
     def describe(self) -> str:
         """One line: name, size, inputs, weights."""
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
         return (
-            f"{self.name}: {self.num_parameters / 1e6:.2f} M parameters, {self.num_classes} classes, "
+            f"{self.name}: {self.num_parameters / 1e6:.2f} M parameters, {classes}, "
             f"inputs {self.contract}, weights {self.digest[:8]}"
         )
 
@@ -146,7 +155,7 @@ class Teacher(nn.Module):
                 f"teacher {self.name}: cannot take its inputs, {self.contract} ({error}). "
                 "Check teacher.size, teacher.mean and teacher.std."
             ) from error
-        if shape != [1, self.num_classes]:
+        if shape != [1, self.num_classes] and (self.num_classes or len(shape) != 2):
             raise InputError(
                 f"teacher {self.name}: no classifier of {self.num_classes} classes; its output has the shape {shape}."
             )
@@ -197,7 +206,8 @@ class Ensemble(Teacher):
 
 
 def load_teacher(spec: Spec | Sequence[Spec], num_classes: int) -> Teacher:
-    """The teacher that a recipe's `teacher` section describes, for `num_classes` classes; a sequence is an ensemble.
+    """The teacher that a recipe's `teacher` section describes, for `num_classes` classes or without a classifier; a
+    sequence is an ensemble.
 
     Raises:
         InputError: `spec` is wrong, the model or its weights cannot be had, or they do not fit each other or the data.
@@ -210,7 +220,9 @@ def load_teacher(spec: Spec | Sequence[Spec], num_classes: int) -> Teacher:
             raise InputError(
                 f"teacher.recipe: {one.recipe} has to be trained first; then give teacher.model=local-dir:ITS_EXPORT."
             )
-        members.append(Teacher(one.model, *open_source(one, num_classes), num_classes))
+        members.append(Teacher(one.model, *open_source(one, num_classes)))
+        if len(specs) > 1 and not members[-1].num_classes:
+            raise InputError(f"teacher {one.model}: has no classifier and cannot be one of an ensemble; leave it out.")
     return members[0] if len(members) == 1 else Ensemble(members, [one.weight for one in specs])
 
 

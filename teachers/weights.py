@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.errors import InputError
 from distill.files.digests import file_digest
@@ -69,8 +69,13 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(network: nn.Module, path: Path, *, num_classes: int) -> None:
+def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
     """Fill every parameter and buffer of `network`, whose head has `num_classes` outputs, from the file at `path`.
+
+    A timm model whose file holds everything but the head loses its head.
+
+    Returns:
+        The number of classes that it has then: `num_classes` or 0.
 
     Raises:
         InputError: see `read_state_dict`; or keys are missing, surplus or of another shape.
@@ -89,7 +94,12 @@ def load_weights(network: nn.Module, path: Path, *, num_classes: int) -> None:
         problems.append(f"{len(shapes)} of another shape: {_some(described)}")
     if not problems:
         network.load_state_dict(weights)
-        return
+        return num_classes
+    if missing and not surplus and not shapes and hasattr(network, "reset_classifier"):
+        network.reset_classifier(0)
+        if network.state_dict().keys() == weights.keys():
+            network.load_state_dict(weights)
+            return 0
     message = f"{path}: these weights do not fit the model. Keys: {'; '.join(problems)}."
     only_heads = all(
         own[key].shape[:1] == (num_classes,) and own[key].shape[1:] == weights[key].shape[1:] for key in shapes

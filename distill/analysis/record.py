@@ -95,7 +95,12 @@ def analyse(
             "device": device.type,
             "costs": {name: {"flops": flops[name], "bytes": sizes[name], **speeds[name]} for name in models},
             "robustness": _robustness(
-                student, teacher, of(corrupted), labels[corrupted], torch.tensor(corrupted), device
+                student,
+                teacher if teacher is not None and teacher.num_classes else None,
+                of(corrupted),
+                labels[corrupted],
+                torch.tensor(corrupted),
+                device,
             ),
         }
         seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255)

@@ -43,9 +43,17 @@ class TeacherSource(ABC):
         """One source, from the options of a recipe."""
         return cls(options, context)  # type: ignore[call-arg]
 
+    has_logits = True
+    """Whether it has a classifier."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
     @abstractmethod
     def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
-        """What it answers to images [B, C, H, W] in [0, 1], by view. A source without a classifier has no logits."""
+        """What it answers to images [B, C, H, W] in [0, 1], by view; no logits without a classifier."""
 
     def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
         """(channels, height, width) of its feature maps by name: of those, or of its own stages, first to last."""
@@ -58,7 +66,7 @@ class TeacherSource(ABC):
             InputError: there are no such maps.
         """
         if maps:
-            raise InputError(f"teacher: {type(self).__name__} has no feature maps {', '.join(maps)}.")
+            raise InputError(f"teacher: {self.name} has no feature maps {', '.join(maps)}.")
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Follow the student's step `step` (from 0); `skipped` (bool [], on the device): its weights did not change."""
@@ -93,10 +101,15 @@ class Frozen(TeacherSource):
         if precision is not None or compilation.enabled:
             teacher = teacher.with_weights_in(precision or torch.float32)
         self.teacher = teacher
+        self.has_logits = teacher.num_classes > 0
         self.maps: tuple[str, ...] = ()
         self.cache: TeacherCache | None = None
         self._accelerator, self._compilation, self._plan = accelerator, compilation, plan
         self._steps_per_epoch, self._resolution = steps_per_epoch, resolution
+
+    @property
+    def name(self) -> str:
+        return self.teacher.name
 
     def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
         if names is None:
@@ -118,8 +131,8 @@ class Frozen(TeacherSource):
         """Stored are the logits of view 0 alone."""
         with self._accelerator.autocast():
             if self.maps:
-                logits, maps = self.teacher(images, self.maps)
-                return Features({"cls": logits}, maps)
+                output, maps = self.teacher(images, self.maps)
+                return Features({"cls": output} if self.has_logits else {}, maps)
             if self.cache is None or place is None:
                 return Features({"cls": self.teacher(images)}, {})
             epoch, step = divmod(place.step, self._steps_per_epoch)

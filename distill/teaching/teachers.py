@@ -18,7 +18,7 @@ from distill.files.digests import file_digest
 from distill.launching.processes import with_precision
 from distill.recipe import OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
-from teachers import Ensemble, Teacher, judge, load_teacher
+from teachers import Ensemble, Teacher, judge, judge_features, load_teacher
 from teachers.sources import parse
 
 PREFLIGHT_IMAGES = 5000
@@ -110,18 +110,25 @@ def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
 
 def run_preflight(
     recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerator: Accelerator
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], Tensor | None]:
     """Measure the teacher, and each member of an ensemble, through the very path it will be used on.
 
     On the validation split; without one on 5,000 training images, unaugmented, from all over the split, since folders
     are sorted by class.
 
+    A teacher without a classifier has no accuracy: its outputs have to be finite and to differ between images.
+
     Returns:
-        What `metrics.jsonl` says of it, and the teacher's logits [N, classes] on that split.
+        What `metrics.jsonl` says of it, and the teacher's logits [N, classes] on that split, if it has any.
 
     Raises:
-        InputError: a teacher is worse than its `min_accuracy`; the message names the likely causes.
+        InputError: a teacher is worse than its `min_accuracy`, or its outputs are of no use; the message names the
+            likely causes.
     """
+    if not teacher.num_classes and any(spec.min_accuracy is not None for spec in recipe.teachers):
+        raise InputError(
+            f"teacher.min_accuracy: {teacher.name} has no classifier, so it has no accuracy; leave min_accuracy out."
+        )
     split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
     # A good ensemble can hide a member that is fed wrongly, so each is judged; its last output is that of the whole.
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
@@ -140,18 +147,22 @@ def run_preflight(
         for start, stop in stretches
     ]
     outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
+    described = {
+        "split": split,
+        "samples": len(outputs[-1]),
+        "teacher": teacher.describe(),
+        "teacher_sha256": teacher.digest,
+    }
+    if not teacher.num_classes:
+        judge_features(teacher, outputs[-1])
+        _log.info("preflight: outputs of the teacher are finite and differ on %d %s images", len(outputs[-1]), split)
+        return described, None
     logits = outputs[-1]
     labels = torch.cat([dataset.labels(split)[start:stop] for start, stop in stretches])
     for member, answers, spec in zip(members, outputs, recipe.teachers, strict=False):
         judge(member, labels, answers, min_accuracy=spec.min_accuracy)
     values = accuracies({"teacher": logits}, labels)
     _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
-    described = {
-        "split": split,
-        "samples": len(labels),
-        "teacher": teacher.describe(),
-        "teacher_sha256": teacher.digest,
-    }
     return described | values, logits
 
 

@@ -108,9 +108,10 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
     """The recipe's losses between this student and what teaches it, with weights that depend on the seed only.
 
     Raises:
-        InputError: they leave a head untaught, or are to compare maps that one of the two has not.
+        InputError: they leave a head untaught, or are to compare logits or maps that one of the two has not.
     """
     _check_heads(recipe, student)
+    _check_logits(recipe, source)
     # Without its teacher, which may have to be trained first, a recipe has only the methods that need none.
     sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
     # Methods on logits come first, so that the sum of the losses has one order.
@@ -137,6 +138,16 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
     task = Task(student, methods, source, label_smoothing=recipe.train.label_smoothing, weights=recipe.loss_weights)
     student.check_maps(task.blocks)
     return task
+
+
+def _check_logits(recipe: Recipe, source: TeacherSource | None) -> None:
+    """InputError where a method is to learn from the logits of a teacher without a classifier."""
+    methods = [section.method for section in recipe.distill if section.needs.logits]
+    if methods and source is not None and not source.has_logits:
+        raise InputError(
+            f"distill: no logits to learn from for {', '.join(methods)}: teacher {source.name} has no classifier. Take "
+            "methods on feature maps, such as guide, or a teacher that classifies."
+        )
 
 
 def _check_heads(recipe: Recipe, student: Student) -> None:
