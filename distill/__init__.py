@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from distill.api import (
+        Report,
+        Run,
+        compare,
+        evaluate,
+        export,
+        load_student,
+        load_teacher,
+        predict,
+        train,
+    )
+    from distill.errors import InputError, Interrupted, RunFailed
+    from distill.inputs import InputContract as Contract
+    from distill.recipe import Recipe
 
-    from distill.exports.prediction import LoadedStudent
+
+__all__ = [
+    "Contract",
+    "InputError",
+    "Interrupted",
+    "Recipe",
+    "Report",
+    "Run",
+    "RunFailed",
+    "compare",
+    "evaluate",
+    "export",
+    "load_student",
+    "load_teacher",
+    "predict",
+    "train",
+]
+
+_MODULES = {
+    "Contract": "inputs",
+    "InputError": "errors",
+    "Interrupted": "errors",
+    "Recipe": "recipe",
+    "RunFailed": "errors",
+}
+"""Of what is not in api.py."""
 
 
-def load_student(folder: str | Path) -> LoadedStudent:
-    """The student in a folder that `distill export` or a run wrote: model, transform and labels.
+def __getattr__(name: str) -> Any:
+    """Import what is used when it is used: torch takes seconds."""
+    import importlib
 
-    Raises:
-        InputError: a file is missing, damaged or was changed.
-    """
-    from distill.exports.prediction import load_student as load  # torch only where it is needed
+    if name not in __all__:
+        raise AttributeError(f"module 'distill' has no attribute '{name}'")
+    module = importlib.import_module(f"distill.{_MODULES.get(name, 'api')}")
+    return getattr(module, "InputContract" if name == "Contract" else name)
 
-    return load(folder)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from distill.errors import InputError, Interrupted
 from distill.files.text import visible
@@ -21,9 +21,6 @@ from distill.launching.signals import StopRequest
 from distill.registry import load_plugin
 from distill.version import __version__
 
-if TYPE_CHECKING:
-    from distill.run import Run
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. What a user did wrong ends in one message, printed by one process.
@@ -32,9 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         run(sys.argv[1:])
-    # No checkpoint is code here, whoever reads it: older releases of timm ask torch.load for more than tensors.
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     parser = build_parser()
     command, rest = _split(list(arguments))
     if command not in COMMANDS:
@@ -140,14 +134,14 @@ def train(options: argparse.Namespace) -> int:
     arguments = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     plugins = [word for target in options.plugin for word in ("--plugin", target)]
     resuming = [options.target, *options.overrides, *plugins]
-    runs: list[Run] = []
 
     def end(error: BaseException) -> int:
-        directories = [run.path for run in runs]
-        wrote = [run.end(error) for run in reversed(runs)]
-        if isinstance(error, Interrupted) and not runs and options.out and not options.dry_run and is_main_process():
-            write_interruption(error, options.out)
-            directories = [options.out]
+        directories = [run.path for run in stop.runs]
+        wrote = [run.end(error) for run in reversed(stop.runs)]
+        out = None if options.dry_run else options.out
+        if isinstance(error, Interrupted) and not stop.runs and out and is_main_process():
+            write_interruption(error, out)
+            directories = [out]
         if is_main_process() or any(wrote):
             message = exit_message(error, directories, arguments, resuming)
             with suppress(OSError):  # a closed terminal, or a pipe whose reader was stopped too
@@ -160,19 +154,35 @@ def train(options: argparse.Namespace) -> int:
 
         _load_plugins(options)
         load(options.target, options.overrides)  # bad recipes are answered before torch is imported
-        from distill.pipeline import launch
+        from distill import api
 
-        launch(
-            Path(options.target),
-            options.overrides,
-            runs,
-            out=options.out,
-            resume=options.resume,
-            dry_run=options.dry_run,
-        )
+        if options.dry_run:
+            api.dry_run(options.target, overrides=options.overrides)
+        else:
+            run = api.train(
+                options.target,
+                out=options.out,
+                resume=options.resume,
+                overrides=options.overrides,
+                plugins=options.plugin,
+            )
+            if is_main_process():
+                _show(run.path)
     except BaseException as error:
         return end(stop.exit_cause(error))
     return 0
+
+
+def _show(run: Path) -> None:
+    """Print the table of a finished run, and where everything is."""
+    from distill.console import console, say
+    from distill.report.comparison import compare
+    from distill.report.tables import render_console
+
+    console.print(render_console(compare([run])))
+    for label, path in (("student", run / "export"), ("report", run / "report.html"), ("run", run)):
+        if path.exists():
+            say(f"{label:8} {path}")
 
 
 def validate(options: argparse.Namespace) -> None:
@@ -196,13 +206,11 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure a run's exported student, or a teacher alone, on the test set."""
-    from distill.commands import evaluate_run, evaluate_teacher
+    from distill import api
+    from distill.commands import table
+    from distill.console import console
 
-    target = Path(options.target)
-    if target.is_dir():
-        evaluate_run(target, options.overrides)
-    else:
-        evaluate_teacher(options.target, options.overrides)
+    console.print(table(api.evaluate(options.target, overrides=options.overrides)))
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,15 +220,13 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Put teacher, student and control of one or more runs side by side."""
+    from distill import api
     from distill.console import console, say
-    from distill.report.comparison import compare as compare_runs
-    from distill.report.document import write_report
     from distill.report.tables import render_console
 
-    comparison = compare_runs(options.runs)
-    written = write_report(comparison, options.out)
-    console.print(render_console(comparison))
-    for path in written:
+    report = api.compare(options.runs, options.out)
+    console.print(render_console(report.comparison))
+    for path in report.files:
         say(str(path))
 
 
@@ -237,10 +243,20 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a run's student as a timm folder, for ONNX too, or with less of it."""
-    from distill.exports.command import export_run
+    from distill import api
+    from distill.console import say
 
-    export_run(
-        options.run, options.to, onnx=options.onnx, half=options.fp16, head=options.head, license=options.license
+    say(
+        str(
+            api.export(
+                options.run,
+                options.to,
+                onnx=options.onnx,
+                half=options.fp16,
+                head=options.head,
+                license=options.license,
+            )
+        )
     )
 
 
@@ -251,9 +267,13 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Say what an exported student sees in images: the five most probable classes of each."""
-    from distill.exports.prediction import predict_images
+    from distill import api
+    from distill.console import console, say
+    from distill.exports.prediction import table
 
-    predict_images(options.folder, options.images)
+    for path, classes in zip(options.images, api.predict(options.folder, options.images), strict=True):
+        say(str(path))
+        console.print(table(classes))
 
 
 def _teachers_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,21 +12,22 @@ from torch import Tensor
 
 from distill import run
 from distill.analysis import analyse
-from distill.console import console, say
+from distill.console import say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
 from distill.evaluation import predict_heads, predict_teacher, save_predictions
 from distill.exports.folder import load_export
+from distill.given import Given
 from distill.launching.processes import set_threads, start_processes
-from distill.recipe import Recipe, from_mapping, load_teachers_recipe
-from distill.report.metrics import measure
+from distill.recipe import Recipe, from_mapping
+from distill.report.metrics import Metrics, measure
 from distill.students.saved import WEIGHTS_FILE
 from distill.teaching.teachers import build_teacher, is_trained
 from teachers import Teacher
 
 
-def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
-    """Measure a run's export, and its teacher, on the test set; write its predictions anew and print the table.
+def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str, Metrics]:
+    """Measure a run's export, and its teacher, on the test set, and write its predictions anew.
 
     Raises:
         InputError: no run there, or one in use or without an export; or its data or teacher are not where its recipe
@@ -35,7 +36,7 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     run.check_free(path)
     recipe = from_mapping(run.read_recipe(path).model_dump(), overrides, source=str(path / "resolved.yaml"))
     student, _ = load_export(path / "export")
-    accelerator, dataset, teacher = _set_up(recipe)
+    accelerator, dataset, teacher = _set_up(recipe, given)
     student.to(accelerator.device)
     if teacher is not None:
         say(teacher.describe())
@@ -54,22 +55,25 @@ def evaluate_run(path: Path, overrides: Sequence[str]) -> None:
     save_predictions(earlier, predictions, labels, metadata)
     validation = answers("validation") if dataset.info.sizes.get("validation") else {}
     analyse(path, student, teacher, dataset, predictions, validation)
-    _print_table(predictions, labels)
+    return _measured(predictions, labels)
 
 
-def evaluate_teacher(target: str, overrides: Sequence[str]) -> None:
-    """Measure the teacher of a recipe, or a teacher by its name, on the test set of the recipe's data."""
-    recipe = load_teachers_recipe(target, overrides)
-    accelerator, dataset, teacher = _set_up(recipe)
+def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
+    """Measure the teacher of a recipe on the test set of its data.
+
+    Raises:
+        InputError: it has none, or the data or the teacher are not where it says.
+    """
+    accelerator, dataset, teacher = _set_up(recipe, given)
     if teacher is None:
-        raise InputError(f"{target}: the recipe has no teacher to evaluate.")
+        raise InputError(f"{recipe.name}: the recipe has no teacher to evaluate.")
     if not teacher.num_classes:
-        raise InputError(f"{target}: {teacher.name} has no classifier, so it has no accuracy.")
+        raise InputError(f"{recipe.name}: {teacher.name} has no classifier, so it has no accuracy.")
     say(teacher.describe())
-    _print_table({"teacher": predict_teacher(teacher, dataset, "test", accelerator)}, dataset.labels("test"))
+    return _measured({"teacher": predict_teacher(teacher, dataset, "test", accelerator)}, dataset.labels("test"))
 
 
-def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
+def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher | None]:
     start_processes()
     for spec in recipe.teachers:
         if not is_trained(recipe, spec):
@@ -78,19 +82,23 @@ def _set_up(recipe: Recipe) -> tuple[Accelerator, Dataset, Teacher | None]:
             )
     set_threads()
     accelerator = Accelerator(mixed_precision="no")
-    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device)
-    return accelerator, dataset, build_teacher(recipe, dataset, accelerator)
+    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data)
+    return accelerator, dataset, build_teacher(recipe, dataset, accelerator, given.teacher)
 
 
-def _print_table(predictions: dict[str, Tensor], labels: Tensor) -> None:
-    table = Table("model", "correct", "top-1 %", "top-5 %", "NLL")
-    for name, logits in predictions.items():
-        metrics = measure(logits.numpy(), labels.numpy())
-        table.add_row(
+def _measured(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, Metrics]:
+    return {name: measure(logits.numpy(), labels.numpy()) for name, logits in predictions.items()}
+
+
+def table(measured: Mapping[str, Metrics]) -> Table:
+    """For a console."""
+    shown = Table("model", "correct", "top-1 %", "top-5 %", "NLL")
+    for name, metrics in measured.items():
+        shown.add_row(
             name,
             f"{metrics.top1_correct:,} of {metrics.samples:,}",
             f"{metrics.top1:.2f}",
             f"{metrics.topk:.2f}",
             f"{metrics.nll:.4f}",
         )
-    console.print(table)
+    return shown

@@ -45,11 +45,13 @@ class _LogStream(_OnFullDisk, logging.StreamHandler):
 
 
 def set_up_logging(*, is_main: bool) -> None:
-    """Send the project's log to the console of the main process, and silence the others below errors."""
+    """Send the project's log to the console of the main process, and silence the others below errors. A program that
+    handles its log itself goes on doing so.
+    """
     _log.setLevel(logging.INFO if is_main else logging.ERROR)
-    _log.propagate = False
-    if not _log.handlers:
-        _log.addFilter(_made_visible)
+    _log.addFilter(_made_visible)
+    if not _log.hasHandlers():
+        _log.propagate = False
         handler: logging.Handler
         if console.is_terminal:
             handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)

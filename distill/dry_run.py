@@ -6,30 +6,42 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from distill.console import say
 from distill.flops import count_flops
+from distill.given import Given
+from distill.launching.processes import build_accelerator, with_precision
 from distill.out_of_memory import advising
-from distill.pipeline import count_parameters, open_data
+from distill.pipeline import count_parameters, joined, open_data
 from distill.recipe import Recipe
 from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
 from distill.trainer import Trainer
 
 
-def dry_run_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Build everything, run preflight and one step, print what a run would be, and write nothing."""
-    dataset = open_data(recipe, accelerator)
+def dry_run(recipe: Recipe, given: Given) -> None:
+    """Build everything, run preflight and one step, print what a run would be, and write nothing; on all processes of
+    this launch, as `distill.pipeline.launch`.
+    """
+    with joined(given) as shared:
+        recipe = with_precision(recipe)
+        _dry_run(recipe, build_accelerator(recipe.train, Path()), given)
+        shared.stop.finish()
+
+
+def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
+    dataset = open_data(recipe, accelerator, given.data)
     untrained = [spec for spec in recipe.teachers if not is_trained(recipe, spec)]
     for spec in untrained:
         say(f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, this one does without it.")
-        dry_run_recipe(teacher_recipe(recipe, spec), accelerator)
+        _dry_run(teacher_recipe(recipe, spec), accelerator, given)
     asked = recipe
     if untrained:
         recipe = recipe.as_control()
-    teacher = build_teacher(recipe, dataset, accelerator)
+    teacher = build_teacher(recipe, dataset, accelerator, given.teacher)
     if teacher is not None:
         run_preflight(recipe, teacher, dataset, accelerator)
     trainer = Trainer(recipe, accelerator, dataset, teacher)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from distill import checkpoint, registry, run
-from distill.console import console, say, set_up_logging
+from distill.console import set_up_logging
 from distill.data import Dataset, open_dataset
+from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError, RunFailed
+from distill.given import Given
 from distill.launching.processes import (
     build_accelerator,
     join_processes,
@@ -29,7 +32,7 @@ from distill.launching.processes import (
 )
 from distill.launching.signals import StopRequest, exit_cause
 from distill.out_of_memory import advising
-from distill.recipe import OPERATIONAL_KEYS, Recipe, load
+from distill.recipe import OPERATIONAL_KEYS, Recipe
 from distill.run import Run
 from distill.teaching.teachers import (
     build_teacher,
@@ -66,55 +69,51 @@ class Launch:
 
     stop: StopRequest
     threads: int
-    runs: list[Run] = field(default_factory=list)
-    """The one that was asked for, and within it those that have begun and not finished."""
+    given: Given
 
 
-def launch(
-    path: Path, overrides: Sequence[str], runs: list[Run], *, out: Path | None, resume: str | None, dry_run: bool
-) -> None:
-    """Run the recipe at `path` on all processes of this launch, whose `StopRequest` is made before.
+@contextmanager
+def joined(given: Given) -> Iterator[Launch]:
+    """Start the processes of this launch, which log on the main one and stop together; the `StopRequest` is made
+    before. An exception within becomes that of the process that failed first. Collective.
+    """
+    stop = StopRequest.current()
+    stop.loaded()
+    threads = set_threads()
+    set_up_logging(is_main=start_processes().is_main_process)
+    join_processes(stop)
+    try:
+        yield Launch(stop, threads, given)
+    except BaseException as error:
+        cause = stop.exit_cause(error)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str | None, given: Given) -> Path:
+    """Run a recipe on all processes of this launch; its run directory, once it is finished and has its report.
 
     Args:
-        runs: gets the run that was asked for, and within it those that have begun and not finished.
+        source: the recipe's file, if it has one.
 
     Raises:
         InputError: something the user gave cannot be used; nothing half-written is left.
         RunFailed: the run cannot go on.
         Interrupted: stopped early, resumable.
     """
-    stop = StopRequest.current()
-    stop.loaded()
-    recipe = load(path, overrides)
-    threads = set_threads()
-    is_main = start_processes().is_main_process
-    set_up_logging(is_main=is_main)
-    join_processes(stop)
-    try:
+    with joined(given) as shared:
         recipe = with_precision(recipe)
-        if dry_run:
-            from distill.dry_run import dry_run_recipe
-
-            dry_run_recipe(recipe, build_accelerator(recipe.train, Path()))
-            stop.finish()
-            return
-        place = on_main(lambda: locate(recipe, out, resume))
-        stop.limit(recipe.train.max_minutes)
-        execute(recipe, place, Launch(stop, threads, runs), source=path)
-        stop.finish()
-        if is_main:
-            show_result(place.directory)
-    except BaseException as error:
-        cause = stop.exit_cause(error)
-        if cause is error:
-            raise
-        raise cause from error
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        place = on_main(lambda: locate(recipe, out, resume, given))
+        shared.stop.limit(recipe.train.max_minutes)
+        execute(recipe, place, shared, source=source)
+        shared.stop.finish()
+        if PartialState().is_main_process:
+            report_on(place.directory)
+        return place.directory
 
 
-def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
+def locate(recipe: Recipe, out: Path | None, resume: str | None, given: Given) -> Place:
     """The run directory, and the checkpoint to continue from.
 
     Raises:
@@ -131,20 +130,20 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None) -> Place:
             run.check_new(directory)
     else:
         target = Path(resume).resolve()
-        is_checkpoint = target.parent.name == "checkpoints"
-        directory = target.parent.parent if is_checkpoint else target
+        directory = resumed_directory(out, resume) or target
         if not target.is_dir() or not run.read_status(directory):
             raise InputError(f"--resume {resume}: neither a run directory nor a checkpoint in one.")
         if out is not None and out.resolve() != directory:
             raise InputError(f"--out {out}: a resumed run stays in its directory, {directory}. Leave --out away.")
-        if is_checkpoint:
+        if directory != target:
+            check_given(directory, given)
             run.check_resumable(directory, recipe)
             checkpoint.verify(target)
             return Place(directory, target, resumed=True, named=True)
-    return newest_place(directory, recipe)
+    return newest_place(directory, recipe, given)
 
 
-def newest_place(directory: Path, recipe: Recipe) -> Place:
+def newest_place(directory: Path, recipe: Recipe, given: Given) -> Place:
     """A run at `directory`, continued where it stopped, or from its beginning where there is none yet.
 
     Raises:
@@ -152,8 +151,23 @@ def newest_place(directory: Path, recipe: Recipe) -> Place:
     """
     if not run.read_status(directory):
         return Place(directory)
+    check_given(directory, given)
     run.check_resumable(directory, recipe)
     return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
+
+
+def resumed_directory(out: Path | None, resume: str | None) -> Path | None:
+    """The run that --out and --resume name; None where they leave it to the recipe, or name a new one."""
+    if resume in (None, "auto"):
+        return out if resume else None
+    target = Path(str(resume)).resolve()
+    return target.parent.parent if target.parent.name == "checkpoints" else target
+
+
+def check_given(directory: Path | None, given: Given) -> None:
+    """Raise InputError if the run at `directory` began with what Python code handed over, and does not now."""
+    if directory is not None and (directory / "resolved.yaml").exists():
+        given.check_all_there(run.read_recipe(directory), directory)
 
 
 def execute(
@@ -162,12 +176,12 @@ def execute(
     """One run, from wherever it stands to `finished`; its teacher's and its control's run within."""
     directory = Run(place.directory, is_main=PartialState().is_main_process)
     on_main(directory.claim)
-    shared.runs.append(directory)
+    shared.stop.runs.append(directory)
     try:
         _execute(recipe, place, shared, directory, source=source, dataset=dataset)
         directory.status("finished")
-        if shared.runs[0] is not directory:
-            shared.runs.remove(directory)
+        if shared.stop.runs[0] is not directory:
+            shared.stop.runs.remove(directory)
     except BaseException as error:
         cause = exit_cause(error)
         directory.end(cause)
@@ -183,7 +197,7 @@ def _execute(
 ) -> None:
     accelerator = build_accelerator(recipe.train, place.directory)
     if dataset is None:
-        dataset = open_data(recipe, accelerator)
+        dataset = open_data(recipe, accelerator, shared.given.data)
     check_data(place, dataset)
     if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
         # What is wrong with the student shows before its teacher is trained.
@@ -192,7 +206,7 @@ def _execute(
         accelerator = build_accelerator(recipe.train, place.directory)
     variants = registry.used(recipe)
     check_variants(place, variants)
-    teacher = build_teacher(recipe, dataset, accelerator)
+    teacher = build_teacher(recipe, dataset, accelerator, shared.given.teacher)
     weights = on_main(lambda: weights_digests(recipe, teacher))
     check_teacher(place, weights)
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
@@ -279,7 +293,7 @@ def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Datas
     """The control's run under `control/`, unless it is finished already."""
     control, directory = recipe.as_control(), place.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
-        execute(control, on_main(lambda: newest_place(directory, control)), shared, dataset=dataset)
+        execute(control, on_main(lambda: newest_place(directory, control, shared.given)), shared, dataset=dataset)
 
 
 def _train(
@@ -312,7 +326,7 @@ def _train(
     trainer.finish(tracking, metadata)
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
+def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:
     """The recipe's data on this process's device; downloads and packing happen once, on the main process.
 
     Raises:
@@ -326,11 +340,16 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> Dataset:
             device=accelerator.device,
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
+            given=given,
         )
 
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and given is None:
         on_main(lambda: open_it() and None)
     dataset = open_it()
+    if given is not None and on_main(lambda: dataset.info.digest) != dataset.info.digest:
+        error = InputError("data: not the same on all processes. Give each of them the same data, in the same order.")
+        error.process = accelerator.process_index
+        raise error
     if isinstance(dataset, SequentialDataset) and any(spec.cache for spec in recipe.teachers):
         raise InputError(
             f"teacher.cache: '{recipe.data.name}' is read in its reader's order, which changes with the number of "
@@ -348,7 +367,7 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
             teacher = teacher_recipe(recipe, spec)
             directory = teacher_place(recipe, spec)
             try:
-                place = on_main(partial(newest_place, directory, teacher))
+                place = on_main(partial(newest_place, directory, teacher, shared.given))
                 _log.info("training the teacher %s first, in %s", teacher.name, directory)
                 execute(teacher, place, shared, source=Path(spec.recipe))
             except run.InUse as holder:
@@ -390,21 +409,15 @@ def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[
     return counts if teacher is None else counts | {"teacher": teacher.num_parameters}
 
 
-def show_result(directory: Path) -> None:
-    """Write the comparison, print its table and say where everything is."""
+def report_on(directory: Path) -> None:
+    """Write the comparison of a finished run; what keeps it from being written is a warning."""
     # Plots take half a second to import; the first step should not wait for them.
     from distill.report.comparison import compare
     from distill.report.document import write_report
-    from distill.report.tables import render_console
 
-    comparison = compare([directory])
     report = directory / "report.html"
-    console.print(render_console(comparison))
     try:
-        write_report(comparison, report)
+        write_report(compare([directory]), report)
     except OSError as error:
         reason = error.strerror or error
         _log.warning("%s: cannot be written: %s. The run is finished; write it with distill compare.", report, reason)
-    for label, path in (("student", directory / "export"), ("report", report), ("run", directory)):
-        if path.exists():
-            say(f"{label:8} {path}")

@@ -35,6 +35,8 @@ from distill.version import __version__
 RUNS = Path("runs")
 HELD = (errno.EACCES, errno.EAGAIN)
 """What the system says of a lock that another process holds."""
+_held: set[tuple[int, int] | None] = set()
+"""The lock files of the runs of this process. It must not open them: closing any file lets go of its locks."""
 _log = logging.getLogger("distill")
 
 
@@ -159,12 +161,15 @@ class Run:
             with suppress(OSError):  # what a full disk refused until now
                 self._log_file.close()
         if self._lock is not None:
+            _held.discard(_identity(self._lock_path))
             self._lock.close()
 
     def _take_lock(self) -> None:
         # The kernel drops the lock when its holder dies, however it dies: there are no stale locks. A record lock, not
         # flock: workers that are forked later do not hold it on.
         while True:
+            if _identity(self._lock_path) in _held:
+                check_free(self.path)
             lock = self._lock_path.open("a")
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,6 +183,7 @@ class Run:
                 break
             lock.close()  # its last holder removed it
         self._lock = lock
+        _held.add(_identity(self._lock_path))
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -285,10 +291,10 @@ def check_free(path: Path) -> None:
 
 
 def holder_of(path: Path) -> str | None:
-    """Which process holds the run directory; None where none that lives does. Not to be asked by the holder itself:
-    it would let go.
-    """
+    """Which process holds the run directory; None where none that lives does."""
     try:
+        if _identity(path / ".lock") in _held:
+            return f"this process, {os.getpid()}"
         with (path / ".lock").open() as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -317,6 +323,14 @@ def check_new(path: Path) -> None:
         begun = set()
     if path.exists() and (not path.is_dir() or any(child not in begun for child in path.iterdir())):
         raise InputError(f"{path}: exists and is no run directory. Choose another --out.")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of a file on this machine, whatever its path; None where there is none."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _is_same_file(file: IO[str], path: Path) -> bool:

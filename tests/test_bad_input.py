@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import distill
 from tests.conftest import Command, Toy
 
 
@@ -160,12 +161,8 @@ def test_a_bad_teacher_is_stopped_by_preflight(refused, toy: Toy) -> None:
 @pytest.fixture(scope="module")
 def finished(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in one step."""
-    from distill.pipeline import Launch, Place, execute
-    from distill.recipe import load
-    from tests.test_resume import StopAfter
-
     out = tmp_path_factory.mktemp("finished") / "run"
-    execute(load(toy.recipe, ["train.max_steps=1"]), Place(out), Launch(StopAfter(None), threads=1), source=toy.recipe)  # type: ignore[arg-type]
+    distill.train(toy.recipe, out=out, overrides=["train.max_steps=1"])
     return out
 
 

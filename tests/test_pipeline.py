@@ -20,7 +20,6 @@ from torch.nn.functional import one_hot
 import distill.exports.folder
 from distill import checkpoint, run
 from distill.errors import InputError, Interrupted
-from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping, load
 from distill.trainer import Trainer
 from tests.conftest import Toy
@@ -63,8 +62,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_the_resolved_recipe_reproduces_the_run(toy: Toy, tmp_path: Path) -> None:
-    recipe = load(toy.recipe, ["train.max_steps=3", "control=true", "seed=5", "label_weight=0.3"])
-    execute(recipe, locate(recipe, tmp_path / "run", None), Launch(Never(), threads=1), source=toy.recipe)  # type: ignore[arg-type]
+    overrides = ["train.max_steps=3", "control=true", "seed=5", "label_weight=0.3"]
+    distill.train(toy.recipe, out=tmp_path / "run", overrides=overrides)
     go(load(tmp_path / "run" / "resolved.yaml"), tmp_path / "again", None)
     go(load(tmp_path / "run" / "control" / "resolved.yaml"), tmp_path / "alone", None)
     for one, other in (("run", "again"), ("run/control", "again/control"), ("run/control", "alone")):
@@ -78,11 +77,6 @@ def test_the_resolved_recipe_reproduces_the_run(toy: Toy, tmp_path: Path) -> Non
         assert {key for key in line if key.startswith("loss")} == {"loss", "loss/label"}
         assert line["loss"] == pytest.approx((0.3 + 0.25 + 0.25) * line["loss/label"], abs=1e-6)
     assert "teacher" not in load_file(tmp_path / "alone" / "predictions.safetensors")
-
-
-class Never:
-    def reason(self) -> None:
-        return None
 
 
 # Its other files

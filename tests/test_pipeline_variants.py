@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import distill.exports.folder
 from distill import run
 from distill.data.packed import write_packed
-from distill.pipeline import Launch, execute, locate
 from distill.recipe import from_mapping
 from tests.conftest import Toy
 from tests.test_resume import go
@@ -205,7 +204,7 @@ def test_a_failed_run_says_why_and_starts_again_without_a_checkpoint(toy: Toy, t
     recipe, out = from_mapping(toy.mapping(train={"max_steps": 3}), default_name="toy"), tmp_path / "run"
     watch = Watch(out, fail_at=2)
     with pytest.raises(RuntimeError, match="out of luck"):
-        execute(recipe, locate(recipe, out, None), Launch(watch, threads=1))  # type: ignore[arg-type]
+        go(recipe, out, watch)
     assert watch.states == ["running", "running"]
     status = run.read_status(out)
     assert (status["state"], status["reason"]) == ("failed", "RuntimeError: out of luck")

@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from distill import checkpoint, run
+import distill
+from distill import checkpoint, pipeline, run
 from distill.errors import Interrupted
 from distill.files.digests import state_digest
-from distill.pipeline import Launch, execute, locate
 from distill.recipe import Recipe, from_mapping
 from distill.trainer import Trainer
 from distill.training.task import Losses, Task
@@ -26,6 +27,12 @@ from tests.conftest import Counted, Toy, environment
 from tests.warm import launch
 
 TOTAL_STEPS = 18  # 96 training images in batches of 16 for 3 epochs
+
+
+class Asked(Protocol):
+    """Asked after each step why to stop."""
+
+    def reason(self) -> str | None: ...
 
 
 class StopAfter:
@@ -41,8 +48,14 @@ class StopAfter:
         return "test" if self.left == 0 else None
 
 
-def go(recipe: Recipe, out: Path, steps: int | None, resume: str | None = None) -> None:
-    execute(recipe, locate(recipe, out, resume), Launch(StopAfter(steps), threads=1))  # type: ignore[arg-type]
+def go(recipe: Recipe, out: Path, steps: int | Asked | None, resume: str | Path | None = None) -> None:
+    """`distill.train` without a report, stopped after so many steps (None: not at all), or as `steps` says."""
+    fit, asked = Trainer.fit, steps if hasattr(steps, "reason") else StopAfter(steps)
+    with (
+        patch.object(Trainer, "fit", lambda trainer, tracking, _: fit(trainer, tracking, asked)),  # type: ignore[arg-type]
+        patch.object(pipeline, "report_on", lambda _: None),
+    ):
+        distill.train(recipe, out=None if resume and resume != "auto" else out, resume=resume)
 
 
 def train_lines(path: Path) -> list[dict[str, float]]:
@@ -231,8 +244,7 @@ def test_resuming_from_an_older_checkpoint_and_from_behind_a_damaged_one(
         "step_00000006", "step_00000012", "step_00000013",
     ]  # fmt: skip
     first = out / "checkpoints" / "step_00000006"
-    place = locate(recipe, None, str(first))
-    execute(recipe, place, Launch(StopAfter(None), threads=1))  # type: ignore[arg-type]
+    go(recipe, out, None, resume=first)
     same_end(undisturbed, out)
 
 

@@ -27,7 +27,7 @@ from distill.data.sequential import SequentialDataset
 from distill.dry_run import dry_run_recipe
 from distill.errors import InputError, Interrupted
 from distill.launching.processes import build_accelerator
-from distill.pipeline import locate, open_data
+from distill.pipeline import open_data
 from distill.recipe import Recipe, from_mapping
 from distill.teaching import cache as teacher_cache
 from distill.teaching.cache import TeacherCache, open_cache
@@ -242,7 +242,7 @@ def test_a_stop_between_two_log_lines_loses_nothing(toy: Toy, tmp_path: Path, as
     with pytest.raises(Interrupted):
         go(recipe, tmp_path / "stopped", 4)
     with pytest.raises(InputError, match=r"teacher\.cache: True -> False"):  # the rounding changes what is learned
-        locate(cached(toy, 12, teacher={"cache": False}, train={"log_every": 100}), tmp_path / "stopped", "auto")
+        go(cached(toy, 12, teacher={"cache": False}, train={"log_every": 100}), tmp_path / "stopped", None, "auto")
 
 
 def test_a_longer_run_lengthens_the_file(toy: Toy, tmp_path: Path) -> None:

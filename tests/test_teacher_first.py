@@ -9,11 +9,12 @@ import pytest
 
 from distill import pipeline, run
 from distill.errors import InputError
+from distill.given import Given
 from distill.pipeline import Launch, train_teachers
 from distill.recipe import Recipe, from_mapping
 
 TEACHER = "recipes/teachers/digits_cnn.yaml"
-NOBODY = Launch(cast(Any, None), threads=1)
+NOBODY = Launch(cast(Any, None), threads=1, given=Given())
 
 
 @pytest.fixture

@@ -34,6 +34,11 @@ def decode(file: str | Path | IO[bytes], name: str, mode: str | None) -> Image.I
     except Exception as error:  # besides OSError, broken files bring PIL to anything from SyntaxError to ValueError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: cannot be decoded as an image ({reason}); {REMEDY}") from None
+    return as_mode(image, name, mode)
+
+
+def as_mode(image: Image.Image, name: str, mode: str | None) -> Image.Image:
+    """A decoded image in PIL mode `mode` (None: the one it has). InputError naming it if it is no use."""
     if (misfit := _misfit(image)) is not None:
         raise InputError(f"{name}: {misfit}; {REMEDY}")
     return image if mode is None or image.mode == mode else image.convert(mode)

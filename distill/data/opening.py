@@ -13,7 +13,8 @@ from torch import Tensor
 from distill import registry
 from distill.cores import share_of_cores
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
-from distill.data.folder import Folder, check_quickly, open_folder, scan, without_unreadable
+from distill.data.folder import check_quickly, open_folder, scan, without_unreadable
+from distill.data.given import GivenData
 from distill.data.holdout import hold_out
 from distill.data.images import common_mode
 from distill.data.packed import Packed, open_packed
@@ -23,7 +24,7 @@ from distill.data.timm_sets import RANDOM_ACCESS, SEQUENTIAL, open_random_access
 from distill.data.torchvision_sets import KNOWN, digits, open_known
 from distill.errors import InputError
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD
-from distill.recipe import Data
+from distill.recipe import FROM_PYTHON, Data
 
 FOLDER_NAMES = ("folder", "imagenet")
 RESIDENT_LIMIT = 4 << 30
@@ -31,19 +32,27 @@ RESIDENT_LIMIT = 4 << 30
 
 
 def open_dataset(
-    spec: Data, *, seed: int, device: torch.device, num_processes: int = 1, process_index: int = 0
+    spec: Data,
+    *,
+    seed: int,
+    device: torch.device,
+    num_processes: int = 1,
+    process_index: int = 0,
+    given: GivenData | None = None,
 ) -> Dataset:
     """The dataset that `spec` names, for one process, on its device; downloaded and packed first where that is
     needed.
 
-    `seed` chooses the validation split. Any number of processes may open the same data at once. InputError, naming the
-    key or the file, for whatever is wrong with them.
+    `seed` chooses the validation split; `given` is what the name 'python' stands for. Any number of processes may open
+    the same data at once. InputError, naming the key or the file, for whatever is wrong with them.
     """
     assert 0 <= process_index < num_processes
     root = Path(spec.root)
     workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
     if spec.skip_unreadable and spec.name not in FOLDER_NAMES:
         raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
+    if spec.name == FROM_PYTHON:
+        return _open_given(spec, seed, device, workers, given)
     if spec.name.startswith(SEQUENTIAL):
         _needs_stream(spec)
 
@@ -62,7 +71,7 @@ def open_dataset(
         folder = scan(root, skip=spec.skip_unreadable)
         if spec.skip_unreadable:
             folder = without_unreadable(folder)
-        if spec.stream or (spec.stream is None and _pixels(folder, spec) > RESIDENT_LIMIT):
+        if spec.stream or (spec.stream is None and _too_large(folder.num_images, spec)):
             if process_index == 0 and not spec.skip_unreadable:
                 check_quickly(folder)
             dataset: Dataset = _open_stream(
@@ -82,6 +91,20 @@ def open_dataset(
     if spec.stream:
         raise InputError(f"data.stream: '{spec.name}' is small and held in memory; set data.stream to null or false")
     return _open_resident(spec, seed, device, _open_small(spec, root))
+
+
+def _open_given(spec: Data, seed: int, device: torch.device, workers: int, given: GivenData | None) -> Dataset:
+    if given is None:
+        raise InputError(
+            f"data.name: '{FROM_PYTHON}' stands for data that Python code hands over. Give them: "
+            "distill.train(..., data=...), or name other data."
+        )
+    if spec.stream and not given.readers:
+        raise InputError("data.stream: tensors are held in memory; set data.stream to null or false")
+    if not given.readers or not (spec.stream or (spec.stream is None and _too_large(given.num_images, spec))):
+        return _open_resident(spec, seed, device, given.pack(spec.resolution))
+    names, content = given.names_of_stream(), given.digest_of_stream()
+    return _open_stream(spec, seed, device, workers, dict(given.readers), names, given.mode, content)
 
 
 def _open_small(spec: Data, root: Path) -> Packed:
@@ -111,8 +134,9 @@ def _needs_stream(spec: Data) -> None:
         raise InputError(f"data.stream: '{spec.name}' can only be streamed; set data.stream to null or true")
 
 
-def _pixels(folder: Folder, spec: Data) -> int:
-    return folder.num_images * 3 * spec.resolution**2
+def _too_large(num_images: int, spec: Data) -> bool:
+    """To be held in memory."""
+    return num_images * 3 * spec.resolution**2 > RESIDENT_LIMIT
 
 
 def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:

@@ -96,12 +96,12 @@ def open_packed(path: Path, expected: Expected | None = None) -> Packed:
         ) from None
     class_names = _class_names(metadata)
     is_whole = has_right_checksum(path, metadata)
-    for problem, remedy in _problems(tensors, metadata, class_names, expected, is_whole=is_whole):
+    for problem, remedy in problems_of(tensors, metadata, class_names, expected, is_whole=is_whole):
         raise InputError(f"{path}: {problem}; {remedy}")
     return Packed(str(path), class_names, tensors, metadata)
 
 
-def _problems(
+def problems_of(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     class_names: tuple[str, ...],

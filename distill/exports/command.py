@@ -28,7 +28,7 @@ MOST_COMPARED = 10_000
 def export_run(
     path: Path, to: Path, *, onnx: bool, half: bool, head: Literal["fused", "cls", "dist"], license: str
 ) -> None:
-    """Write the student of a run as a timm folder at `to`, and print what became of its logits.
+    """Write the student of a run as a timm folder at `to`, and print what became of its logits where they changed.
 
     Raises:
         InputError: the run has no export, something stands at `to`, it cannot be written, what was asked for is not to
@@ -62,7 +62,6 @@ def export_run(
         raise InputError(f"--to {to}: cannot be written ({error.strerror or error}).") from None
     except Differs as error:
         raise InputError(f"--to {to}: not written: {error}.") from error
-    say(str(to))
 
 
 def _test_set(path: Path) -> Dataset | None:

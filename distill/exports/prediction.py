@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from distill.console import console, say
 from distill.data.augment import to_float
 from distill.data.images import EIGHT_BIT_MODES, LONGEST, to_square
 from distill.errors import InputError
@@ -84,37 +84,41 @@ def load_student(folder: str | Path) -> LoadedStudent:
     return LoadedStudent(merge_heads(student.model).requires_grad_(False), transform, labels)
 
 
-def predict_images(folder: Path, images: Sequence[Path]) -> None:
-    """Print the most probable classes of each image.
+def most_probable(
+    student: LoadedStudent, images: Sequence[str | PathLike[str] | Image.Image]
+) -> list[list[tuple[str, float]]]:
+    """The most probable classes of each image, and their probabilities, the most probable first.
 
     Raises:
-        InputError: the folder holds no intact export, or a file is no image.
+        InputError: a file is no image.
     """
-    student = load_student(folder)
+    found = []
     for start in range(0, len(images), BATCH):
-        paths = images[start : start + BATCH]
-        inputs = torch.stack([_read(path, student.transform) for path in paths])
-        for path, probabilities in zip(paths, student.model(inputs).softmax(-1), strict=True):
-            say(str(path))
-            console.print(_table(probabilities, student.labels))
+        inputs = torch.stack([_read(image, student.transform) for image in images[start : start + BATCH]])
+        for probabilities in student.model(inputs).softmax(-1):
+            top = probabilities.topk(min(TOP, len(student.labels)))
+            labels = [student.labels[label] for label in top.indices.tolist()]
+            found.append(list(zip(labels, top.values.tolist(), strict=True)))
+    return found
 
 
-def _read(path: Path, transform: Transform) -> Tensor:
+def _read(source: str | PathLike[str] | Image.Image, transform: Transform) -> Tensor:
+    name, image = ("image", source) if isinstance(source, Image.Image) else (str(source), None)
     try:
-        image = Image.open(path)
+        image = image or Image.open(name)
         image.load()
     except Exception as error:  # besides OSError, broken files bring Pillow to anything from SyntaxError to ValueError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read as an image ({reason}).") from None
+        raise InputError(f"{name}: cannot be read as an image ({reason}).") from None
     try:
         return transform(image)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
 
 
-def _table(probabilities: Tensor, labels: Sequence[str]) -> Table:
-    top = probabilities.topk(min(TOP, len(labels)))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for share, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        table.add_row(f"{100 * share:6.2f} %", Bar(1.0, 0.0, share, width=30), Text(visible(labels[label])))
-    return table
+def table(classes: Sequence[tuple[str, float]]) -> Table:
+    """What `most_probable` says of one image, for a console."""
+    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for label, share in classes:
+        shown.add_row(f"{100 * share:6.2f} %", Bar(1.0, 0.0, share, width=30), Text(visible(label)))
+    return shown

@@ -32,7 +32,8 @@ _log = logging.getLogger("distill")
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 """ACCELERATE_USE_..."""
 # Of mallopt(3), in glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+_keeps = False
 
 
 def build_accelerator(train: Train, directory: Path) -> Accelerator:
@@ -159,6 +160,20 @@ def keep_freed_memory() -> None:
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
+        global _keeps
+        _keeps = True
+
+
+def free_memory_as_before() -> None:
+    """Undo `keep_freed_memory`: as glibc has it in a process that has ever freed a block of 32 MiB."""
+    global _keeps
+    if _keeps:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 65536)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**26)
+        return_freed_memory()
+        _keeps = False
 
 
 def return_freed_memory() -> None:

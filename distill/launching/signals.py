@@ -14,10 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.launching.launcher import is_launched
@@ -44,6 +45,15 @@ TO_NOTICE = 3.0
 """Seconds in which a process's end shows, after it has broken a connection."""
 
 
+class Endable(Protocol):
+    """A run, by its directory."""
+
+    path: Path
+
+    def end(self, error: BaseException) -> bool:
+        """Write down that `error` ended it; whether this process did so."""
+
+
 class StopRequest:
     """Set by SIGTERM, SIGINT, SIGUSR1, SIGHUP, the time limit or the end of the launcher; all processes get the same
     answer. Made on the thread that trains; on the main thread it handles the signals until it is closed.
@@ -55,6 +65,8 @@ class StopRequest:
             on_exit: ends the run, says why and returns the exit code of this process, where its main thread cannot.
                 None: the process is not ours to end, and a second SIGINT raises `Interrupted`.
         """
+        self.runs: list[Endable] = []
+        """The one that was asked for, and within it those that have begun and not finished."""
         self.group: ProcessGroup | None = None
         self._ranks: Ranks | None = None
         self._on_exit = on_exit
@@ -241,6 +253,13 @@ class StopRequest:
 
 
 _current: ContextVar[StopRequest | None] = ContextVar("stop request", default=None)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Within, there is a `StopRequest`: that of the command, or one that leaves the process as it was."""
+    with StopRequest() if _current.get() is None else nullcontext():
+        yield
 
 
 @contextmanager

@@ -6,11 +6,12 @@ every problem at once, each under its dotted path.
 
 from distill.recipe.loading import from_mapping, load, load_teachers_recipe
 from distill.recipe.reading import read_mapping, read_yaml
-from distill.recipe.schema import OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
+from distill.recipe.schema import FROM_PYTHON, OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
 from distill.recipe.sizes import VIT_SIZES
 from distill.recipe.variants import recipe_model
 
 __all__ = [
+    "FROM_PYTHON",
     "OPERATIONAL_KEYS",
     "VIT_SIZES",
     "Augment",

@@ -28,6 +28,9 @@ changes nothing of what is learned, but for rounding, the draws of drop path and
 at a micro-batch as a whole: batch norms, and the losses that compare its samples.
 """
 
+FROM_PYTHON = "python"
+"""The name of data, and of a teacher, that Python code hands over."""
+
 
 class RandomResizedCrop(Section):
     scale: Annotated[list[Probability], Field(min_length=2, max_length=2)] = Field(
@@ -93,7 +96,7 @@ class Data(Section):
     name: Text = Field(
         "cifar10",
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
-        "NAME.safetensors, or a timm dataset name (hfds/..., wds/...).",
+        "NAME.safetensors, a timm dataset name (hfds/..., wds/...), or python: what distill.train gets as data=.",
     )
     root: Text = Field(
         "data", description="Folder that holds the data, or that downloads go to.", json_schema_extra=MAY_CHANGE
@@ -130,7 +133,8 @@ class Data(Section):
 class Teacher(Section):
     model: Text | None = Field(
         None,
-        description="A name in teachers/zoo.yaml, any timm name, hf_hub:NAME, torchvision/NAME or local-dir:PATH.",
+        description="A name in teachers/zoo.yaml, any timm name, hf_hub:NAME, torchvision/NAME, local-dir:PATH, or "
+        "python: what distill.train gets as teacher=.",
     )
     recipe: Text | None = Field(
         None,

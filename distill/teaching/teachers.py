@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH, accuracies, predict
 from distill.files.digests import file_digest
+from distill.inputs import InputContract
 from distill.launching.processes import with_precision
-from distill.recipe import OPERATIONAL_KEYS, Recipe, load
+from distill.recipe import FROM_PYTHON, OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
 from teachers import Ensemble, Teacher, judge, judge_features, load_teacher
 from teachers.sources import parse
@@ -36,6 +38,8 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     """
     assert spec.recipe is not None
     teacher = with_precision(load(spec.recipe))
+    if recipe.data.name == FROM_PYTHON:
+        teacher = teacher.replace(data=teacher.data.model_copy(update={"name": FROM_PYTHON}))
     if teacher.data.name != recipe.data.name:
         raise InputError(
             f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. "
@@ -60,8 +64,20 @@ def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
     return spec.recipe is None or run.is_finished(teacher_place(recipe, spec))
 
 
-def build_teacher(recipe: Recipe, dataset: Dataset, accelerator: Accelerator) -> Teacher | None:
-    """The recipe's teacher or ensemble, frozen, on the device; those that recipes train come from their exports."""
+def build_teacher(
+    recipe: Recipe,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    given: tuple[nn.Module, InputContract] | None = None,
+) -> Teacher | None:
+    """The recipe's teacher or ensemble, frozen, on the device; those that recipes train come from their exports.
+
+    Args:
+        given: what the name 'python' stands for; a copy of it is taken.
+
+    Raises:
+        InputError: a teacher cannot be had, or does not fit the data.
+    """
     if not recipe.teachers:
         return None
     for spec in recipe.teachers:
@@ -71,10 +87,29 @@ def build_teacher(recipe: Recipe, dataset: Dataset, accelerator: Accelerator) ->
                 f"teacher.recipe: {spec.recipe} was trained in {teacher_place(recipe, spec)} on other data than these. "
                 "Move that folder away to train it anew."
             )
-    specs = _trained(recipe)
-    teacher = load_teacher(specs if isinstance(recipe.teacher, list) else specs[0], dataset.info.num_classes)
+    specs, classes = _trained(recipe), dataset.info.num_classes
+    if isinstance(recipe.teacher, list):
+        teacher = load_teacher(specs, classes)
+    elif specs[0].model == FROM_PYTHON:
+        teacher = _from_python(given, classes)
+    else:
+        teacher = load_teacher(specs[0], classes)
     _log.info("teacher: %s", teacher.describe())
     return teacher.to(accelerator.device)
+
+
+def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int) -> Teacher:
+    if given is None:
+        raise InputError(
+            f"teacher.model: '{FROM_PYTHON}' stands for a module that Python code hands over. Give it: "
+            "distill.train(..., teacher=(module, distill.Contract(...))), or name another model."
+        )
+    network, contract = given
+    try:
+        copied = copy.deepcopy(network)
+    except Exception as error:  # modules may hold anything
+        raise InputError(f"teacher: the module cannot be copied ({type(error).__name__}: {error}).") from error
+    return Teacher(FROM_PYTHON, copied, contract, num_classes)
 
 
 def _trained(recipe: Recipe) -> list[TeacherSpec]:

@@ -18,13 +18,13 @@ import torch
 import distill.exports.folder
 from distill import checkpoint, run
 from distill.errors import RunFailed
-from distill.pipeline import Launch, Place, execute
 from distill.recipe import load
 from distill.training.finishing import write_predictions
 from tests.conftest import Counted, Toy
 from tests.distributed.test_two_processes import launch
 from tests.faults.small_runs import SMALL, same_end, start
 from tests.faults.warm import Warm
+from tests.test_resume import go
 
 MEGABYTE = 1 << 20
 
@@ -139,7 +139,7 @@ def test_the_best_weights_that_found_no_room_are_not_chosen(
                 resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
 
     with limited(4 * MEGABYTE):
-        execute(recipe, Place(tmp_path / "run"), Launch(Relief(), threads=1))  # type: ignore[arg-type]
+        go(recipe, tmp_path / "run", Relief())
     status = run.read_status(tmp_path / "run")
     assert status["state"] == "finished"
     tops = {line["step"]: line["student/top1"] for line in run.read_metrics(tmp_path / "run", "eval")}

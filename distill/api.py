@@ -1,0 +1,314 @@
+"""What Python code calls: the commands as functions, with values for what they print and exceptions for messages.
+
+Import it as `distill`: `distill.train`, `distill.evaluate`, ... Nothing here ends the process, and nothing global is
+left behind: signal handlers, environment, log handlers, random states and torch's settings are as before a call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from distill.errors import InputError
+from distill.launching.signals import stopping
+from distill.recipe import Recipe, from_mapping, load, load_teachers_recipe
+from distill.registry import load_plugin
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from distill.exports.prediction import LoadedStudent
+    from distill.inputs import InputContract
+    from distill.report.comparison import Comparison
+    from distill.report.metrics import Metrics
+    from teachers import Teacher
+
+RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
+"""The path of a YAML file, the same as plain data, or a validated recipe."""
+Head = Literal["fused", "cls", "dist"]
+
+_busy = threading.Lock()
+
+
+class Report(NamedTuple):
+    """A comparison, and the files that show it: HTML, Markdown, JSON and the curves as SVG."""
+
+    comparison: Comparison
+    files: list[Path]
+
+
+class Run:
+    """A run directory, read anew at each call: while the run goes on, too. Goes wherever a path to it goes."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        """
+        Raises:
+            InputError: no run has begun there.
+        """
+        self.path = Path(path)
+        if not (self.path / "status.json").is_file():
+            raise InputError(f"{self.path}: not a run directory (it has no status.json).")
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}): {self.status.get('state')}"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `status.json` says: `state` ('running', 'finished', 'interrupted', 'failed', or 'killed' where nobody
+        was left to write it), `reason`, `step`, `epoch`, the last `metrics`, and so on.
+        """
+        from distill import run
+
+        return run.read_status(self.path) | {"state": run.state_of(self.path)}
+
+    def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` in order; with `event` ('train', 'eval', 'preflight', ...) those of one kind."""
+        from distill.files.metrics import read_lines
+
+        return [line for line in read_lines(self.path / "metrics.jsonl") if event in (None, line["event"])]
+
+    def predictions(self) -> dict[str, Tensor]:
+        """Of a finished run, on the test set: `labels` int64 [N], and float32 [N, classes] of `student.fused`,
+        `student.cls`, `student.dist` and `teacher`, as far as there are.
+
+        Raises:
+            InputError: they are missing or damaged.
+        """
+        import torch
+
+        from distill.report.metrics import read_predictions
+
+        found = read_predictions(self.path / "predictions.safetensors")
+        arrays = {"labels": found.labels, **found.logits}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+    def student(self) -> LoadedStudent:
+        """The exported student, as `load_student` gives it."""
+        return load_student(self.path / "export")
+
+    def report(self) -> Report:
+        """Teacher, student and control of this finished run side by side, written to `report.html` in its directory."""
+        return compare([self], self.path / "report.html")
+
+
+def train(
+    recipe: RecipeLike,
+    *,
+    out: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    data: Any = None,
+    teacher: tuple[nn.Module, InputContract] | None = None,
+    plugins: Sequence[str | PathLike[str]] = (),
+) -> Run:
+    """Train the student of a recipe, on all processes of this launch; returns when it is finished.
+
+    On the main thread SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it with a checkpoint, in a notebook "interrupt" does. One
+    run at a time and process.
+
+    Args:
+        recipe: a path, a mapping (whose paths are relative to the working directory), or a `Recipe`.
+        out: the run directory; `runs/<name>-<time>` by default.
+        resume: 'auto', a run directory or a checkpoint in one, as `--resume`.
+        overrides: 'key=value', as on the command line.
+        data: in place of the recipe's `data.name`: `{"train": ..., "test": ...}`, perhaps with "validation" and with
+            "classes" (their names), or `(train, test)`. Each split is a map-style torch Dataset of (PIL image or uint8
+            tensor [C, H, W], label), without random transforms, or a pair of tensors, images uint8 [N, C, H, W] and
+            labels int64 [N].
+        teacher: in place of the recipe's `teacher.model`: a classifier, normalised images [B, C, size, size] -> logits
+            [B, classes], and its `Contract`. A copy of it teaches; the module stays as it is.
+        plugins: modules or Python files that register what the recipe names, as `--plugin`; they stay loaded.
+
+    Raises:
+        InputError: something that was given cannot be used; nothing half-written is left.
+        RunFailed: the run cannot go on.
+        Interrupted: stopped early, resumable.
+    """
+    # Imports are not interrupted: a module that is imported by half would stay so.
+    from distill.given import take
+    from distill.pipeline import check_given, launch, resumed_directory
+
+    with stopping(), _alone():
+        for plugin in plugins:
+            load_plugin(str(plugin))
+        given, named = take(data, teacher)
+        directory = None if out is None else Path(out)
+        asked = None if resume is None else str(resume)
+        # First, since a recipe may make no sense without what is missing.
+        check_given(resumed_directory(directory, asked), given)
+        resolved, source = _load(recipe, [*overrides, *named])
+        return Run(launch(resolved, source=source, out=directory, resume=asked, given=given))
+
+
+def dry_run(
+    recipe: RecipeLike,
+    *,
+    overrides: Sequence[str] = (),
+    data: Any = None,
+    teacher: tuple[nn.Module, InputContract] | None = None,
+) -> None:
+    """Build everything that `train` would, run preflight and one step, print sizes and costs, and make no run."""
+    from distill.dry_run import dry_run as rehearse
+    from distill.given import take
+
+    with stopping(), _alone():
+        given, named = take(data, teacher)
+        rehearse(_load(recipe, [*overrides, *named])[0], given)
+
+
+def evaluate(
+    target: str | PathLike[str] | RecipeLike | Run,
+    *,
+    overrides: Sequence[str] = (),
+    data: Any = None,
+    teacher: tuple[nn.Module, InputContract] | None = None,
+) -> dict[str, Metrics]:
+    """Measure a run's exported student and its teacher, or the teacher of a recipe alone, on the test set. What the
+    run directory says of the test set is written anew.
+
+    Args:
+        target: a run or its directory, a recipe, or a teacher's name.
+        overrides, data, teacher: as for `train`.
+
+    Returns:
+        Accuracies and the like by output: `student.fused`, `student.cls`, `student.dist`, `teacher`.
+
+    Raises:
+        InputError: there is nothing to evaluate, or something that was given cannot be used.
+    """
+    with _alone():
+        from distill.commands import evaluate_run, evaluate_teacher
+        from distill.given import take
+
+        given, named = take(data, teacher)
+        if isinstance(target, Run) or (isinstance(target, str | PathLike) and Path(target).is_dir()):
+            return evaluate_run(Path(target), [*overrides, *named], given)
+        asked = (
+            load_teachers_recipe(str(target), [*overrides, *named])
+            if isinstance(target, str | PathLike)
+            else _load(target, [*overrides, *named])[0]
+        )
+        return evaluate_teacher(asked, given)
+
+
+def compare(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> Report:
+    """Put teacher, student and control of finished runs side by side; `out` ends in .html.
+
+    Raises:
+        InputError: a run is missing, unfinished, damaged or of another test set, or `out` is no HTML file.
+    """
+    from distill.report.comparison import compare as compare_runs
+    from distill.report.document import write_report
+
+    comparison = compare_runs([Path(run) for run in runs])
+    return Report(comparison, write_report(comparison, Path(out)))
+
+
+def export(
+    run: str | PathLike[str],
+    to: str | PathLike[str],
+    *,
+    onnx: bool = False,
+    half: bool = False,
+    head: Head = "fused",
+    license: str = "unknown",
+) -> Path:
+    """Write the student of a run as a timm folder at `to`, which is returned.
+
+    Args:
+        onnx: with `model.onnx`: images in [0, 1] -> logits, in float32.
+        half: store the weights as float16.
+        head: 'cls' or 'dist' keeps that head alone.
+        license: for the model card, such as 'apache-2.0'.
+
+    Raises:
+        InputError: the run has no export, something stands at `to`, or what was asked for is not to be had.
+    """
+    with _alone():
+        from distill.exports.command import export_run
+
+        export_run(Path(run), Path(to), onnx=onnx, half=half, head=head, license=license)
+        return Path(to)
+
+
+def predict(
+    student: str | PathLike[str] | LoadedStudent, images: Sequence[str | PathLike[str] | Image]
+) -> list[list[tuple[str, float]]]:
+    """The five most probable classes of each image, with their probabilities, the most probable first.
+
+    Args:
+        student: a folder that `export` or a run wrote, or what `load_student` gave.
+        images: files, or images of Pillow's.
+
+    Raises:
+        InputError: the folder holds no intact export, or a file is no image.
+    """
+    from distill.exports.prediction import LoadedStudent, most_probable
+
+    return most_probable(student if isinstance(student, LoadedStudent) else load_student(student), images)
+
+
+def load_student(folder: str | PathLike[str]) -> LoadedStudent:
+    """The student in a folder that `distill export` or a run wrote: model, transform and labels.
+
+    Raises:
+        InputError: a file is missing, damaged or was changed.
+    """
+    import torch
+
+    from distill.exports.prediction import load_student as load_folder
+
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
+        return load_folder(Path(folder))
+
+
+def load_teacher(spec: str | Mapping[str, Any], num_classes: int) -> Teacher:
+    """A frozen teacher: images in [0, 1], float [B, C, H, W] -> logits [B, num_classes].
+
+    Args:
+        spec: the name of a model, or a recipe's `teacher` section.
+
+    Raises:
+        InputError: `spec` is wrong, the model or its weights cannot be had, or they do not fit `num_classes`.
+    """
+    import torch
+
+    from distill.launching.isolation import tensors_only
+    from teachers import load_teacher as load_spec
+
+    with torch.random.fork_rng(devices=[]), tensors_only():
+        return load_spec({"model": spec} if isinstance(spec, str) else spec, num_classes)
+
+
+def _load(recipe: RecipeLike, overrides: Sequence[str]) -> tuple[Recipe, Path | None]:
+    """The resolved recipe, and its file if it has one."""
+    if isinstance(recipe, Recipe):
+        return from_mapping(recipe.model_dump(mode="json"), overrides), None
+    if isinstance(recipe, Mapping):
+        return from_mapping(recipe, overrides), None
+    return load(Path(recipe), overrides), Path(recipe)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One call at a time; everything global is as before behind it."""
+    if not _busy.acquire(blocking=False):
+        raise InputError(
+            "distill: another run, evaluation or export goes on in this process. Wait for its end, or start this one "
+            "in a process of its own."
+        )
+    try:
+        from distill.launching.isolation import isolated
+
+        with isolated():
+            yield
+    finally:
+        _busy.release()

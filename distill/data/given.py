@@ -1,0 +1,218 @@
+"""Data that Python code hands over: tensors, or map-style torch Datasets of (image, label)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from distill.data.images import as_mode, common_mode, to_square
+from distill.data.packed import Packed, problems_of, sha256
+from distill.errors import InputError
+
+SPLIT_NAMES = ("train", "validation", "test")
+PROBES = 16
+"""Items of each split that are read twice, and whose pixels are part of a stream's digest."""
+FORMS = (
+    "give data={'train': ..., 'test': ...} (perhaps with 'validation', and 'classes', their names) or (train, test), "
+    "each a map-style torch Dataset of (PIL image or uint8 tensor, label), or a pair of tensors: images uint8 "
+    "[N, C, H, W] and labels int64 [N]"
+)
+
+
+class DatasetReader:
+    """A split in a torch Dataset: images by row, as PIL's, and all labels."""
+
+    def __init__(self, split: str, dataset: Any) -> None:
+        self.split, self._dataset = split, dataset
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+            raise InputError(f"data: {split} is no map-style Dataset with images in it; {FORMS}.")
+        for row in self.probes():
+            (one, label), (other, label_again) = self.item(row), self.item(row)
+            if label != label_again or one.mode != other.mode or one.tobytes() != other.tobytes():
+                raise InputError(
+                    f"data: {split}[{row}] is not the same when it is read again. Leave random transforms out of the "
+                    "Dataset: data.augment in the recipe has them."
+                )
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def probes(self) -> list[int]:
+        """Some rows, spread over the split."""
+        return sorted(set(np.linspace(0, len(self) - 1, PROBES).astype(int).tolist()))
+
+    def item(self, row: int) -> tuple[Image.Image, int]:
+        """Image and label.
+
+        Raises:
+            InputError: it cannot be read, or is something else.
+        """
+        where = f"data: {self.split}[{row}]"
+        try:
+            image, label = self._dataset[row]
+            if isinstance(image, Image.Image):
+                image.load()  # PIL reads a file when it is first needed
+        except Exception as error:  # the Dataset is the caller's code
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise InputError(f"{where} cannot be read as (image, label) ({reason}).") from error
+        try:
+            number = int(label)
+        except (TypeError, ValueError):
+            number = -1
+        if number != label or number < 0:
+            raise InputError(f"{where} has the label {label!r}; labels are whole numbers from 0.")
+        return as_mode(_as_image(image, where), where, None), number
+
+    def load(self, row: int, mode: str | None) -> Image.Image:
+        """The image in PIL mode `mode` (None: the one it has)."""
+        image, label = self.item(row)
+        if label != self.labels[row]:
+            raise InputError(
+                f"data: {self.split}[{row}] has the label {label}, the Dataset's `targets` say {self.labels[row]}."
+            )
+        return as_mode(image, f"data: {self.split}[{row}]", mode)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 [N], from the attribute `targets` that torchvision's have, or else by reading all items."""
+        if getattr(self._dataset, "target_transform", None) is None:
+            with suppress(TypeError, ValueError, RuntimeError):
+                targets = torch.as_tensor(getattr(self._dataset, "targets", None), dtype=torch.int64)
+                if targets.shape == (len(self),):
+                    return targets
+        return torch.tensor([self.item(row)[1] for row in range(len(self))])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What torchvision's Datasets have as `classes`; empty where there is no such thing."""
+        dataset = self._dataset
+        while isinstance(dataset, torch_data.Subset):
+            dataset = dataset.dataset
+        names = getattr(dataset, "classes", ())
+        return tuple(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else ()
+
+
+def _as_image(image: Any, where: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] in (1, 3):
+        pixels = image.cpu().numpy()
+        return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    raise InputError(
+        f"{where} holds {kind} where an image belongs: PIL's, or uint8 [C, H, W] of 1 or 3 channels. Leave ToTensor, "
+        "normalisation and augmentation out of the Dataset: the recipe has them."
+    )
+
+
+@dataclass(frozen=True)
+class GivenData:
+    """What was handed over, by split: tensors as {"images", "labels"}, or Datasets."""
+
+    tensors: Mapping[str, Tensor]
+    """`train.images`, `train.labels` and so on, as in a packed file; empty where Datasets were given."""
+    readers: Mapping[str, DatasetReader]
+    class_names: tuple[str, ...]
+    """Empty where they were not given; then classes are named by their numbers."""
+
+    @classmethod
+    def of(cls, data: Any) -> GivenData:
+        """Check what a caller gave as `data=`.
+
+        Raises:
+            InputError: it is none of the forms that there are.
+        """
+        if isinstance(data, Sequence) and len(data) == 2 and not any(isinstance(part, Tensor) for part in data):
+            data = {"train": data[0], "test": data[1]}
+        if not isinstance(data, Mapping):
+            raise InputError(f"data: {type(data).__name__}; {FORMS}.")
+        splits = {"validation" if name == "val" else name: split for name, split in data.items() if name != "classes"}
+        if unknown := [name for name in splits if name not in SPLIT_NAMES]:
+            raise InputError(f"data: no split {unknown[0]!r}; {FORMS}.")
+        if missing := [name for name in ("train", "test") if splits.get(name) is None]:
+            raise InputError(f"data: the {missing[0]} split is missing; {FORMS}.")
+        pairs = {name: split for name, split in splits.items() if isinstance(split, Sequence)}
+        names = tuple(str(name) for name in data.get("classes") or ())
+        if pairs and len(pairs) < len(splits):
+            raise InputError(f"data: tensors for {', '.join(pairs)} alone; give all splits alike; {FORMS}.")
+        if not pairs:
+            readers = {name: DatasetReader(name, split) for name, split in splits.items()}
+            return cls({}, readers, names or readers["train"].class_names)
+        tensors: dict[str, Tensor] = {}
+        for name, pair in pairs.items():
+            if len(pair) != 2 or not all(isinstance(tensor, Tensor) for tensor in pair):
+                raise InputError(f"data: {name} is no pair of tensors; {FORMS}.")
+            images, labels = (tensor.detach().cpu() for tensor in pair)
+            labels = labels if labels.is_floating_point() else labels.long()
+            tensors |= {f"{name}.images": images, f"{name}.labels": labels}
+        return cls(tensors, {}, names)
+
+    @property
+    def num_images(self) -> int:
+        parts = self.readers.values() or [value for key, value in self.tensors.items() if key.endswith("labels")]
+        return sum(len(part) for part in parts)
+
+    @property
+    def mode(self) -> str:
+        """'L' if the first images of a Dataset are greyscale, else 'RGB'."""
+        train = self.readers["train"]
+        return common_mode(train.item(row)[0] for row in range(min(PROBES, len(train))))
+
+    def pack(self, resolution: int) -> Packed:
+        """All of it in memory, checked as a packed file is; images from Datasets are resized to `resolution`, as those
+        of an image folder are.
+
+        Raises:
+            InputError: something is wrong with an image, a label or a split.
+        """
+        tensors = dict(self.tensors or self._read(resolution))
+        labels = [tensors[key] for key in tensors if key.endswith(".labels")]
+        names = self.class_names or _numbers(labels)
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise InputError(f"data: {len(names)} class(es); at least two different ones are needed.")
+        for problem, _ in problems_of(tensors, {}, names, None, is_whole=True):
+            raise InputError(f"data: {problem}; {FORMS}.")
+        return Packed("data", names, tensors, {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
+
+    def _read(self, resolution: int) -> Iterator[tuple[str, Tensor]]:
+        mode = self.mode
+        for name, reader in self.readers.items():
+            images = torch.empty(len(reader), 1 if mode == "L" else 3, resolution, resolution, dtype=torch.uint8)
+            labels = torch.empty(len(reader), dtype=torch.int64)
+            for row in range(len(reader)):
+                image, label = reader.item(row)
+                images[row] = to_square(as_mode(image, f"data: {name}[{row}]", mode), resolution, None)
+                labels[row] = label
+            yield f"{name}.images", images
+            yield f"{name}.labels", labels
+
+    def digest_of_stream(self) -> str:
+        """SHA-256 (hex) over all labels and, since reading all images takes long, some of the images."""
+        state = hashlib.sha256()
+        for name, reader in self.readers.items():
+            state.update(f"{name}\0{sha256(reader.labels)}\0".encode())
+            for row in reader.probes():
+                image, _ = reader.item(row)
+                state.update(f"{image.mode}\0{image.size}\0".encode() + image.tobytes())
+        return state.hexdigest()
+
+    def names_of_stream(self) -> tuple[str, ...]:
+        """The classes' names, their numbers where none were given."""
+        return self.class_names or _numbers([reader.labels for reader in self.readers.values()])
+
+
+def _numbers(labels: Sequence[Tensor]) -> tuple[str, ...]:
+    """Names for classes that have none; nothing where the labels make no sense."""
+    if not all(len(part) and not part.is_floating_point() for part in labels):
+        return ("0", "1")
+    return tuple(map(str, range(1 + max(int(part.max()) for part in labels))))

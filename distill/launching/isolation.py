@@ -1,0 +1,129 @@
+"""What a run changes of the process that it is part of, and how that is put back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.data._utils import signal_handling
+
+from distill.launching.processes import free_memory_as_before
+
+_log = logging.getLogger("distill")
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Leave the process as it was, whether what is done within succeeds or fails: environment, log, random states,
+    torch's settings, accelerate's state, and a process group that was not there before.
+
+    Within, torch has the settings of a fresh process, and reads no pickled code from files.
+    """
+    with ExitStack() as stack:
+        for save in (_logging, _random_states, _torch_settings, _processes, _child_signal):
+            stack.callback(save())
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(tensors_only())
+        yield
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Within, no weights file is run as code, whoever reads it: older releases of timm ask torch.load for more than
+    tensors. The environment is as before behind it.
+    """
+    before = dict(os.environ)
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _logging() -> Callable[[], None]:
+    level, propagate, handlers, filters = _log.level, _log.propagate, list(_log.handlers), list(_log.filters)
+
+    def restore() -> None:
+        _log.setLevel(level)
+        _log.propagate, _log.handlers, _log.filters = propagate, handlers, filters
+
+    return restore
+
+
+def _random_states() -> Callable[[], None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (the caller's)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():  # as `torch.manual_seed` has it where CUDA starts after it
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+    return restore
+
+
+def _torch_settings() -> Callable[[], None]:
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device if device.type != "cpu" else None)
+        now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if now != deterministic:  # the call imports torch's compiler
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.cudnn.deterministic = cudnn
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+    return restore
+
+
+def _child_signal() -> Callable[[], None]:
+    """torch's data loaders handle SIGCHLD from the first worker on."""
+    handler, is_set = signal.getsignal(signal.SIGCHLD), signal_handling._SIGCHLD_handler_set
+
+    def restore() -> None:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) != handler:
+            signal.signal(signal.SIGCHLD, handler)
+            signal_handling._SIGCHLD_handler_set = is_set
+
+    return restore
+
+
+def _processes() -> Callable[[], None]:
+    grouped = dist.is_initialized()
+    states = [
+        (kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)
+    ]
+
+    def restore() -> None:
+        if dist.is_initialized() and not grouped:
+            dist.destroy_process_group()
+        for state, before in states:
+            state.clear()
+            state.update(before)
+        free_memory_as_before()
+
+    return restore
