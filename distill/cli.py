@@ -18,7 +18,6 @@ from distill.files.text import visible
 from distill.launching.ending import exit_code, exit_message, write_interruption
 from distill.launching.launcher import is_main_process
 from distill.launching.signals import StopRequest
-from distill.registry import load_plugin
 from distill.version import __version__
 
 
@@ -105,8 +104,11 @@ def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: s
 
 
 def _load_plugins(options: argparse.Namespace) -> None:
-    for target in options.plugin:
-        load_plugin(target)
+    if options.plugin:
+        from distill.registry import load_plugin
+
+        for target in options.plugin:
+            load_plugin(target)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:

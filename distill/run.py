@@ -109,11 +109,11 @@ class Run:
         _log.addHandler(self._log_file)
 
     def end(self, error: BaseException) -> bool:
-        """Write down that `error` ended the run; whether this process did so. It is the main process, or, where that
-        died without a word, the first of the others to take its lock. An error that nobody foresaw is added to the log
-        with its stack trace, by every process that met one.
+        """Write to `status.json` that `error` ended the run; returns whether this process did so. That is the main
+        process, or, if it died without doing so, the first other process to take its lock. Every process adds the stack
+        trace of an unexpected error to the log.
 
-        What the user gave wrong before the run was opened leaves nothing behind.
+        An InputError before the run was opened leaves nothing behind.
         """
         if self._ended:
             return self._wrote_end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -176,6 +177,12 @@ def test_the_package_itself_imports_nothing_when_loaded() -> None:
         "typing",
         "distill.version",
     }
+
+
+def test_the_command_listens_to_signals_before_it_imports_what_takes_long() -> None:
+    code = "import distill.cli, sys; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
 
 
 def test_the_walk_finds_imports_wherever_they_stand() -> None:

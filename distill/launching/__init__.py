@@ -1,1 +1,1 @@
-"""How a launch starts its processes, hears of signals, watches its peers and ends."""
+"""Start-up of processes, signals, the other processes of a launch, exit codes and exit messages."""

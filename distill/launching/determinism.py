@@ -1,4 +1,4 @@
-"""Results that repeat bit for bit on a GPU. On a CPU they do anyway, with as many threads."""
+"""Results that repeat bit for bit on a GPU; on a CPU with the same number of threads they always do."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Have torch take only algorithms that repeat, and refuse the operations that have none; or let it choose.
+    """Restrict torch to deterministic algorithms (operations without one raise), or lift that restriction.
 
-    To be called before the first matrix product: cuBLAS reads its setting when it starts. torch lists what is refused
-    under `use_deterministic_algorithms`. Of that, nothing is in this project: images are resized, moved and rotated
-    without gradients, and global pooling is a mean.
+    Call it before the first matrix product: cuBLAS reads its setting when it starts. Nothing that torch refuses under
+    `use_deterministic_algorithms` is used here: images are resized, moved and rotated without gradients, and global
+    pooling is a mean.
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,5 +1,5 @@
-"""How a command that trains ends: its exit code, and at most five lines that say what happened, what is safe and how
-to go on.
+"""The exit code of a command that trains, and its exit message: at most five lines that say what happened, what is
+saved and how to continue.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from distill.launching.launcher import training_command
 # 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
 LONGEST = 500
-"""Characters of an error that nobody foresaw; all of it is in the log."""
+"""Characters shown of an unexpected error; the log has all of it."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Of a command that ends with `error`."""
+    """The exit code of a command that ends with `error`."""
     if isinstance(error, Interrupted):
         return EXIT_INTERRUPTED
     return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
@@ -30,12 +30,12 @@ def exit_code(error: BaseException) -> int:
 def exit_message(
     error: BaseException, directories: Sequence[Path], arguments: Sequence[str], resuming: Sequence[str]
 ) -> str:
-    """What a person is told.
+    """The exit message.
 
     Args:
-        directories: of the runs that had begun, the one that was asked for first, the one that ended within it (its
-            teacher's, its control's) last.
-        arguments: of `distill train`, as they were.
+        directories: of the runs that had begun: first the one that was asked for, last the one within it (its
+            teacher's, its control's) that ended.
+        arguments: those of `distill train`.
         resuming: the same without --out and --resume.
     """
     begun = [directory for directory in directories if (directory / "status.json").exists()]
@@ -63,8 +63,8 @@ def exit_message(
 
 
 def write_interruption(error: Interrupted, directory: Path) -> None:
-    """Make the run directory of a run that a signal stopped before it began, to be resumed like any other. What stands
-    there already is left as it is.
+    """Create the run directory of a run that a signal stopped before it began, so that it can be resumed like any
+    other. An existing directory is left as it is.
     """
     with suppress(OSError):
         directory.mkdir(parents=True)
@@ -73,7 +73,7 @@ def write_interruption(error: Interrupted, directory: Path) -> None:
 
 
 def newest_checkpoint(directories: Sequence[Path]) -> Path | None:
-    """The one that was written last by these runs or their controls."""
+    """The checkpoint that these runs or their controls wrote last."""
     found: list[tuple[int, Path]] = []
     for directory in directories:
         for path in (*directory.glob("checkpoints/step_*"), *directory.glob("control/checkpoints/step_*")):

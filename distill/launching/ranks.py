@@ -17,8 +17,8 @@ KINDS: dict[str, type[BaseException]] = {"interrupted": Interrupted, "input": In
 
 
 class Ranks:
-    """Collective to build. The end of a process is seen on this machine only; exit messages go through the launch's
-    store. Where the store ends with process 0, so do the messages.
+    """Collective to build. The end of a process is seen on this machine only. Exit messages go through the key-value
+    store of the launch; unless torchrun keeps it, the store ends with process 0.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -38,24 +38,26 @@ class Ranks:
                     self._handles[rank] = os.pidfd_open(pid)
 
     def ended(self) -> list[int]:
-        """The ranks on this machine that have ended, one way or the other."""
+        """The ranks on this machine that have ended, for whatever reason."""
         return [rank for rank, handle in self._handles.items() if select.select([handle], [], [], 0)[0]]
 
     def exit_cause(self) -> BaseException | None:
-        """What the others ended with: a death before what anyone said, a failure before an interruption."""
-        ended, messages = self.ended(), self._messages()  # in this order: a message comes before its process's end
+        """Why the others ended: a process that died without a message, else a failure, else an interruption; None where
+        none of that is known.
+        """
+        ended, messages = self.ended(), self._messages()  # in this order: a process leaves its message, then ends
         for rank in ended:
             if rank not in messages:
                 host, _, pid = self._all[rank]
                 died = f"process {rank} died (pid {pid} on {host})"
                 return RunFailed(f"{died}: killed, out of memory, or crashed. The others stopped.")
-        # What came back to us of our own is no news.
+        # Without what others repeat of this process.
         said = [(kind, text) for kind, text in messages.values() if not text.startswith(f"process {self._rank}:")]
         said.sort(key=lambda message: message[0] == "interrupted")
         return KINDS[said[0][0]](said[0][1]) if said else None
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others why this process ends."""
+        """Leave an exit message for the others."""
         kind = next((kind for kind, class_ in KINDS.items() if isinstance(error, class_)), "failed")
         foreseen = kind != "failed" or isinstance(error, RunFailed)
         text = str(error) if foreseen else f"{describe(error)[:LONGEST]} (details in train.log)"
@@ -65,12 +67,13 @@ class Ranks:
             self._store.set(_key(self._rank), json.dumps([kind, text]))
 
     def close(self) -> None:
+        """Stop watching the other processes."""
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()
 
     def _messages(self) -> dict[int, tuple[str, str]]:
-        """By rank, kind and text."""
+        """Rank -> kind (a key of `KINDS`) and text."""
         others = [rank for rank in range(len(self._all)) if rank != self._rank]
         try:
             left = [rank for rank in others if self._store.check([_key(rank)])]
@@ -84,7 +87,7 @@ def _key(rank: int) -> str:
 
 
 def _pid_namespace() -> str:
-    """Within one, a number is a process; containers may share a host's name and not its numbers."""
+    """Process numbers are unique within a namespace; containers may share a host's name but not the namespace."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,9 +1,8 @@
-"""Stopping in time: a signal, the time limit, the launcher's end or another process's ends the run, with a checkpoint
-where there is something to save.
+"""Stops a run on a signal, at the time limit, or when the launcher or another process of the launch has ended.
 
-While the student trains, a signal is noted and the loop asks for it, at the same step on all processes. At all other
-times (packing, preflight, export, ...) there is nothing to save, and the signal raises `Interrupted` at once.
-A thread sees to it that this happens even while the main thread waits for somebody who is gone.
+While the student trains, a signal is only noted; the loop polls for it, at the same step on all processes, and saves a
+checkpoint. At all other times (packing, preflight, export, ...) there is nothing to save, and the signal raises
+`Interrupted` at once. A thread watches, so that the process also ends while its main thread is blocked.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TIME_LIMIT, LAUNCHER_ENDED, RANK_ENDED = "time limit (train.max_minutes)", "the launcher ended", "another process ended"
 REASONS = (None, *(number.name for number in SIGNALS), RANK_ENDED, LAUNCHER_ENDED, TIME_LIMIT)
-"""Of several, the last one counts."""
+"""Where processes have different reasons, the last one here is taken."""
 SECOND_SIGINT = "a second SIGINT, at once"
 LOOK = 0.5
-"""Seconds between two looks at the launcher and the other processes."""
+"""Seconds between two checks of the launcher and the other processes."""
 REPEATED = 1.0
-"""Seconds within which a launcher passes on the SIGINT that a terminal has sent already: one Ctrl-C, not two."""
+"""Seconds within which two SIGINT count as one Ctrl-C: the terminal sends it, and the launcher passes it on."""
 TO_LEAVE, TO_END_STEP = 5.0, 20.0
-"""Seconds that a main thread has to leave where nothing is to be saved, and to leave a step that waits for a process
-that is gone. torchrun kills after 30."""
+"""Seconds after which the process is ended from the watching thread: where nothing is to be saved, and in a step that
+waits for a process that has ended. torchrun kills after 30."""
 TO_NOTICE = 3.0
-"""Seconds in which a process's end shows, after it has broken a connection."""
+"""Seconds to wait for the end of a process to become visible after a connection to it broke."""
 
 
 class Endable(Protocol):
@@ -55,15 +54,15 @@ class Endable(Protocol):
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT, SIGUSR1, SIGHUP, the time limit or the end of the launcher; all processes get the same
-    answer. Made on the thread that trains; on the main thread it handles the signals until it is closed.
+    """Whether and why to stop, the same on all processes: SIGTERM, SIGINT, SIGUSR1, SIGHUP, the time limit or the end
+    of the launcher. To be made on the thread that trains; on the main thread it handles signals until it is closed.
     """
 
     def __init__(self, on_exit: Callable[[BaseException], int] | None = None) -> None:
         """
         Args:
-            on_exit: ends the run, says why and returns the exit code of this process, where its main thread cannot.
-                None: the process is not ours to end, and a second SIGINT raises `Interrupted`.
+            on_exit: writes down and prints why the run ended, and returns the exit code; called where the main thread
+                is blocked. None: the process is never ended from here, and a second SIGINT raises `Interrupted`.
         """
         self.runs: list[Endable] = []
         """The one that was asked for, and within it those that have begun and not finished."""
@@ -102,7 +101,7 @@ class StopRequest:
         self.close()
 
     def close(self) -> None:
-        """Leave signals as they were before, for a process that goes on."""
+        """Restore the signal handlers that were there before, and end the watching thread."""
         if self._earlier:
             signal.set_wakeup_fd(self._earlier_wakeup)
         for number, handler in self._earlier.items():
@@ -118,7 +117,7 @@ class StopRequest:
 
     @staticmethod
     def current() -> StopRequest:
-        """That of this thread.
+        """The one that this thread made.
 
         Raises:
             RuntimeError: there is none.
@@ -128,22 +127,22 @@ class StopRequest:
         return stop
 
     def loaded(self) -> None:
-        """All modules are imported: from now on the process is left through its blocks' ends. An exception out of
-        nowhere would leave a module half imported, which others may take for whole.
+        """All modules are imported: from now on a signal raises `Interrupted`. Before, it ends the process at once,
+        because an exception would leave a module half imported.
         """
         self._loading = False
 
     def limit(self, max_minutes: float | None) -> None:
-        """Ask for a stop after so many minutes from now."""
+        """Ask for a stop so many minutes from now."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def join(self, group: ProcessGroup, ranks: Ranks) -> None:
-        """From now on ask together. `group` is of the host, so that asking never waits for the GPU."""
+        """From now on decide with the other processes. `group` is on the host, so that this never waits for the GPU."""
         self.group, self._ranks = group, ranks
 
     def finish(self) -> None:
-        """From now on other processes may end, and signals change nothing: what is left takes no longer than stopping
-        would. Collective.
+        """From now on other processes may end, and signals are ignored: the rest of the run is as short as stopping it.
+        Collective.
         """
         group, self.group = self.group, None
         if group is not None:
@@ -168,8 +167,8 @@ class StopRequest:
         return reason
 
     def exit_cause(self, error: BaseException) -> BaseException:
-        """What really ended the run, where `error` is what this process met: of a process that died, or was the first
-        to leave, the others see a broken connection, or the launcher's SIGTERM. From here on signals change nothing.
+        """What ended the run, given the `error` of this process. If another process died or failed first, this one only
+        sees a broken connection, or the launcher's SIGTERM. From here on signals are ignored.
         """
         self._raises, self._ending = False, True
         self._due = None if self._due is None else time.monotonic() + TO_END_STEP
@@ -199,16 +198,18 @@ class StopRequest:
         self._reason = self._reason or reason
 
     def _interrupt(self, reason: str) -> None:
-        """Ask, on the main thread."""
+        """Set the reason, and interrupt the main thread as a signal would."""
         self._ask(reason)
         if self._earlier:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     def _watch(self) -> None:
-        """Handlers wait for the main thread's next line of Python; this thread learns of a signal when it comes."""
+        """Run by the watching thread. Python runs signal handlers between two instructions of the main thread; the
+        wake-up descriptor tells this thread at once.
+        """
         while not self._closed:
             if select.select([self._arrivals], [], [], LOOK)[0]:
-                # Of others that somebody handles (a loader whose worker ends: SIGCHLD) word comes here too.
+                # Every handled signal is reported here, also those of others (SIGCHLD of a loader's worker).
                 for number in os.read(self._arrivals, 64):
                     if number in SIGNALS:
                         self._arrived(number)
@@ -243,7 +244,7 @@ class StopRequest:
             self._due = due if self._due is None else min(due, self._due)
 
     def _end(self, error: BaseException) -> NoReturn:
-        """End the process, whatever its main thread waits for."""
+        """End the process, whatever its main thread is doing."""
         code = 1
         try:
             if self._on_exit is not None:
@@ -309,7 +310,7 @@ def _stop_if_asked() -> None:
 
 
 def _leave_it_to_the_parent() -> None:
-    """In a forked worker: signals may reach the whole group, and the parent decides when its workers end."""
+    """In a forked worker: a signal to the process group is for the parent, which ends its workers itself."""
     stop = _current.get()
     if stop is not None and stop._earlier:
         signal.set_wakeup_fd(-1)
