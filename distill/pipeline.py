@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 
 from distill import checkpoint, registry, run
 from distill.console import set_up_logging
@@ -346,10 +347,8 @@ def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None 
     if accelerator.num_processes > 1 and given is None:
         on_main(lambda: open_it() and None)
     dataset = open_it()
-    if given is not None and on_main(lambda: dataset.info.digest) != dataset.info.digest:
-        error = InputError("data: not the same on all processes. Give each of them the same data, in the same order.")
-        error.process = accelerator.process_index
-        raise error
+    if given is not None and len(set(gather_object([dataset.info.digest]))) > 1:
+        raise InputError("data: not the same on all processes. Give each of them the same data, in the same order.")
     if isinstance(dataset, SequentialDataset) and any(spec.cache for spec in recipe.teachers):
         raise InputError(
             f"teacher.cache: '{recipe.data.name}' is read in its reader's order, which changes with the number of "
