@@ -19,6 +19,7 @@ from distill.files.digests import state_digest
 from distill.inputs import InputContract
 from distill.students import build_student
 from teachers import ZOO, Ensemble, Teacher, load_teacher
+from tests.students.helpers import student_options
 
 IMAGENET = InputContract((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32)
 
@@ -205,9 +206,7 @@ def test_folder_of_a_model_with_two_heads_gives_their_mean(tmp_path: Path) -> No
 
 def test_a_distilled_student_is_a_teacher_in_turn(tmp_path: Path) -> None:
     """An export with area attention and two heads gives the mean of both."""
-    spec = recipe.Student.model_validate(
-        {"model": "vit_nano", "patch_size": 8, "attention": {"kind": "area"}, "distillation_token": True}
-    )
+    spec = student_options(model="vit_nano", patch_size=8, attention={"kind": "area"}, distillation_token=True)
     student = build_student(
         spec, resolution=16, num_classes=5, channels=3, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3, seed=0
     ).eval()
