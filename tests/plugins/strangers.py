@@ -192,7 +192,7 @@ class Stripes:
         """Images of 8 px whose class is the row that shines."""
         generator = torch.Generator().manual_seed(0)
         tensors = {}
-        for split, size in (("train", 64), ("test", 20)):
+        for split, size in (("train", 128), ("test", 20)):
             labels = torch.arange(size) % 4
             images = torch.randint(0, 80, (size, 3, 8, 8), generator=generator, dtype=torch.uint8)
             images[torch.arange(size), :, 2 * labels] = 250
