@@ -36,12 +36,14 @@ def opened(spec: Data, **arguments: Any) -> Dataset:
 
 
 def joined(parts: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    *tensors, views = zip(*parts, strict=True)
+    return Batch(*map(torch.cat, tensors), tuple(map(torch.cat, zip(*views, strict=True))))
 
 
 def assert_same(left: Batch, right: Batch) -> None:
-    for name, one, other in zip(Batch._fields, left, right, strict=True):
+    for name, one, other in zip(Batch._fields[:-1], left[:-1], right[:-1], strict=True):
         assert torch.equal(one, other), name
+    assert all(torch.equal(one, other) for one, other in zip(left.views, right.views, strict=True))
 
 
 def test_shapes_types_and_ranges(spec: Data) -> None:
@@ -70,6 +72,28 @@ def test_an_epoch_is_its_order(spec: Data) -> None:
         batches = [joined(step) for step in dataset.training_batches(BatchPlan(9, 8), epoch)]
         order = permutation(9, epoch, dataset.info.sizes["train"])
         assert torch.equal(joined(batches).indices, order[: len(batches) * 8])
+
+
+def test_views_are_functions_of_their_number() -> None:
+    """The first is what there is without further ones, whatever the batch and wherever one starts."""
+    spec = Data(name="digits", augment={"crop_padding": 2, "hflip": True, "mixup": 0.8})
+    alone, several = opened(spec), opened(spec)
+    several.give_views(3)
+    one = next(iter(alone.training_batches(BatchPlan(0, 16), 1, 2)))
+    three = next(iter(several.training_batches(BatchPlan(0, 16), 1, 2)))
+    assert_same(joined(one), joined(three)._replace(views=()))
+    again = list(several.training_batches(BatchPlan(0, 8), 1))[4:6]
+    assert_same(joined(three), joined(again[0] + again[1]))
+    views = [joined(three).images, *joined(three).views]
+    assert len(views) == 3
+    assert all(not torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_a_stream_that_crops_has_one_view(make_folder: Any) -> None:
+    data = {"name": "folder", "root": str(make_folder()), "resolution": 12, "augment": {"random_resized_crop": {}}}
+    opened(Data(**data, stream=False)).give_views(2)  # held in memory, each view has a crop of its own
+    with pytest.raises(InputError, match=r"data\.augment\.random_resized_crop"):
+        opened(Data(**data, stream=True, workers=0)).give_views(2)
 
 
 def test_processes_and_micro_batches_change_nothing(spec: Data) -> None:
