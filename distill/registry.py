@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 from distill.errors import InputError
@@ -219,15 +220,26 @@ def _builtin_module(group: str, name: str) -> str:
     return f"distill.{GROUPS[group].replace('/', '.')}.{name}"
 
 
+class _OptionsLoader(importlib.machinery.SourceFileLoader):
+    """Loads, of the file of a built-in variant, the class `Options` alone, and the imports that need no torch."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        tree = ast.parse(self.get_data(path))
+        tree.body = [statement for statement in tree.body if _is_light(statement)]
+        return compile(tree, path, "exec", dont_inherit=True)
+
+
 @cache
 def _builtin_options(group: str, name: str) -> type[Options]:
-    """`Options` of a built-in variant: of its file, only that class and the imports that need no torch are executed."""
+    """`Options` of a built-in variant, which is not imported itself."""
     path = Path(__file__).parent / GROUPS[group] / f"{name}.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [statement for statement in tree.body if _is_light(statement)]
-    module = ModuleType(f"{_builtin_module(group, name)}.options")
+    loader = _OptionsLoader(f"{_builtin_module(group, name)}.options", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where pydantic looks up the types that annotations name
-    exec(compile(tree, str(path), "exec"), module.__dict__)
+    loader.exec_module(module)
     options: type[Options] = module.__dict__["Options"]
     return options
 
