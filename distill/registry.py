@@ -126,13 +126,15 @@ def names(group: str) -> list[str]:
 def options_of(group: str, names: Iterable[str] = ()) -> dict[str, type[Options]]:
     """Name -> options of the built-in variants, of what is loaded, and of these `names` where a package brings them.
 
-    Those of built-in variants are read without importing the variant, and torch with it.
+    Those of built-in variants are read without importing the variant, and torch with it; they are these classes also
+    where the variant has been imported since.
     """
     found = {name: _builtin_options(group, name) for name in builtin_names(group)}
     for name in names:
         if name not in found and name in entry_points(group):
             find(group, name)
-    return found | {name: known.options for (of, name), known in _registered.items() if of == group}
+    others = {name: known.options for (of, name), known in _registered.items() if of == group and name not in found}
+    return found | others
 
 
 def load_plugin(target: str) -> None:

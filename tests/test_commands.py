@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import distill.exports.folder
-from distill import pipeline
+from distill import api, cli
 from distill.cli import main
 from distill.launching.processes import set_threads
 from distill.recipe import load
@@ -83,10 +84,20 @@ def test_all_ways_to_start_lead_to_the_same_place(tmp_path: Path) -> None:
 )
 def test_options_come_in_any_order(arguments: str, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "launch", lambda *args, **kwargs: seen.append((args, kwargs)))
-    assert main(["train", *arguments.format(toy.recipe).split()]) == 0
-    expected = {"out": Path("there"), "resume": "auto", "dry_run": True}
-    assert seen == [((toy.recipe, ["seed=1", "train.epochs=2"]), expected)]
+    for name in ("dry_run", "train"):
+        answer = SimpleNamespace(path=Path("there"))
+        monkeypatch.setattr(api, name, lambda *args, name=name, **kwargs: seen.append((name, args, kwargs)) or answer)
+    monkeypatch.setattr(cli, "_show", lambda path: seen.append(path))
+    words = arguments.format(toy.recipe).split()
+    assert main(["train", *words]) == 0
+    assert main(["train", *(word for word in words if word != "--dry-run")]) == 0
+    overrides = ["seed=1", "train.epochs=2"]
+    expected = {"out": Path("there"), "resume": "auto", "overrides": overrides, "plugins": []}
+    assert seen == [
+        ("dry_run", (str(toy.recipe),), {"overrides": overrides}),
+        ("train", (str(toy.recipe),), expected),
+        Path("there"),
+    ]
 
 
 # A run by the real command, as a file, from another folder
