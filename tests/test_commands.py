@@ -84,8 +84,8 @@ def test_all_ways_to_start_lead_to_the_same_place(tmp_path: Path) -> None:
 )
 def test_options_come_in_any_order(arguments: str, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
+    answer = SimpleNamespace(path=Path("there"))
     for name in ("dry_run", "train"):
-        answer = SimpleNamespace(path=Path("there"))
         monkeypatch.setattr(api, name, lambda *args, name=name, **kwargs: seen.append((name, args, kwargs)) or answer)
     monkeypatch.setattr(cli, "_show", lambda path: seen.append(path))
     words = arguments.format(toy.recipe).split()
