@@ -22,7 +22,7 @@ def _distill_imports(tree: ast.AST) -> set[str]:
 
 
 def test_teachers_know_little_of_distill() -> None:
-    """Recipe, errors, features, digests and inputs; and the students' names, but only when an exported folder is opened."""
+    """And of the students only their names, when an exported folder is opened."""
     files = sorted(FOLDER.rglob("*.py"))
     assert len(files) > 5
     for file in files:
