@@ -12,6 +12,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+import distill
 import teachers.sources
 from distill import run
 from distill.errors import InputError
@@ -62,13 +63,13 @@ def test_a_run_with_its_resumption_report_and_evaluation(toy: Toy, tmp_path: Pat
     assert "distilled from cifar" in card
     assert "| teacher" not in card
 
-    for arguments_ in (["evaluate", "run"], ["compare", "run", "--out", "report"]):
+    for arguments_ in (["evaluate", "run"], ["compare", "run", "--out", "report.html"]):
         launched = launch(arguments_, cwd=folders[0])
         assert launched.wait() == [0], launched.output
     assert load_file(one / "predictions.safetensors").keys() == outputs
     assert "teacher" in json.loads((one / "analysis.json").read_text())["costs"]
-    (report,) = (folders[0] / "report").glob("*.json")
-    assert {row["model"] for row in json.loads(report.read_text())["rows"]} == {"student"}
+    report = json.loads((folders[0] / "report.json").read_text())
+    assert {row["model"] for row in report["rows"]} == {"student"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,16 @@ def test_timms_weights_without_a_classifier(monkeypatch: pytest.MonkeyPatch) -> 
     assert [shape[0] for shape in teacher.map_shapes(32).values()] == [96, 192, 384, 768]
     with pytest.raises(InputError, match=r"dinov3_lvd1689m: has no classifier and cannot be one of an ensemble"):
         load_teacher([{"model": "convnext_tiny.dinov3_lvd1689m"}] * 2, 7)
+
+
+def test_a_module_held_in_python(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.exports.folder._compare_with_reloaded", lambda *args: None)
+    held = (timm.create_model("cifar_resnet20", num_classes=0), distill.Contract((0.5,) * 3, (0.25,) * 3, 8))
+    changes = {"teacher": None, "distill": [{"method": "guide"}], "train": {"max_steps": 2}}
+    finished = distill.train(toy.mapping(**changes), out=tmp_path / "run", teacher=held)
+    (preflight,) = finished.metrics("preflight")
+    assert "no classifier" in preflight["teacher"]
+    assert "teacher" not in load_file(finished.path / "predictions.safetensors")
 
 
 def test_a_head_that_nothing_can_take_off_is_missed(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int
         copied = copy.deepcopy(network)
     except Exception as error:  # modules may hold anything
         raise InputError(f"teacher: the module cannot be copied ({type(error).__name__}: {error}).") from error
-    return Teacher(FROM_PYTHON, copied, contract, num_classes)
+    without_classifier = getattr(copied, "num_classes", None) == 0  # as timm's models say it
+    return Teacher(FROM_PYTHON, copied, contract, 0 if without_classifier else num_classes)
 
 
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
