@@ -19,12 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import distill.exports.folder
-from distill import pipeline, run
+from distill import api, pipeline, run
 from distill.data import BatchPlan, open_dataset
 from distill.data.augment import Augmenter
 from distill.data.packed import write_packed
 from distill.data.sequential import SequentialDataset
-from distill.dry_run import dry_run_recipe
 from distill.errors import InputError, Interrupted
 from distill.launching.processes import build_accelerator
 from distill.pipeline import open_data
@@ -581,7 +580,7 @@ def test_a_dry_run_says_the_size_and_makes_nothing(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = cached(toy)
-    dry_run_recipe(recipe, build_accelerator(recipe.train, Path()))
+    api.dry_run(recipe)
     printed = " ".join(capsys.readouterr().out.split())
     assert "cache runs/teacher-cache/" in printed
     assert ".logits, 0.0 MB, of which 0.0 MB are to be made" in printed

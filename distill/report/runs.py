@@ -17,6 +17,7 @@ from distill.files.checksum import has_right_checksum
 from distill.files.metrics import read_lines
 from distill.files.text import read_json
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
+from distill.registry import check_available
 from distill.report.metrics import Predictions, read_predictions
 
 Record = Mapping[str, Any]
@@ -125,7 +126,8 @@ def read_run(path: Path) -> RunFiles:
     """Read a finished run.
 
     Raises:
-        InputError: the directory is missing, no run or not finished, or a file in it is damaged; so for its control.
+        InputError: the directory is missing, no run or not finished, a file in it is damaged, or a plugin that it used
+            is not loaded; so for its control.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such run directory.")
@@ -135,12 +137,14 @@ def read_run(path: Path) -> RunFiles:
     state = status.get("state")
     if state != "finished":
         raise InputError(f"{path}: the run is not finished (its state is '{state}'). Resume it, then compare.")
+    environment = read_json(path / "environment.json") or {}
+    check_available(environment.get("variants", {}), str(path))
     return RunFiles(
         path=path,
         predictions=read_predictions(path / "predictions.safetensors"),
         status=status,
         recipe=read_mapping(recipe) if (recipe := path / "resolved.yaml").exists() else {},
-        environment=read_json(path / "environment.json") or {},
+        environment=environment,
         events=tuple(read_lines(path / "metrics.jsonl", finished=True)),
         control=read_run(path / "control") if (path / "control").is_dir() else None,
         analysis=_read_analysis(path, status.get("data_digest")),

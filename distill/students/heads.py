@@ -51,9 +51,8 @@ def one_head(student: Student, head: Head) -> Student:
         )
     weights = model.state_dict()
     second = {name: weights.pop(name) for name in ("head_dist.weight", "head_dist.bias")}
-    if head == "dist":
-        weights |= {name.replace("head_dist", "head"): tensor for name, tensor in second.items()}
-    alone.load_state_dict(weights)
+    distillation = {name.replace("head_dist", "head"): tensor for name, tensor in second.items()}
+    alone.load_state_dict(weights if head == "cls" else weights | distillation)
     return Student(
         alone, contract, architecture=architecture, model_args=model_args, preparation=student.preparation
     ).eval()

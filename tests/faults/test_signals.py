@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextvars import Context
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,10 @@ def interrupted_twice() -> None:
 
 def test_a_process_that_goes_on_has_its_handlers_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "REPEATED", 0.2)
+    Context().run(stop_and_go_on)  # without the request of a command that an earlier test ran in this process
+
+
+def stop_and_go_on() -> None:
     before, threads = [signal.getsignal(number) for number in SIGNALS], threading.active_count()
     for stopped, why in (
         (asked_in_training, "SIGTERM"),
