@@ -353,7 +353,7 @@ def test_a_run_without_teacher_and_with_a_time_limit_in_a_script_of_two_processe
     script = """
         import os, sys
         sys.path.insert(0, {root!r})
-        import distill
+        import torch.distributed, distill
         from tests.test_api import held, recipe
 
         alone = recipe(max_minutes=1e-6) | {{"teacher": None, "distill": []}}
@@ -361,6 +361,7 @@ def test_a_run_without_teacher_and_with_a_time_limit_in_a_script_of_two_processe
             distill.train(alone, out="run", data=held())
         except distill.Interrupted as error:
             assert "time limit" in str(error)
+        assert not torch.distributed.is_initialized()
         run = distill.train(alone, out="run", resume="auto", overrides=["train.max_minutes=null"], data=held())
         print(run.status["state"], len(run.metrics("resume")), os.environ["RANK"])
         rank = int(os.environ["RANK"])

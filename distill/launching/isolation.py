@@ -24,7 +24,7 @@ _log = logging.getLogger("distill")
 @contextmanager
 def isolated() -> Iterator[None]:
     """Leave the process as it was, whether what is done within succeeds or fails: environment, log, random states,
-    torch's settings and accelerate's state.
+    torch's settings, accelerate's state, and a process group that was not there before.
 
     Within, torch has the settings of a fresh process, and reads no pickled code from files.
     """
@@ -113,17 +113,15 @@ def _child_signal() -> Callable[[], None]:
 
 
 def _processes() -> Callable[[], None]:
-    """accelerate's state. The group of several processes stays, for the next call: a second group would meet the
-    addresses of the first in the launcher's store, and wait for processes that are not there.
-    """
+    grouped = dist.is_initialized()
     states = [
         (kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)
     ]
 
     def restore() -> None:
+        if dist.is_initialized() and not grouped:
+            dist.destroy_process_group()
         for state, before in states:
-            if state is PartialState._shared_state and dist.is_initialized():
-                continue
             state.clear()
             state.update(before)
         free_memory_as_before()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import platform
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,11 +30,17 @@ from distill.recipe.schema import Recipe, Train
 T = TypeVar("T")
 _log = logging.getLogger("distill")
 
+TIMEOUT = timedelta(hours=2)
+"""Of collective operations: packing data, or checking an export, on the main process may take longer than the usual ten
+minutes.
+"""
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 """ACCELERATE_USE_..."""
 # Of mallopt(3), in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 _keeps = False
+_groups = itertools.count()
+"""Of the processes of this launch, one a run in Python."""
 
 
 def build_accelerator(train: Train, directory: Path) -> Accelerator:
@@ -134,11 +141,23 @@ def start_processes() -> PartialState:
                 "the whole student: launch with --multi_gpu, or with a file of recipes/accelerate as --config_file."
             )
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    # Packing data, or checking an export, on the main process may take longer than the usual ten minutes.
-    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))
+    options: dict[str, Any] = {}
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and not dist.is_initialized():
+        store, rank, size = _launch_store()
+        options = {"store": dist.PrefixStore(f"distill/{next(_groups)}", store), "rank": rank, "world_size": size}
+    state = PartialState(cpu=cpu, timeout=TIMEOUT, **options)
     if state.device.type == "cpu":
         keep_freed_memory()
     return state
+
+
+@cache
+def _launch_store() -> tuple[dist.Store, int, int]:
+    """The store of this launch, rank and number of processes. It outlives a process group: the next one has keys of its
+    own in it, and meets neither the addresses of the last one nor a store that ended with process 0's run.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return store, rank, size
 
 
 def join_processes(stop: StopRequest) -> None:
