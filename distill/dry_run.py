@@ -47,7 +47,7 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     trainer = Trainer(recipe, accelerator, dataset, teacher)
     trainer.open_cache()
     trainer.model.train()
-    with advising(trainer):
+    with advising(recipe, trainer.plan, dataset.augmenter.paired):
         trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
     trainer.inspect()
     values = trainer.accumulator.read(recipe.train.batch_size)

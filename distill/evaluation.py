@@ -18,7 +18,7 @@ from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.launching.processes import marking_process
 from distill.launching.signals import stoppable
-from distill.memory import forget, is_out_of_memory
+from distill.out_of_memory import forget, is_out_of_memory
 from distill.report.metrics import measure
 from distill.students import Student
 from teachers import Teacher

@@ -318,7 +318,7 @@ def _train(
     )  # fmt: skip
     if trainer.cache is not None:
         trainer.cache.start()
-    with advising(trainer):
+    with advising(recipe, trainer.plan, trainer.dataset.augmenter.paired):
         trainer.fit(tracking, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}

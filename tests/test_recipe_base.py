@@ -99,6 +99,13 @@ def test_a_teacher_from_another_source_replaces_that_of_the_base(tmp_path: Path,
     assert bases == [base]
 
 
+def test_a_network_replaces_the_source_of_the_base(tmp_path: Path, base: Path) -> None:
+    base.write_text(yaml.safe_dump({"teacher": {"source": "average", "decay": 0.9}}))
+    network = {"teacher": {"source": None, "model": "cifar_resnet20"}}
+    merged, _ = with_bases({"base": "common/base.yaml", **network}, tmp_path / "child.yaml", tmp_path)
+    assert merged == {"teacher": {"model": "cifar_resnet20"}}
+
+
 def test_a_null_base_and_a_base_alone(tmp_path: Path, base: Path) -> None:
     assert load(child(tmp_path, base=None, seed=4)) == from_mapping({"seed": 4}, default_name="child")
     assert load(child(tmp_path, "other.yaml")) == from_mapping(BASE, default_name="other")

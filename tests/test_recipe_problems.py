@@ -138,6 +138,7 @@ def test_a_missing_choice_among_shapes_is_said_in_words_of_the_recipe(raw: dict[
         ("distill={method: hard}", ["list"]),
         ("train.precision=fp8", ["'fp32', 'bf16' or 'fp16'", "'fp8'"]),
         ("train.compile=yes please", ["'auto'", "boolean"]),
+        ("teacher.source=avarage", ["source", "'avarage'", "--plugin"]),
         ("student.attention.kind=aera", ["aera", "'standard', 'area'"]),
         ("data.augment.random_erasing=1.5", ["less than or equal to 1"]),
         ("data.augment.random_resized_crop={scale: [0.1]}", ["at least 2"]),

@@ -23,7 +23,7 @@ from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
 from distill.flops import count_flops
-from distill.memory import is_out_of_memory
+from distill.out_of_memory import is_out_of_memory
 from distill.students import Student
 from teachers import Teacher
 

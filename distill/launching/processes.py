@@ -191,14 +191,8 @@ def free_memory_as_before() -> None:
         mallopt(M_MMAP_MAX, 65536)
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**26)
-        return_freed_memory()
+        ctypes.CDLL(None).malloc_trim(0)
         _keeps = False
-
-
-def return_freed_memory() -> None:
-    """Have malloc give back what it keeps, where it is glibc's."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def set_threads() -> int:

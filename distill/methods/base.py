@@ -54,8 +54,6 @@ class Method(nn.Module):
     """Blocks of the student whose maps it looks at."""
     maps: tuple[str, ...] = ()
     """Names of the teacher's maps that it looks at."""
-    collective = True
-    """Whether it may exchange tensors with the other processes; False where this one trains alone."""
 
     def __init__(self, options: MethodOptions, shapes: Shapes) -> None:
         """Raises ValueError for options that these shapes rule out; the message names those that there are."""

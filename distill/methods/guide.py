@@ -35,7 +35,7 @@ class Guide(MapsMethod):
         self.guidance = nn.ModuleList(Guidance(*of_pair) for of_pair in channels)
 
     def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
-        loss: Tensor = self.guidance[pair](student_map, teacher_map, over_processes=self.collective)
+        loss: Tensor = self.guidance[pair](student_map, teacher_map)
         return loss
 
 
@@ -50,7 +50,7 @@ class Guidance(nn.Module):
         super().__init__()
         self.projection = nn.Conv2d(student_channels, teacher_channels, 1)
 
-    def forward(self, student_map: Tensor, teacher_map: Tensor, *, over_processes: bool = True) -> Tensor:
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         """A scalar, 0 or more, in float32, 1 where the projection says nothing.
 
         Args:
@@ -58,16 +58,15 @@ class Guidance(nn.Module):
             teacher_map: [B, C, h, w], resized to H x W; no gradient flows into it.
         """
         target = resize(teacher_map.detach(), (student_map.shape[2], student_map.shape[3]))
-        target = standardise(target, over_processes=over_processes)
-        return F.mse_loss(self.projection(at_least_float32(student_map)), target)
+        return F.mse_loss(self.projection(at_least_float32(student_map)), standardise(target))
 
 
-def standardise(maps: Tensor, *, over_processes: bool = False) -> Tensor:
-    """[B, C, H, W] with mean 0 and variance 1 per channel, over the samples of this process or, collectively, of all;
-    a channel that is the same everywhere becomes 0.
+def standardise(maps: Tensor) -> Tensor:
+    """[B, C, H, W] with mean 0 and variance 1 per channel, over the samples of all processes; a channel that is
+    the same everywhere becomes 0. Collective.
     """
     variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0, keepdim=True)
-    if over_processes and dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         own = torch.stack([mean, variance])
         of_each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(of_each, own)

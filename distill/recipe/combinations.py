@@ -48,7 +48,8 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
         path: Key = ("teacher", index) if isinstance(recipe.teacher, list) else ("teacher",)
         if (teacher.model is None) == (teacher.recipe is None):
             yield Problem(
-                ((*path, "model"), (*path, "recipe")), "give either a model or a recipe that trains it, and not both"
+                ((*path, "model"), (*path, "recipe"), (*path, "source")),
+                "give either a model or a recipe that trains it, and not both",
             )
         if teacher.recipe is not None and teacher.weights is not None:
             yield Problem(

@@ -13,7 +13,7 @@ from distill.recipe.reading import read_mapping, short
 
 KEY = "base"
 VARIANTS = ("kind", "source")
-"""Keys that say which variant a section is of, and with that which other keys it has."""
+"""Keys that say which variant a section is of, and with that which other keys it has; null: of none."""
 MOST_BASES = 10
 _LONGEST_PATH = 1000
 
@@ -57,6 +57,10 @@ def _merged(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, An
         before = result.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             same = all(value.get(name, before.get(name)) == before.get(name) for name in VARIANTS)
-            value = _merged(before, value) if same else value
+            value = _merged(before, value) if same else _without_null_variant(value)
         result[key] = value
     return result
+
+
+def _without_null_variant(section: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    return {key: value for key, value in section.items() if key not in VARIANTS or value is not None}

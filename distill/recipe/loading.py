@@ -17,7 +17,7 @@ from distill.recipe.combinations import impossible_combinations
 from distill.recipe.inheritance import with_bases
 from distill.recipe.reading import read_mapping, read_yaml, short
 from distill.recipe.schema import Recipe
-from distill.recipe.variants import recipe_model
+from distill.recipe.variants import UNKNOWN_SOURCE, recipe_model
 
 MOST_PROBLEMS = 40
 
@@ -168,6 +168,8 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
         known = _keys_under(path)
         unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
         return [Problem(path, f"the key '{choice}' is missing; it says which one this is"), *unknown]
+    if kind == UNKNOWN_SOURCE:
+        return [Problem((*path, "source"), f"{item['msg']}; got {short(repr(value['source']))}")]
     shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
     text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
     return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]

@@ -12,6 +12,8 @@ from distill import registry
 from distill.options import Options, StandardAttention, StudentOptions
 from distill.recipe.schema import Recipe, Teacher
 
+UNKNOWN_SOURCE = "unknown_source"
+"""Type of pydantic's error where `teacher.source` names nothing."""
 Variants = tuple[tuple[str, type[Options]], ...]
 
 
@@ -94,4 +96,6 @@ def _teacher(sources: Mapping[str, type[Options]]) -> Any:
         Annotated[Annotated[list[Teacher], Field(min_length=1)], Tag("ensemble")],
         *([Annotated[_union(sources, "source"), Tag("source")]] if sources else []),
     ]
-    return Annotated[Union[tuple(branches)], Discriminator(shape)] | None  # noqa: UP007 (of a list)
+    unknown = "no source of what teaches has this name; what a plugin brings needs --plugin"
+    choice = Discriminator(shape, custom_error_type=UNKNOWN_SOURCE, custom_error_message=unknown)
+    return Annotated[Union[tuple(branches)], choice] | None  # noqa: UP007 (of a list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import time
 from collections.abc import Callable
@@ -28,25 +27,18 @@ from tests.test_step_speed import toy_recipe
 from tests.warm import launch
 
 
-def allow(images: int, checkpointed: int = 0, rank: int | None = None) -> None:
-    """Let the student run out of memory with more images than that (in evaluation too), or, where it recomputes
-    activations, than `checkpointed`.
-    """
+def allow(images: int, rank: int | None = None) -> None:
+    """Let the student run out of memory with more images than that, in evaluation too."""
     if rank is not None and rank != int(os.environ["RANK"]):
         return
-    logits, checkpoint_gradients = Student.logits, Student.checkpoint_gradients
-    allowed = {"images": images}
+    logits = Student.logits
 
     def limited(student: Student, batch: torch.Tensor) -> Any:
-        if len(batch) > allowed["images"]:
+        if len(batch) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits(student, batch)
 
-    def checkpointing(student: Student) -> None:
-        checkpoint_gradients(student)
-        allowed["images"] = max(images, checkpointed)
-
-    Student.logits, Student.checkpoint_gradients = limited, checkpointing  # type: ignore[method-assign]
+    Student.logits = limited  # type: ignore[method-assign]
 
 
 def limit_memory(mib: int) -> None:
@@ -71,61 +63,74 @@ def limit_memory(mib: int) -> None:
 COMPARING = ("distill=[{method: hard, weight: 0.5}, {method: dist, weight: 1.0}]",)
 UNPAIRED = ("data.augment.mixup=0", "data.augment.cutmix=0")
 WIDE = ("student.patch_size=1", "train.batch_size=96")  # activations worth limiting
-ACCUMULATION, CHECKPOINTING = "train.gradient_accumulation", "train.gradient_checkpointing"
 
-# Processes, what is short, the recipe, and the settings that the message must name.
-CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], dict[str, str]]] = {
-    "mixed in pairs": (1, partial(allow, 7), (), {ACCUMULATION: "4"}),
-    "comparing samples": (1, partial(allow, 7), COMPARING, {ACCUMULATION: "4"}),
-    "one at a time": (1, partial(allow, 1), UNPAIRED, {ACCUMULATION: "16"}),
-    "not even two": (1, partial(allow, 1, 4), (), {CHECKPOINTING: "true", ACCUMULATION: "4"}),
-    "not even one": (1, partial(allow, 0), UNPAIRED, {}),
-    "one of two": (2, partial(allow, 3, 0, rank=1), (), {ACCUMULATION: "4"}),
-    "both of two": (2, partial(allow, 4), (), {ACCUMULATION: "2"}),
-    "for real": (1, partial(limit_memory, 150), WIDE, {ACCUMULATION: r"\d+"}),
+# Processes, what is short, the recipe, and the values of train.gradient_accumulation that the messages name in turn.
+CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], list[int]]] = {
+    "mixed in pairs": (1, partial(allow, 7), (), [2, 4]),
+    "comparing samples": (1, partial(allow, 8), COMPARING, [2]),
+    "one at a time": (1, partial(allow, 1), UNPAIRED, [2, 4, 8, 16]),
+    "one of two": (2, partial(allow, 4, rank=1), (), [2]),
+    "both of two": (2, partial(allow, 4), (), [2]),
+    "for real": (1, partial(limit_memory, 150), WIDE, [2, 3, 4, 6, 8, 12, 16]),
 }
 
 
 @pytest.mark.parametrize(
     "names",
-    [
-        ["one of two", "not even two"],
-        pytest.param(list(CASES), marks=pytest.mark.soak),
-    ],
+    [["mixed in pairs", "one of two"], pytest.param(list(CASES), marks=pytest.mark.soak)],
     ids=["some", "all"],
 )
-def test_the_advice_fits(toy: Toy, tmp_path: Path, counted: Counted, names: list[str]) -> None:
+def test_following_the_messages_ends_in_settings_that_fit(
+    toy: Toy, tmp_path: Path, counted: Counted, names: list[str]
+) -> None:
     done = 0
     for name in names:
-        processes, short, recipe, expected = CASES[name]
+        processes, short, recipe, advised = CASES[name]
         folder = tmp_path / name.replace(" ", "-")
         folder.mkdir()
         command = ["train", toy.recipe, "train.gradient_accumulation=1", "train.max_steps=3", *recipe, "--out", "run"]
-        failed = launch(command, cwd=folder, processes=processes, before=short)
-        assert failed.wait() == [3] * processes, failed.output
-        output, status = failed.output, run.read_status(folder / "run")
-        message = output[output.index("failed: ") :].split("safe: ")[0]
-        assert output.count("failed: ") == 1, output
-        assert "out of memory" in message, output
-        assert status["state"] == "failed", name
-        assert message.splitlines()[-1] in status["reason"], name
-        settings = dict(re.findall(r"(train\.gradient_\w+)=(\w+)", message)) if expected else {}
-        assert settings.keys() == expected.keys(), message
-        assert all(re.fullmatch(value, settings[key]) for key, value in expected.items()), message
-        assert ("dist: comparing fewer samples" in message) == (recipe is COMPARING)
-        if expected:
-            assert f"train.batch_size stays {96 if recipe is WIDE else 16}." in message
-            followed = [f"{key}={value}" for key, value in settings.items()]
-            resumed = launch([*command, *followed, "--resume", "auto"], cwd=folder, processes=processes, before=short)
-            assert resumed.wait() == [0] * processes, resumed.output
-            assert run.is_finished(folder / "run")
+        run_it = partial(launch, cwd=folder, processes=processes, before=short)
+        launched = run_it(command)
+        codes = launched.wait()
+        for accumulation in advised:
+            if codes == [0] * processes:
+                break  # how little "for real" needs differs from machine to machine
+            assert codes == [3] * processes, launched.output
+            output, status = launched.output, run.read_status(folder / "run")
+            message = output[output.index("failed: ") :].split("safe: ")[0]
+            assert output.count("failed: ") == 1, output
+            assert "out of memory" in message, output
+            assert status["state"] == "failed", name
+            assert message.splitlines()[-1] in status["reason"], name
+            setting = f"train.gradient_accumulation={accumulation}"
+            stays = f"train.batch_size stays {96 if recipe is WIDE else 16}."
+            assert f"Set {setting}; {stays}" in message, message
+            assert ("dist: comparing fewer samples" in message) == (recipe is COMPARING)
+            launched = run_it([*command, setting, "--resume", "auto"])
+            codes = launched.wait()
+        assert codes == [0] * processes, launched.output
+        assert run.is_finished(folder / "run")
         done += 1
-    counted("out of memory ends in settings that fit", done=done, of=len(names))
+    counted("following the message on memory ends in settings that fit", done=done, of=len(names))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ((), "Set train.gradient_checkpointing=true. "),
+        (("train.gradient_checkpointing=true",), "Take a smaller student, teacher or data.resolution"),
+    ],
+)
+def test_one_pair_at_a_time_is_the_least(toy: Toy, tmp_path: Path, changes: tuple[str, ...], expected: str) -> None:
+    command = ["train", toy.recipe, "train.gradient_accumulation=8", *changes, "--dry-run"]
+    launched = launch(command, cwd=tmp_path, before=partial(allow, 1))
+    assert launched.wait() == [3], launched.output
+    assert expected in launched.output
 
 
 def one_then_the_other() -> None:
     """Only process 1 runs out of memory, and has said so when process 0 ends before it."""
-    allow(3, 0, rank=1)
+    allow(3, rank=1)
     destroy = torch.distributed.destroy_process_group
 
     def and_wait() -> None:
@@ -166,7 +171,7 @@ def test_one_process_says_it_whoever_is_gone(toy: Toy, tmp_path: Path, short: Ca
     assert launched.wait() == [3, 3], launched.output
     assert "the other is gone" in launched.output
     assert launched.output.count("failed: ") == 1, launched.output
-    assert "Set train.gradient_accumulation=4" in launched.output
+    assert "Set train.gradient_accumulation=2" in launched.output
     status = run.read_status(tmp_path / "run")
     assert status["state"] == "failed"
     assert "out of memory with 8 images" in status["reason"]

@@ -183,12 +183,12 @@ def test_maps_that_shrink_one_way_and_grow_the_other(size):
 
 def on_one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     module, (student, teacher) = guide(0, 3, 4), batch_of_six()
     half = slice(3 * rank, 3 * rank + 3)
+    alone = module(student[half], teacher[half])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     loss = module(student[half], teacher[half])
     loss.backward()
-    alone = module(student[half], teacher[half], over_processes=False)
     gradients = [parameter.grad for parameter in module.parameters()]
     torch.save({"loss": loss.detach(), "alone": alone.detach(), "gradients": gradients}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
