@@ -18,7 +18,6 @@ import distill.exports.folder
 from distill import checkpoint, run
 from distill.data import Batch
 from distill.errors import InputError, Interrupted
-from distill.out_of_memory import _advice, _work_alone
 from distill.recipe import Recipe, from_mapping
 from distill.teaching.source import Place
 from distill.trainer import Trainer
@@ -383,35 +382,3 @@ def test_before_its_teacher_is_trained_a_student_is_built_without_maps(toy: Toy)
     trainer = trainer_of(recipe_of(toy))
     without = build_task(trainer.recipe, trainer.student, None, num_classes=4)
     assert (without.blocks, dict(without.methods), without.methods.state_dict()) == ((), {}, {})
-
-
-# Out of memory
-
-
-def test_the_advice_for_a_guided_run_fits(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By trying whole steps, of this process alone."""
-    trainer = trainer_of(recipe_of(toy, train={"gradient_accumulation": 1, "log_gradient_share": True}))
-    take_steps(trainer, batches_of(trainer), 1)
-    forward = CifarResNet.forward_intermediates
-    tried: list[int] = []
-
-    def limited(network: CifarResNet, images: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tried.append(len(images))
-        if len(images) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(network, images, *args, **kwargs)
-
-    monkeypatch.setattr(CifarResNet, "forward_intermediates", limited)
-    assert "4 at a time fit.\nSet train.gradient_accumulation=4; train.batch_size stays 16." in _advice(trainer)
-    assert set(tried) >= {8, 4}
-    assert not any(method.collective for method in trainer.task.methods.values())
-
-
-def test_alone_nobody_is_waited_for(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_of(recipe_of(toy))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_gather", lambda *_: pytest.fail("waits for other processes"))
-    _work_alone(trainer)
-    maps = torch.rand(2, 16, 4, 4)
-    guide: Any = trainer.task.methods["guide"]
-    guide.compare(torch.rand(2, 96, 2, 2), maps, 0)
