@@ -134,7 +134,8 @@ def train(
     """
     # Imports are not interrupted: a module that is imported by half would stay so.
     from distill.given import take
-    from distill.pipeline import check_given, launch, resumed_directory
+    from distill.pipeline import launch
+    from distill.resumption import check_given, resumed_directory
 
     with stopping(), _alone():
         for plugin in plugins:

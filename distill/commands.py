@@ -15,7 +15,7 @@ from distill.analysis import analyse
 from distill.console import say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
-from distill.evaluation import predict_heads, predict_teacher, save_predictions
+from distill.evaluation import Classification, save_predictions
 from distill.exports.folder import load_export
 from distill.given import Given
 from distill.launching.processes import set_threads, start_processes
@@ -38,23 +38,20 @@ def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str
     student, _ = load_export(path / "export")
     accelerator, dataset, teacher = _set_up(recipe, given)
     student.to(accelerator.device)
+    evaluator = Classification(dataset, accelerator)
+    splits: list[Split] = [split for split in ("test", "validation") if dataset.info.sizes.get(split)]
     if teacher is not None:
         say(teacher.describe())
-
-    def answers(split: Split) -> dict[str, Tensor]:
-        logits = predict_heads(student, dataset, split, accelerator)
-        if teacher is not None and teacher.num_classes:
-            logits["teacher"] = predict_teacher(teacher, dataset, split, accelerator)
-        return logits
-
-    predictions = answers("test")
+        for split in splits if teacher.num_classes else ():
+            evaluator.ask(teacher, split)
+    answers = {split: evaluator.predict(student, split) for split in splits}
+    predictions = answers["test"]
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
     with safe_open(earlier if earlier.exists() else path / "export" / WEIGHTS_FILE, "pt") as file:
         metadata = (file.metadata() or {}) | {"data": dataset.info.digest}
     save_predictions(earlier, predictions, labels, metadata)
-    validation = answers("validation") if dataset.info.sizes.get("validation") else {}
-    analyse(path, student, teacher, dataset, predictions, validation)
+    analyse(path, student, teacher, dataset, predictions, answers.get("validation", {}))
     return _measured(predictions, labels)
 
 
@@ -70,7 +67,7 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
     if not teacher.num_classes:
         raise InputError(f"{recipe.name}: {teacher.name} has no classifier, so it has no accuracy.")
     say(teacher.describe())
-    return _measured({"teacher": predict_teacher(teacher, dataset, "test", accelerator)}, dataset.labels("test"))
+    return _measured({"teacher": Classification(dataset, accelerator).ask(teacher, "test")}, dataset.labels("test"))
 
 
 def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher | None]:

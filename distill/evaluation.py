@@ -100,22 +100,45 @@ def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:
     return accelerator.gather(padded)
 
 
-def predict_heads(
-    student: Student, dataset: Dataset, split: Split, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH
-) -> dict[str, Tensor]:
-    """A student's logits on a split by head, as `named_heads`; leaves it in eval mode."""
-    student.eval()
-    outputs = predict(
-        lambda images: list(student.logits(images).values()), dataset, split, accelerator, batch_size=batch_size
-    )
-    return named_heads(dict(zip(student.heads, outputs, strict=True)))
+class Evaluator:
+    """Measures a student on a split, on all processes together."""
+
+    primary: str
+    """The value by which checkpoints are chosen: the higher, the better."""
+
+    def __call__(self, student: Student, split: Split) -> dict[str, float]:
+        """Values by name, the same on every process. Leaves the student in eval mode."""
+        raise NotImplementedError
 
 
-def predict_teacher(
-    teacher: Teacher, dataset: Dataset, split: Split, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH
-) -> Tensor:
-    """A teacher's logits [N, classes] on a split."""
-    return predict(lambda images: [teacher(images)], dataset, split, accelerator, batch_size=batch_size)[0]
+class Classification(Evaluator):
+    """Accuracies in percent of each head and of their mean, and the agreement with a teacher that was asked."""
+
+    primary = "student/top1"
+
+    def __init__(self, dataset: Dataset, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH) -> None:
+        """`batch_size`: images at a time on each process."""
+        self.dataset, self.accelerator, self.batch_size = dataset, accelerator, max(SMALLEST_BATCH, batch_size)
+        self.teacher_logits: dict[Split, Tensor] = {}
+        """[N, classes] of each split that the teacher was asked about."""
+
+    def ask(self, teacher: Teacher, split: Split) -> Tensor:
+        """The teacher's logits [N, classes] on a split, kept for what is measured on it later."""
+        (self.teacher_logits[split],) = self._predict(lambda images: [teacher(images)], split)
+        return self.teacher_logits[split]
+
+    def predict(self, student: Student, split: Split) -> dict[str, Tensor]:
+        """The student's logits on a split by head, as `named_heads`, and `teacher` where it was asked."""
+        student.eval()
+        outputs = self._predict(lambda images: list(student.logits(images).values()), split)
+        named = named_heads(dict(zip(student.heads, outputs, strict=True)))
+        return named | ({"teacher": self.teacher_logits[split]} if split in self.teacher_logits else {})
+
+    def __call__(self, student: Student, split: Split) -> dict[str, float]:
+        return accuracies(self.predict(student, split), self.dataset.labels(split))
+
+    def _predict(self, forward: Callable[[Tensor], Sequence[Tensor]], split: Split) -> list[Tensor]:
+        return predict(forward, self.dataset, split, self.accelerator, batch_size=self.batch_size)
 
 
 def named_heads(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from distill.console import set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
-from distill.errors import InputError, RunFailed
+from distill.errors import InputError
+from distill.finishing import check_control, describe_export, finish, report_on
 from distill.given import Given
 from distill.launching.processes import (
     build_accelerator,
@@ -34,34 +35,23 @@ from distill.launching.processes import (
 from distill.launching.signals import StopRequest, exit_cause
 from distill.out_of_memory import advising
 from distill.recipe import OPERATIONAL_KEYS, Recipe
+from distill.resumption import RunLocation, check_data, check_teacher, check_variants, locate, newest_location
 from distill.run import Run
 from distill.teaching.teachers import (
     build_teacher,
     is_trained,
     run_preflight,
-    teacher_place,
+    teacher_directory,
     teacher_recipe,
     weights_digests,
 )
 from distill.tracking import Tracking
 from distill.trainer import Trainer
-from distill.training.finishing import describe_export
 from teachers import Teacher
 
 MOST_NAMED = 10
 """Files that are left out of the data, in status.json."""
 _log = logging.getLogger("distill")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run happens and from which checkpoint it continues, if from any."""
-
-    directory: Path
-    checkpoint: Path | None = None
-    resumed: bool = False
-    named: bool = False
-    """Whether the user named this very checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -105,81 +95,24 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
     """
     with joined(given) as shared:
         recipe = with_precision(recipe)
-        place = on_main(lambda: locate(recipe, out, resume, given))
+        location = on_main(lambda: locate(recipe, out, resume, given))
         shared.stop.limit(recipe.train.max_minutes)
-        execute(recipe, place, shared, source=source)
+        execute(recipe, location, shared, source=source)
         shared.stop.finish()
         if PartialState().is_main_process:
-            report_on(place.directory)
-        return place.directory
-
-
-def locate(recipe: Recipe, out: Path | None, resume: str | None, given: Given) -> Place:
-    """The run directory, and the checkpoint to continue from.
-
-    Raises:
-        InputError: the directory is taken, finished, in use or of another recipe, or there is nothing to resume at that
-        path.
-    """
-    if resume is None:
-        directory = out or run.new_path(recipe)
-        run.check_new(directory)
-        return Place(directory)
-    if resume == "auto":
-        directory = out or run.newest_unfinished(recipe) or run.new_path(recipe)
-        if not run.read_status(directory):
-            run.check_new(directory)
-    else:
-        target = Path(resume).resolve()
-        directory = resumed_directory(out, resume) or target
-        if not target.is_dir() or not run.read_status(directory):
-            raise InputError(f"--resume {resume}: neither a run directory nor a checkpoint in one.")
-        if out is not None and out.resolve() != directory:
-            raise InputError(f"--out {out}: a resumed run stays in its directory, {directory}. Leave --out away.")
-        if directory != target:
-            check_given(directory, given)
-            run.check_resumable(directory, recipe)
-            checkpoint.verify(target)
-            return Place(directory, target, resumed=True, named=True)
-    return newest_place(directory, recipe, given)
-
-
-def newest_place(directory: Path, recipe: Recipe, given: Given) -> Place:
-    """A run at `directory`, continued where it stopped, or from its beginning where there is none yet.
-
-    Raises:
-        InputError: it cannot be continued.
-    """
-    if not run.read_status(directory):
-        return Place(directory)
-    check_given(directory, given)
-    run.check_resumable(directory, recipe)
-    return Place(directory, checkpoint.newest_intact(directory / "checkpoints"), resumed=True)
-
-
-def resumed_directory(out: Path | None, resume: str | None) -> Path | None:
-    """The run that --out and --resume name; None where they leave it to the recipe, or name a new one."""
-    if resume in (None, "auto"):
-        return out if resume else None
-    target = Path(str(resume)).resolve()
-    return target.parent.parent if target.parent.name == "checkpoints" else target
-
-
-def check_given(directory: Path | None, given: Given) -> None:
-    """Raise InputError if the run at `directory` began with what Python code handed over, and does not now."""
-    if directory is not None and (directory / "resolved.yaml").exists():
-        given.check_all_there(run.read_recipe(directory), directory)
+            report_on(location.directory)
+        return location.directory
 
 
 def execute(
-    recipe: Recipe, place: Place, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
+    recipe: Recipe, location: RunLocation, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
 ) -> None:
     """One run, from wherever it stands to `finished`; its teacher's and its control's run within."""
-    directory = Run(place.directory, is_main=PartialState().is_main_process)
+    directory = Run(location.directory, is_main=PartialState().is_main_process)
     on_main(directory.claim)
     shared.stop.runs.append(directory)
     try:
-        _execute(recipe, place, shared, directory, source=source, dataset=dataset)
+        _execute(recipe, location, shared, directory, source=source, dataset=dataset)
         directory.status("finished")
         if shared.stop.runs[0] is not directory:
             shared.stop.runs.remove(directory)
@@ -194,25 +127,32 @@ def execute(
 
 
 def _execute(
-    recipe: Recipe, place: Place, shared: Launch, directory: Run, *, source: Path | None, dataset: Dataset | None
+    recipe: Recipe,
+    location: RunLocation,
+    shared: Launch,
+    directory: Run,
+    *,
+    source: Path | None,
+    dataset: Dataset | None,
 ) -> None:
-    accelerator = build_accelerator(recipe.train, place.directory)
+    accelerator = build_accelerator(recipe.train, location.directory)
     if dataset is None:
         dataset = open_data(recipe, accelerator, shared.given.data)
-    check_data(place, dataset)
+    check_data(location, dataset)
     if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
         # What is wrong with the student shows before its teacher is trained.
         Trainer(recipe, accelerator, dataset, None)
         train_teachers(recipe, shared)
-        accelerator = build_accelerator(recipe.train, place.directory)
+        accelerator = build_accelerator(recipe.train, location.directory)
     variants = registry.used(recipe)
-    check_variants(place, variants)
+    check_variants(location, variants)
     teacher = build_teacher(recipe, dataset, accelerator, shared.given.teacher)
     weights = on_main(lambda: weights_digests(recipe, teacher))
-    check_teacher(place, weights)
+    check_teacher(location, weights)
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
     trainer = Trainer(recipe, accelerator, dataset, teacher)
-    trainer.teacher_logits = teacher_logits
+    if preflight is not None and teacher_logits is not None:
+        trainer.evaluator.teacher_logits[preflight["split"]] = teacher_logits
     trainer.open_cache()
 
     environment = run.describe_environment(
@@ -232,7 +172,7 @@ def _execute(
         steps_per_epoch=trainer.steps_per_epoch,
     )
     try:
-        status = on_main(lambda: run.read_status(place.directory))
+        status = on_main(lambda: run.read_status(location.directory))
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are left out, the first: %s", len(left_out), left_out[0])
@@ -243,68 +183,35 @@ def _execute(
             teacher_weights=weights,
             parameters=count_parameters(trainer.student, teacher),
         )
-        if status.get("phase") != "control" or place.named:
-            _log.info("run directory: %s", place.directory)
-            _train(trainer, tracking, place, shared, preflight)
+        if status.get("phase") != "control" or location.named:
+            _log.info("run directory: %s", location.directory)
+            _train(trainer, tracking, location, shared, preflight)
         if recipe.control:
             directory.status(phase="control")
             accelerator.free_memory()
             del trainer
-            execute_control(recipe, place, shared, dataset)
-            check_control(place.directory, tracking)
-            on_main(lambda: describe_export(place.directory))
+            execute_control(recipe, location, shared, dataset)
+            check_control(location.directory, tracking)
+            on_main(lambda: describe_export(location.directory))
     finally:
         tracking.close()
 
 
-def check_data(place: Place, dataset: Dataset) -> None:
-    """Raise InputError if a resumed run began on other data."""
-    digest = on_main(lambda: run.read_status(place.directory).get("data_digest"))
-    if place.resumed and digest not in (None, dataset.info.digest):
-        raise InputError(f"{place.directory}: this run began on other data than data.root and data.name now give.")
-
-
-def check_variants(place: Place, variants: dict[str, str]) -> None:
-    """Raise InputError if a resumed run began with other code in what plugins bring."""
-    began_with = (
-        on_main(lambda: run.read_environment(place.directory).get("variants", {})) if place.resumed else variants
-    )
-    for name in sorted({*began_with, *variants}):
-        if began_with.get(name) != variants.get(name):
-            raise InputError(
-                f"{place.directory}: began with {name} from {began_with.get(name, 'this package')}, and this is "
-                f"{variants.get(name, 'built in')}. Give the plugin as it was, or start a new run with another --out."
-            )
-
-
-def check_teacher(place: Place, weights: dict[str, str]) -> None:
-    """Raise InputError if a resumed run began with other weights in its teachers; these have no hash but the one that
-    was written down then.
-    """
-    began_with = on_main(lambda: run.read_status(place.directory).get("teacher_weights", {}))
-    for where, digest in weights.items() if place.resumed else ():
-        if began_with.get(where, digest) != digest:
-            raise InputError(
-                f"{where}: these teacher weights are not those that {place.directory} began with: their SHA-256 "
-                "differs. Put the earlier ones back, or start a new run with another --out."
-            )
-
-
-def execute_control(recipe: Recipe, place: Place, shared: Launch, dataset: Dataset) -> None:
+def execute_control(recipe: Recipe, location: RunLocation, shared: Launch, dataset: Dataset) -> None:
     """The control's run under `control/`, unless it is finished already."""
-    control, directory = recipe.as_control(), place.directory / "control"
+    control, directory = recipe.as_control(), location.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
-        execute(control, on_main(lambda: newest_place(directory, control, shared.given)), shared, dataset=dataset)
+        execute(control, on_main(lambda: newest_location(directory, control, shared.given)), shared, dataset=dataset)
 
 
 def _train(
-    trainer: Trainer, tracking: Tracking, place: Place, shared: Launch, preflight: dict[str, Any] | None
+    trainer: Trainer, tracking: Tracking, location: RunLocation, shared: Launch, preflight: dict[str, Any] | None
 ) -> None:
     recipe, accelerator, directory = trainer.recipe, trainer.accelerator, tracking.run
     tracking.start()
-    on_main(lambda: checkpoint.discard_after(directory.checkpoints, place.checkpoint))
-    if place.checkpoint is not None:
-        trainer.restore(place.checkpoint, directory)
+    on_main(lambda: checkpoint.discard_after(directory.checkpoints, location.checkpoint))
+    if location.checkpoint is not None:
+        trainer.restore(location.checkpoint, directory)
         directory.log("resume", step=trainer.progress.step, epoch=trainer.epoch)
     else:
         directory.cut_metrics(0)
@@ -324,7 +231,7 @@ def _train(
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := registry.used(recipe):
         metadata["variants"] = json.dumps(variants)
-    trainer.finish(tracking, metadata)
+    finish(trainer, tracking, metadata)
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:
@@ -364,11 +271,11 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
     for spec in recipe.teachers:
         while spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
             teacher = teacher_recipe(recipe, spec)
-            directory = teacher_place(recipe, spec)
+            directory = teacher_directory(recipe, spec)
             try:
-                place = on_main(partial(newest_place, directory, teacher, shared.given))
+                location = on_main(partial(newest_location, directory, teacher, shared.given))
                 _log.info("training the teacher %s first, in %s", teacher.name, directory)
-                execute(teacher, place, shared, source=Path(spec.recipe))
+                execute(teacher, location, shared, source=Path(spec.recipe))
             except run.InUse as holder:
                 _log.info("waiting for the teacher %s: %s", teacher.name, str(holder).partition(". ")[0])
                 while on_main(partial(run.holder_of, directory)) is not None:
@@ -378,45 +285,6 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
                     raise
 
 
-def check_control(student: Path, tracking: Tracking) -> None:
-    """Compare what student and control began with and saw. Collective.
-
-    Raises:
-        RunFailed: the control differs in more than the teacher.
-    """
-
-    def compare_them() -> dict[str, Any]:
-        paths = (student, student / "control")
-        starts = {line["initial_weights"] for path in paths for line in run.read_metrics(path, "start")}
-        seen = [{line["step"]: line["batch"] for line in run.read_metrics(path, "epoch")} for path in paths]
-        if len(starts) != 1 or seen[0] != seen[1]:
-            what = "began from different weights" if len(starts) != 1 else "saw different batches"
-            raise RunFailed(f"student and control {what}: the control would differ in more than the teacher.")
-        epochs = len(seen[0])
-        return {
-            "step": max(seen[0], default=0),
-            "epoch": epochs,
-            "initial_weights": starts.pop(),
-            "equal_batches": epochs,
-        }
-
-    tracking.run.log("control", **on_main(compare_them))
-
-
 def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[str, int]:
     counts = {"student": sum(parameter.numel() for parameter in student.parameters())}
     return counts if teacher is None else counts | {"teacher": teacher.num_parameters}
-
-
-def report_on(directory: Path) -> None:
-    """Write the comparison of a finished run; what keeps it from being written is a warning."""
-    # Plots take half a second to import; the first step should not wait for them.
-    from distill.report.comparison import compare
-    from distill.report.document import write_report
-
-    report = directory / "report.html"
-    try:
-        write_report(compare([directory]), report)
-    except OSError as error:
-        reason = error.strerror or error
-        _log.warning("%s: cannot be written: %s. The run is finished; write it with distill compare.", report, reason)

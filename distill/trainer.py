@@ -1,28 +1,26 @@
-"""The loop: one student, from its first step, or from a checkpoint, to its export and its predictions."""
+"""The loop: one student, from its first step, or from a checkpoint, to its last."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from distill import registry
-from distill.analysis import analyse
 from distill.analysis.energy import EnergyMeter
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
-from distill.evaluation import SMALLEST_BATCH, accuracies, predict_heads, predict_teacher
-from distill.exports.folder import load_export
+from distill.evaluation import Classification
 from distill.files.digests import state_digest
 from distill.launching.processes import marking_process, on_main
 from distill.launching.signals import StopRequest, deferred
@@ -31,11 +29,10 @@ from distill.run import Run
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
 from distill.teaching.cache import TeacherCache, open_cache
-from distill.teaching.source import Frozen, Place, SourceContext, TeacherSource
+from distill.teaching.source import Frozen, SourceContext, StepIndex, TeacherSource
 from distill.tracking import Tracking
 from distill.training.accumulator import MetricAccumulator
 from distill.training.compilation import Compilation
-from distill.training.finishing import SelectedWeights, describe_export, export_chosen, write_predictions
 from distill.training.nonfinite import Ema, NonFiniteSteps
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.training.saving import Progress, TrainState, restore, save, settle
@@ -104,7 +101,7 @@ class Trainer:
         self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
         self.shares = GradientShares(train, accelerator, self.student)
-        self.teacher_logits: Tensor | None = None
+        self.evaluator = Classification(dataset, accelerator, batch_size=self.plan.micro_batch)
 
     def _source(self) -> TeacherSource | None:
         if self.teacher is not None:
@@ -231,7 +228,7 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 shares_due = self.shares.due(step, index)
                 with self.shares.forward_pass(shares_due):
-                    loss, parts = self.model(batch, Place(step, index), progress)
+                    loss, parts = self.model(batch, StepIndex(step, index), progress)
                 if shares_due:
                     self.shares.measure(parts, self.task.weights(progress))
                 self.accelerator.backward(loss / len(micro_batches))
@@ -293,21 +290,10 @@ class Trainer:
             # measured.
             for buffer in student.buffers():
                 broadcast(buffer)
-            values = accuracies(self.predict_heads(student, split), self.dataset.labels(split))
+            values = self.evaluator(student, split)
             tracking.evaluation(progress.step, self.epoch, split, weights, values)
-            if (top1 := values["student/top1"]) > progress.best_top1:
-                progress.best_top1, progress.best_step, progress.best_weights = top1, progress.step, weights
-
-    def predict_heads(self, student: Student, split: Split) -> dict[str, Tensor]:
-        """The student's logits per head on a split, and the teacher's where they are known already."""
-        named = predict_heads(student, self.dataset, split, self.accelerator, batch_size=self.evaluation_batch)
-        if split == "validation" and self.teacher_logits is not None:
-            named["teacher"] = self.teacher_logits
-        return named
-
-    @property
-    def evaluation_batch(self) -> int:
-        return max(SMALLEST_BATCH, self.plan.micro_batch)
+            if (primary := values[self.evaluator.primary]) > progress.best_top1:
+                progress.best_top1, progress.best_step, progress.best_weights = primary, progress.step, weights
 
     @property
     def state(self) -> TrainState:
@@ -345,33 +331,6 @@ class Trainer:
         self.accumulator.resume(state["metrics"])
         on_main(lambda: settle(self.state, folder, self.progress, run, epoch=self.epoch))
         _log.info("resumed from %s", folder)
-
-    def finish(self, tracking: Tracking, metadata: Mapping[str, str]) -> None:
-        """Export the chosen weights, and from the export write the predictions on the test set: its one reading."""
-        run, info = tracking.run, self.dataset.info
-        chosen = SelectedWeights.of(self.progress, averaged=self.ema is not None)
-        described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
-        if self.selection_split is not None:
-            described[f"{self.selection_split}_top1"] = f"{self.progress.best_top1:.2f}"
-        on_main(
-            lambda: export_chosen(
-                chosen, self.student, run, recipe=self.recipe, dataset=self.dataset, metadata=described
-            )
-        )
-        student, _ = load_export(run.export)
-        predictions = self.predict_heads(student.to(self.accelerator.device), "test")
-        if self.teacher is not None and self.teacher.num_classes:
-            predictions["teacher"] = predict_teacher(
-                self.teacher, self.dataset, "test", self.accelerator, batch_size=self.evaluation_batch
-            )
-        labels = self.dataset.labels("test")
-        on_main(lambda: write_predictions(run, predictions, labels, {"data": info.digest, **described}))
-        on_main(lambda: describe_export(run.path))
-        validation = self.predict_heads(student, "validation") if info.sizes.get("validation") else {}
-        on_main(lambda: analyse(run.path, student, self.teacher, self.dataset, predictions, validation))
-        run.status(exported=asdict(chosen))
-        epoch = chosen.step / self.steps_per_epoch
-        tracking.test(chosen.step, epoch, chosen.weights, accuracies(predictions, labels))
 
 
 def _seed_of(*where: int) -> int:

@@ -19,7 +19,7 @@ from distill import checkpoint, run
 from distill.data import Batch
 from distill.errors import InputError, Interrupted
 from distill.recipe import Recipe, from_mapping
-from distill.teaching.source import Place
+from distill.teaching.source import StepIndex
 from distill.trainer import Trainer
 from distill.training.optim import build_optimizer
 from distill.training.task import build_task
@@ -192,7 +192,7 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
     lengths = {}
     for name in found:
         torch.manual_seed(distill.trainer._seed_of(again.recipe.seed, 1, 0, 0))
-        parts = again.model(batch, Place(1, 0), 1 / again.schedule_steps).parts
+        parts = again.model(batch, StepIndex(1, 0), 1 / again.schedule_steps).parts
         again.optimizer.zero_grad()
         (weights[name] * parts[name]).backward()
         squares = [p.grad.double().square().sum() for p in again.student.parameters() if p.grad is not None]

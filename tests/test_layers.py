@@ -23,6 +23,8 @@ LAYERS = [
     "distill.bench",
     "distill.dry_run",
     "distill.pipeline",
+    "distill.finishing",
+    "distill.resumption",
     "distill.trainer",
     "distill.training",
     "distill.teaching",

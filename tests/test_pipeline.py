@@ -20,6 +20,7 @@ from torch.nn.functional import one_hot
 import distill.exports.folder
 from distill import checkpoint, run
 from distill.errors import InputError, Interrupted
+from distill.evaluation import Classification
 from distill.recipe import Recipe, from_mapping, load
 from distill.trainer import Trainer
 from tests.conftest import Toy
@@ -158,17 +159,24 @@ def test_environment_and_status(finished: Path, toy: Toy) -> None:
 
 def decide(monkeypatch: pytest.MonkeyPatch, correct: Callable[[str, int], bool]) -> None:
     """Let the split that selects find raw or averaged weights all correct or all wrong."""
-    real = Trainer.predict_heads
+    evaluate, predict = Trainer.evaluate, Classification.predict
+    trainers: list[Trainer] = []
 
-    def predict_heads(self: Trainer, student: Any, split: Any) -> dict[str, Tensor]:
-        candidates = {id(self.student): "raw", id(self.ema and self.ema.module): "ema"}
+    def remember(self: Trainer, tracking: Any) -> None:
+        trainers.append(self)
+        evaluate(self, tracking)
+
+    def answer(self: Classification, student: Any, split: Any) -> dict[str, Tensor]:
+        trainer = trainers[-1]
+        candidates = {id(trainer.student): "raw", id(trainer.ema and trainer.ema.module): "ema"}
         if (weights := candidates.get(id(student))) is None:  # the export, at the end
-            return real(self, student, split)
+            return predict(self, student, split)
         labels = self.dataset.labels(split)
-        answers = labels if correct(weights, self.progress.step) else (labels + 1) % 4
+        answers = labels if correct(weights, trainer.progress.step) else (labels + 1) % 4
         return {name: one_hot(answers, 4).float() for name in ("student.cls", "student.fused")}
 
-    monkeypatch.setattr(Trainer, "predict_heads", predict_heads)
+    monkeypatch.setattr(Trainer, "evaluate", remember)
+    monkeypatch.setattr(Classification, "predict", answer)
 
 
 @pytest.mark.parametrize("better", ["raw", "ema"])

@@ -240,7 +240,7 @@ def test_a_compiled_run_on_a_cpu_begins_as_an_eager_one(toy: Toy) -> None:
     assert losses[True][0] == pytest.approx(losses[False][0], abs=1e-5)
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     # Nothing was compiled again: not for the second micro-batch, not for evaluation at another size.
-    trainer.predict_heads(trainer.student, "validation")
+    trainer.evaluator.predict(trainer.student, "validation")
     assert trainer.teacher is not None
     trainer.teacher(torch.rand(3, 3, 8, 8))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

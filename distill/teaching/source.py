@@ -18,7 +18,7 @@ from distill.training.compilation import Compilation
 from teachers import Teacher
 
 
-class Place(NamedTuple):
+class StepIndex(NamedTuple):
     """Which micro-batch is asked about."""
 
     step: int
@@ -52,7 +52,7 @@ class TeacherSource(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
+    def ask(self, views: Sequence[Tensor], index: StepIndex) -> list[Features]:
         """What it answers to images [B, C, H, W] in [0, 1], by view; no logits without a classifier."""
 
     def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
@@ -124,17 +124,17 @@ class Frozen(TeacherSource):
         if self._compilation.enabled:
             self._compilation.apply(self.teacher)
 
-    def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
-        return [self._ask(images, place if view == 0 else None) for view, images in enumerate(views)]
+    def ask(self, views: Sequence[Tensor], index: StepIndex) -> list[Features]:
+        return [self._ask(images, index if view == 0 else None) for view, images in enumerate(views)]
 
-    def _ask(self, images: Tensor, place: Place | None) -> Features:
+    def _ask(self, images: Tensor, index: StepIndex | None) -> Features:
         """Stored are the logits of view 0 alone."""
         with self._accelerator.autocast():
             if self.maps:
                 output, maps = self.teacher(images, self.maps)
                 return Features({"cls": output} if self.has_logits else {}, maps)
-            if self.cache is None or place is None:
+            if self.cache is None or index is None:
                 return Features({"cls": self.teacher(images)}, {})
-            epoch, step = divmod(place.step, self._steps_per_epoch)
-            part = self._plan.slices(step)[place.micro_batch]
+            epoch, step = divmod(index.step, self._steps_per_epoch)
+            part = self._plan.slices(step)[index.micro_batch]
             return Features({"cls": self.cache.logits(epoch, part, lambda: self.teacher(images))}, {})

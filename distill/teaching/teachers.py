@@ -53,7 +53,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
 
 
-def teacher_place(recipe: Recipe, spec: TeacherSpec) -> Path:
+def teacher_directory(recipe: Recipe, spec: TeacherSpec) -> Path:
     """Where the run of a teacher's recipe stands: under a name that changes with what it would learn."""
     teacher = teacher_recipe(recipe, spec)
     return run.RUNS / "teachers" / f"{teacher.name}-{teacher.digest(OPERATIONAL_KEYS)[:12]}"
@@ -61,7 +61,7 @@ def teacher_place(recipe: Recipe, spec: TeacherSpec) -> Path:
 
 def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
     """Whether this teacher needs no training first: it comes as a model, or its recipe's run is finished."""
-    return spec.recipe is None or run.is_finished(teacher_place(recipe, spec))
+    return spec.recipe is None or run.is_finished(teacher_directory(recipe, spec))
 
 
 def build_teacher(
@@ -81,11 +81,12 @@ def build_teacher(
     if not recipe.teachers:
         return None
     for spec in recipe.teachers:
-        trained_on = run.read_status(teacher_place(recipe, spec)).get("data_digest") if spec.recipe else None
+        directory = teacher_directory(recipe, spec) if spec.recipe else None
+        trained_on = run.read_status(directory).get("data_digest") if directory else None
         if trained_on not in (None, dataset.info.digest):
             raise InputError(
-                f"teacher.recipe: {spec.recipe} was trained in {teacher_place(recipe, spec)} on other data than these. "
-                "Move that folder away to train it anew."
+                f"teacher.recipe: {spec.recipe} was trained in {directory} on other data than these. Move that folder "
+                "away to train it anew."
             )
     specs, classes = _trained(recipe), dataset.info.num_classes
     if isinstance(recipe.teacher, list):
@@ -116,7 +117,7 @@ def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
     """The recipe's teachers, those that recipes train by their exports."""
     return [
-        spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_place(recipe, spec) / 'export'}"})
+        spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_directory(recipe, spec) / 'export'}"})
         if spec.recipe
         else spec
         for spec in recipe.teachers

@@ -17,7 +17,7 @@ from distill.methods.labels import labels
 from distill.options import MapsOptions
 from distill.recipe import Recipe
 from distill.students import Student
-from distill.teaching.source import Place, TeacherSource
+from distill.teaching.source import StepIndex, TeacherSource
 
 
 class Losses(NamedTuple):
@@ -60,10 +60,10 @@ class Task(nn.Module):
         self._steps: list[StepInputs] = []
         """The micro-batches of the step at hand, for `after_step`."""
 
-    def forward(self, batch: Batch, place: Place, progress: float) -> Losses:
+    def forward(self, batch: Batch, index: StepIndex, progress: float) -> Losses:
         """The losses of a micro-batch after a share `progress`, 0 to 1, of the run."""
         views = (batch.images, *batch.views)
-        teacher = [] if self.source is None else self.source.ask(views, place)
+        teacher = [] if self.source is None else self.source.ask(views, index)
         student = [self.student(images, self.blocks) for images in views]
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):

@@ -28,7 +28,7 @@ from distill.data.randomness import hashes, integers, keys, uniform
 from distill.features import mean_over_heads
 from distill.recipe import Recipe, from_mapping
 from distill.students import build_student
-from distill.teaching.source import Place
+from distill.teaching.source import StepIndex
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 from distill.training.task import build_task
 from results.augmentation import one_by_one
@@ -82,7 +82,7 @@ def right_answers(recipe: Recipe, seed: int, arm: str, epochs: int, max_steps: i
     batches = (batch for epoch in range(epochs) for (batch,) in dataset.training_batches(plan, epoch))
     for step, batch in zip(range(total), batches, strict=False):
         set_learning_rate(optimizer, learning_rate(recipe.optim, step, steps_per_epoch=in_epoch, total_steps=total))
-        losses = task(batch, Place(step, 0), step / total)
+        losses = task(batch, StepIndex(step, 0), step / total)
         optimizer.zero_grad()
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -20,9 +20,9 @@ from distill.data.packed import open_packed
 from distill.errors import InputError
 from distill.evaluation import save_predictions
 from distill.exports.folder import write_export
-from distill.pipeline import Place, check_teacher
 from distill.recipe import from_mapping, load
 from distill.report.metrics import read_predictions
+from distill.resumption import RunLocation, check_teacher
 from distill.students import build_student
 from distill.students.saved import read_export
 from distill.teaching.logit_file import LogitFile
@@ -104,7 +104,7 @@ def own_weights(folder: Path, toy: Toy) -> Kind:
         # As the run's first launch leaves it.
         begun = {"state": "interrupted", "teacher_weights": {str(place / "teacher.pth"): digest}}
         (place / "status.json").write_text(json.dumps(begun))
-        check_teacher(Place(place, resumed=True), digests(place))
+        check_teacher(RunLocation(place, resumed=True), digests(place))
 
     return Kind(place, ["teacher.pth"], read)
 

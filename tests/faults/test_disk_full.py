@@ -18,8 +18,8 @@ import torch
 import distill.exports.folder
 from distill import checkpoint, run
 from distill.errors import RunFailed
+from distill.finishing import write_predictions
 from distill.recipe import load
-from distill.training.finishing import write_predictions
 from tests.conftest import Counted, Toy
 from tests.distributed.test_two_processes import launch
 from tests.faults.small_runs import SMALL, same_end, start

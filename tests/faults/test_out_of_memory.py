@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill import run
+from distill import pipeline, run
 from distill.errors import RunFailed
 from distill.evaluation import predict
 from distill.launching.processes import build_accelerator
@@ -43,7 +43,7 @@ def allow(images: int, rank: int | None = None) -> None:
 
 def limit_memory(mib: int) -> None:
     """Give training so many MiB more than the process has when it begins; what comes after it is not limited."""
-    train_step, finish = Trainer.train_step, Trainer.finish
+    train_step, finish = Trainer.train_step, pipeline.finish
     before = resource.getrlimit(resource.RLIMIT_AS)
 
     def limited(trainer: Trainer, *args: Any) -> None:
@@ -57,7 +57,7 @@ def limit_memory(mib: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, before)
         finish(trainer, *args)
 
-    Trainer.train_step, Trainer.finish = limited, unlimited  # type: ignore[method-assign]
+    Trainer.train_step, pipeline.finish = limited, unlimited  # type: ignore[method-assign, assignment]
 
 
 COMPARING = ("distill=[{method: hard, weight: 0.5}, {method: dist, weight: 1.0}]",)

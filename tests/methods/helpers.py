@@ -14,7 +14,7 @@ from distill.features import Features
 from distill.methods.base import Method, Shapes
 from distill.options import MethodOptions
 from distill.students import Student
-from distill.teaching.source import Place, TeacherSource
+from distill.teaching.source import StepIndex, TeacherSource
 from distill.training.task import Losses, Task
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -88,7 +88,7 @@ class _FixedSource(TeacherSource):
     def __init__(self, answer: Features) -> None:
         self.answer = answer
 
-    def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
+    def ask(self, views: Sequence[Tensor], index: StepIndex) -> list[Features]:
         return [self.answer for _ in views]
 
 
@@ -119,5 +119,5 @@ def losses_of(task: Task, targets: Tensor) -> Losses:
     """Halfway through the run."""
     size = len(targets)
     batch = Batch(torch.zeros(size, 3, 8, 8), targets, targets.argmax(1), torch.arange(size))
-    losses: Losses = task(batch, Place(0, 0), 0.5)
+    losses: Losses = task(batch, StepIndex(0, 0), 0.5)
     return losses

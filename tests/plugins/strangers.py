@@ -22,7 +22,7 @@ from distill.options import AttentionOptions, MapsOptions, MethodOptions, Needs,
 from distill.registry import register
 from distill.students.attention import AttentionContext, AttentionKind, AttentionMaps
 from distill.students.builder import Builder, Built, Images
-from distill.teaching.source import Place, SourceContext, TeacherSource
+from distill.teaching.source import SourceContext, StepIndex, TeacherSource
 
 # An attention kind that refines its maps by a convolution over the grid and adds those of the block before.
 
@@ -166,7 +166,7 @@ class AverageOfStudent(TeacherSource):
         self.average = deepcopy(context.student).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def ask(self, views: Sequence[Tensor], place: Place) -> list[Features]:
+    def ask(self, views: Sequence[Tensor], index: StepIndex) -> list[Features]:
         return [Features(self.average.logits(view), {}) for view in views]
 
     @torch.no_grad()

@@ -1,0 +1,170 @@
+"""How a run ends: the weights it was for, as an export; from the export the predictions on the test set and what the
+report needs; the comparison with the control, and the report.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distill import checkpoint
+from distill.analysis import analyse
+from distill.data import Dataset
+from distill.errors import InputError, RunFailed
+from distill.evaluation import accuracies, save_predictions
+from distill.exports.card import Card, card_of_run, data_name, render
+from distill.exports.folder import describe, load_export, write_export
+from distill.files.durable import indispensable
+from distill.inputs import Preparation
+from distill.launching.processes import on_main
+from distill.recipe import Recipe
+from distill.run import Run, read_metrics
+from distill.students import Student
+from distill.tracking import Tracking
+from distill.trainer import Trainer
+from distill.training.saving import Progress
+
+_log = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class SelectedWeights:
+    """The weights that a run is for: the best on the split that selects, or the last ones where none does."""
+
+    step: int
+    weights: str
+    """'raw' or 'ema'."""
+
+    @classmethod
+    def of(cls, progress: Progress, *, averaged: bool) -> SelectedWeights:
+        if progress.best_step is not None:
+            return cls(progress.best_step, progress.best_weights)
+        return cls(progress.step, "ema" if averaged else "raw")
+
+
+def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str]) -> None:
+    """Export the chosen weights, and from the export write the predictions on the test set: its one reading.
+
+    Raises:
+        RunFailed: the checkpoint of the chosen weights is damaged, or there is no room for the files.
+    """
+    run, dataset, evaluator, teacher = tracking.run, trainer.dataset, trainer.evaluator, trainer.teacher
+    chosen = SelectedWeights.of(trainer.progress, averaged=trainer.ema is not None)
+    described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
+    if trainer.selection_split is not None:
+        described[f"{trainer.selection_split}_top1"] = f"{trainer.progress.best_top1:.2f}"
+    on_main(
+        lambda: export_chosen(chosen, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described)
+    )
+    student, _ = load_export(run.export)
+    student.to(trainer.accelerator.device)
+    if teacher is not None and teacher.num_classes:
+        evaluator.ask(teacher, "test")
+    predictions, labels = evaluator.predict(student, "test"), dataset.labels("test")
+    on_main(lambda: write_predictions(run, predictions, labels, {"data": dataset.info.digest, **described}))
+    on_main(lambda: describe_export(run.path))
+    validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
+    on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
+    run.status(exported=asdict(chosen))
+    epoch = chosen.step / trainer.steps_per_epoch
+    tracking.test(chosen.step, epoch, chosen.weights, accuracies(predictions, labels))
+
+
+def export_chosen(
+    chosen: SelectedWeights,
+    student: Student,
+    run: Run,
+    *,
+    recipe: Recipe,
+    dataset: Dataset,
+    metadata: Mapping[str, str],
+) -> None:
+    """Load the chosen weights from their checkpoint into `student` and export it; on the main process.
+
+    Raises:
+        RunFailed: the checkpoint is damaged, or there is no room for the export.
+    """
+    folder = checkpoint.folder_of_step(run.checkpoints, chosen.step)
+    try:
+        checkpoint.verify(folder)
+    except InputError as damage:
+        raise RunFailed(f"{damage} A resumed run takes the best of those that are left.") from None
+    student.load_state_dict(checkpoint.read_tensors(folder, "model" if chosen.weights == "raw" else "ema"))
+    images, _ = next(dataset.evaluation_batches("test", 0, 1, 1))
+    student.preparation = Preparation.of(images[0], recipe.data.resolution)
+    names = dataset.info.class_names
+    readme = render(Card(recipe.name, data_name(recipe.data), names, metadata), student)
+    with indispensable(run.export, _size(student)):
+        write_export(student, run.export, class_names=names, metadata=metadata, readme=readme)
+
+
+def describe_export(path: Path) -> None:
+    """Let the export of the run at `path` say what the run's files have learnt since: its accuracy on the test set, its
+    teacher's and its control's. On the main process.
+
+    Raises:
+        InputError: the export is damaged.
+        RunFailed: there is no room.
+    """
+    student, class_names = load_export(path / "export")
+    card = card_of_run(path, class_names)
+    with indispensable(path / "export", _size(student)):
+        describe(path / "export", card.metadata, render(card, student))
+
+
+def _size(student: Student) -> int:
+    return sum(value.nbytes for value in student.model.state_dict().values())
+
+
+def write_predictions(run: Run, predictions: Mapping[str, Tensor], labels: Tensor, metadata: Mapping[str, str]) -> None:
+    """Write the run's `predictions.safetensors`; on the main process.
+
+    Raises:
+        RunFailed: there is no room for them.
+    """
+    with indispensable(run.predictions, sum(values.nbytes for values in (labels, *predictions.values()))):
+        save_predictions(run.predictions, predictions, labels, metadata)
+
+
+def check_control(student: Path, tracking: Tracking) -> None:
+    """Compare what student and control began with and saw. Collective.
+
+    Raises:
+        RunFailed: the control differs in more than the teacher.
+    """
+
+    def compare_them() -> dict[str, Any]:
+        paths = (student, student / "control")
+        starts = {line["initial_weights"] for path in paths for line in read_metrics(path, "start")}
+        seen = [{line["step"]: line["batch"] for line in read_metrics(path, "epoch")} for path in paths]
+        if len(starts) != 1 or seen[0] != seen[1]:
+            what = "began from different weights" if len(starts) != 1 else "saw different batches"
+            raise RunFailed(f"student and control {what}: the control would differ in more than the teacher.")
+        epochs = len(seen[0])
+        return {
+            "step": max(seen[0], default=0),
+            "epoch": epochs,
+            "initial_weights": starts.pop(),
+            "equal_batches": epochs,
+        }
+
+    tracking.run.log("control", **on_main(compare_them))
+
+
+def report_on(directory: Path) -> None:
+    """Write the comparison of a finished run; what keeps it from being written is a warning."""
+    # Plots take half a second to import; the first step should not wait for them.
+    from distill.report.comparison import compare
+    from distill.report.document import write_report
+
+    report = directory / "report.html"
+    try:
+        write_report(compare([directory]), report)
+    except OSError as error:
+        reason = error.strerror or error
+        _log.warning("%s: cannot be written: %s. The run is finished; write it with distill compare.", report, reason)
