@@ -21,7 +21,7 @@ from distill.recipe import Recipe
 from distill.report.charts import COLOURS, Chart
 from distill.report.curves import curves_of
 from distill.report.runs import RunFiles
-from distill.report.statistics import p_text
+from distill.report.statistics import p_value
 from results.arms import HERE, PLAN, Block, Goal, Question, load_arm, says, seeds_of
 from results.cells import Cells, Difference, difference, read_cells
 
@@ -112,12 +112,8 @@ def _row(cells: Cells, arm: str, against: str | None = None) -> list[str]:
 
 
 def _tested(cells: Cells, arm: str, against: str, found: Difference) -> list[str]:
-    tests = [_p(found.p), _p(found.p_over_seeds)]
-    return [f"{found.points:+.2f}", *tests, cells.matched(arm, against) or "neither"]
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else p_text(value).removeprefix("p ").removeprefix("= ")
+    over_seeds = "" if found.p_over_seeds is None else p_value(found.p_over_seeds)
+    return [f"{found.points:+.2f}", p_value(found.p), over_seeds, cells.matched(arm, against) or "neither"]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -211,9 +207,8 @@ def _measured(cells: Cells, goal: Goal) -> tuple[str, str]:
 
 def curves(cells: Cells, block: Block) -> Chart | None:
     """Validation accuracy by epoch of a block's arms; None where none has been run."""
-    chart = Chart(size=(7.5, 4.2))
-    chart.label("epoch", "validation top-1 (%)")
-    chart.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    chart = Chart("epoch", "validation top-1 (%)", size=(7.5, 4.2))
+    chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = _arms(block)
     drawn = False
     for index, name in enumerate(names):
@@ -234,7 +229,7 @@ def _points(runs: Sequence[RunFiles]) -> dict[float, float]:
     """Mean accuracy by epoch, where all runs have one; of the moving average, if there is one."""
     found = []
     for run in runs:
-        measured = curves_of({run.path.name: run}).top1
+        measured = curves_of({run.path.name: run})["top1"]
         averaged = [curve for curve in measured if curve.variant.endswith("EMA")]
         found += [dict(zip(curve.epochs, curve.values, strict=True)) for curve in (averaged or measured)[:1]]
     common = [epoch for epoch in found[0] if all(epoch in points for points in found)] if found else []

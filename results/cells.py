@@ -101,7 +101,7 @@ def difference(ours: Rights, theirs: Rights) -> Difference | None:
         return None
     a, b = ([rights[seed] for seed in common] for rights in (ours, theirs))
     pooled = mcnemar("", "", np.concatenate(a), np.concatenate(b))
-    over_seeds = paired(list(map(_percent, a)), list(map(_percent, b))).p if len(common) > 1 else None
+    over_seeds = paired(list(map(_percent, a)), list(map(_percent, b))) if len(common) > 1 else None
     return Difference(pooled.points, pooled.p, len(common), over_seeds)
 
 

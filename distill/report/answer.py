@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from distill.report.comparison import Comparison, Row
-from distill.report.page import Cell, Table, number
-from distill.report.sections.cost import Costs, costs_of
-from distill.report.statistics import SIGNIFICANT, Verdict, p_text
+from distill.report.comparison import Comparison
+from distill.report.page import Column, Table
+from distill.report.statistics import SIGNIFICANT, PairedTest, p_text
 
 
 def answer(comparison: Comparison) -> str:
@@ -27,55 +26,51 @@ def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
         f"{low:.2f} to {high:.2f} %)"
     )
     if teacher is not None:
-        told += f", {_against(comparison.verdict(student, teacher))} its teacher ({teacher.metrics.top1:.2f} %)"
+        told += f", {_against(comparison.test(student, teacher))} its teacher ({teacher.metrics.top1:.2f} %)"
     yield f"{told}."
     if control is None:
         if teacher is not None:
             yield "Without a control nobody can tell how much of that is due to the teacher."
         return
-    verdict = comparison.verdict(student, control)
+    test = comparison.test(student, control)
     told = f"The same network trained without the teacher reaches {control.metrics.top1:.2f} %: "
-    if verdict.p >= SIGNIFICANT:
-        yield f"{told}no effect of distillation is shown ({verdict.points:+.2f} points, {p_text(verdict.p)})."
+    if test.p >= SIGNIFICANT:
+        yield f"{told}no effect of distillation is shown ({test.points:+.2f} points, {p_text(test.p)})."
     else:
-        what = "gains" if verdict.points > 0 else "costs"
-        yield f"{told}under this seed distillation {what} {abs(verdict.points):.2f} points ({p_text(verdict.p)})."
+        what = "gains" if test.points > 0 else "costs"
+        yield f"{told}under this seed distillation {what} {abs(test.points):.2f} points ({p_text(test.p)})."
 
 
-def _against(verdict: Verdict) -> str:
-    if verdict.p >= SIGNIFICANT:
-        return f"with no difference shown ({verdict.points:+.2f} points, {p_text(verdict.p)}) from"
-    return f"{abs(verdict.points):.2f} points {'above' if verdict.points > 0 else 'below'} ({p_text(verdict.p)})"
+def _against(test: PairedTest) -> str:
+    if test.p >= SIGNIFICANT:
+        return f"with no difference shown ({test.points:+.2f} points, {p_text(test.p)}) from"
+    return f"{abs(test.points):.2f} points {'above' if test.points > 0 else 'below'} ({p_text(test.p)})"
 
 
-def main_table(comparison: Comparison) -> Table:
-    """A line for each model and head; columns that nothing is known of are left out."""
-    columns: list[tuple[str, Callable[[Row, Costs], Cell]]] = [
-        ("top-1 %", lambda row, _: number(row.metrics.top1, ".2f")),
-        ("95 % interval", lambda row, _: Cell("{:.2f} to {:.2f}".format(*row.top1_interval), row.top1_interval[0])),
-        (f"top-{comparison.k} %", lambda row, _: number(row.metrics.topk, ".2f")),
-        ("NLL", lambda row, _: number(row.metrics.nll, ".4f")),
-        ("agreement %", lambda row, _: number(row.metrics.agreement, ".2f")),
-        ("parameters", lambda row, _: number(row.parameters, ",d")),
-        ("GFLOPs", lambda row, costs: number(costs.gflops if row.is_whole else None, ".4f")),
-        ("images/s", lambda row, costs: number(costs.images_per_second if row.is_whole else None, ",.1f")),
-        ("one image, ms", lambda row, costs: number(costs.latency_ms if row.is_whole else None, ".2f")),
-        ("file, MB", lambda row, costs: number(costs.megabytes if row.is_whole else None, ".2f")),
+def main_table(comparison: Comparison, *, narrow: bool = False) -> Table:
+    """A line for each model and head; `narrow`: the columns that fit a console."""
+    columns: list[Column] = [
+        *([("run", "run", "")] if comparison.several else []),
+        ("model", "label", ""),
+        ("top-1 %", "top1", ".2f"),
+        ("95 % interval", "top1_interval", "{0[0]:.2f} to {0[1]:.2f}".format),
+        (f"top-{comparison.k} %", "topk", ".2f"),
+        ("NLL", "nll", ".4f"),
+        ("agreement %", "agreement", ".2f"),
+        ("parameters", "parameters", ",d"),
+        ("GFLOPs", "gflops", ".4f"),
+        ("images/s", "images_per_second", ",.1f"),
+        ("one image, ms", "latency_ms", ".2f"),
+        ("file, MB", "megabytes", ".2f"),
     ]
-    costs = [costs_of(comparison, row) for row in comparison.rows]
-    filled = {
-        name: [cell(row, cost) for row, cost in zip(comparison.rows, costs, strict=True)] for name, cell in columns
-    }
-    filled = {name: cells for name, cells in filled.items() if any(cell.text for cell in cells)}
-    rows = [
-        [*([Cell(row.run)] if comparison.several else []), Cell(row.label), *cells]
-        for row, cells in zip(comparison.rows, zip(*filled.values(), strict=True), strict=True)
-    ]
-    header = [*(["run"] if comparison.several else []), "model", *filled]
-    return Table("models", caption(comparison), header, rows, text_columns=2 if comparison.several else 1)
+    if narrow:
+        wide = ("top1_interval", "gflops", "images_per_second", "latency_ms", "megabytes")
+        columns = [column for column in columns if column[1] not in wide]
+    records = [{"label": row.label, **comparison.record(row)} for row in comparison.rows]
+    return Table.of("models", _caption(comparison, speed=not narrow), records, columns)
 
 
-def caption(comparison: Comparison) -> str:
+def _caption(comparison: Comparison, *, speed: bool) -> str:
     """What the columns are."""
     text = (
         f"{comparison.samples:,} test images; intervals are Wilson's. NLL: negative log-likelihood of the labels, in "
@@ -88,7 +83,7 @@ def caption(comparison: Comparison) -> str:
         for run in comparison.runs.values()
         if run.analysis is not None
     }
-    if batches:
+    if speed and batches:
         on = "; ".join(f"batches of {batch} on {device}" for batch, device in batches.items())
         text += (
             f" Speed: in evaluation, float32, {on}; teacher and student in turns, medians of five rounds. The control "

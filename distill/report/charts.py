@@ -32,7 +32,6 @@ STYLE = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
-    "axes.titlesize": 10,
     "xtick.color": INK,
     "ytick.color": INK,
     "axes.spines.top": False,
@@ -48,9 +47,8 @@ STYLE = {
     "path.simplify": False,
 }
 
-
-MOST_WITHIN = 4
-"""Lines of a legend within the axes."""
+DENSE = 40
+"""Marks of a line from which on they are there to be pointed at, but not to be seen."""
 LONG_LABEL = 20
 LEGEND_LINE = 0.21
 """Inches."""
@@ -62,76 +60,40 @@ def short(name: str, most: int = 36) -> str:
 
 
 class Chart:
-    """A figure of one or more axes, and the texts of its marks."""
+    """A pair of axes, and the texts of its marks."""
 
-    def __init__(self, rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (4.7, 3.2), **more: Any) -> None:
+    def __init__(self, x: str, y: str, *, size: tuple[float, float] = (4.7, 3.2)) -> None:
         with mpl.rc_context(STYLE):
             self.figure = Figure(figsize=size, layout="constrained")
-            self.axes: list[Axes] = list(self.figure.subplots(rows, columns, squeeze=False, **more).flat)
-        self._tips: dict[str, list[str]] = {}
+            self.axes: Axes = self.figure.subplots()
+        self.axes.set(xlabel=x, ylabel=y)
+        self._tips: list[Sequence[str]] = []
 
-    def line(self, x: Sequence[float], y: Sequence[float], tips: Sequence[str], *, axes: int = 0, **style: Any) -> None:
+    def line(self, x: Sequence[float], y: Sequence[float], tips: Sequence[str], *, label: str, **style: Any) -> None:
         """A line through marks, each of which says its tip; `style` as matplotlib has it."""
-        # Where there are many, the marks are there to be pointed at, but not to be seen.
-        dense = len(x) > 40
-        style = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, **style}
-        if "label" in style:
-            style["label"] = short(style["label"])
+        style = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "label": short(label), **style}
         with mpl.rc_context(STYLE):
-            if dense:
-                self.axes[axes].plot(x, y, **{**style, "marker": ""})
+            if len(x) > DENSE:
+                self.axes.plot(x, y, **{**style, "marker": ""})
                 style |= {"linestyle": "", "alpha": 0.0, "label": None}
-            (drawn,) = self.axes[axes].plot(x, y, **style)
-        self._name(drawn, tips)
+            self.axes.plot(x, y, **style, gid=f"marks-{len(self._tips)}")
+        self._tips.append(tips)
 
-    def bars(
-        self, places: Sequence[float], widths: Sequence[float], tips: Sequence[str], *, left: Sequence[float],
-        axes: int = 0, **style: Any,
-    ) -> None:  # fmt: skip
-        """Horizontal bars; those of no width are left out."""
-        first = True
-        with mpl.rc_context(STYLE):
-            for place, width, tip, start in zip(places, widths, tips, left, strict=True):
-                (drawn,) = self.axes[axes].barh(
-                    [place], [width], left=[start], height=0.62, **(style if first else {**style, "label": None})
-                )
-                first = False
-                self._name(drawn, [tip])
-
-    def legend(self, axes: int = 0, **more: Any) -> None:
-        """In the axes; one of many lines stands below them, where it hides none."""
-        handles, labels = self.axes[axes].get_legend_handles_labels()
-        if len(labels) <= MOST_WITHIN:
-            with mpl.rc_context(STYLE):
-                self.axes[axes].legend(**more)
-            return
-        columns = 1 if max(map(len, labels)) > LONG_LABEL else 2
-        width, height = self.figure.get_size_inches()
-        self.figure.set_size_inches(width, height + LEGEND_LINE * math.ceil(len(labels) / columns))
-        with mpl.rc_context(STYLE):
-            self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-    def legend_below(self, axes: int = 0, columns: int = 3) -> None:
-        """One legend for all axes, under them."""
-        handles, labels = self.axes[axes].get_legend_handles_labels()
+    def legend(self) -> None:
+        """Below the axes, where it hides nothing; none for a single line."""
+        handles, labels = self.axes.get_legend_handles_labels()
         if len(labels) > 1:
+            columns = 1 if max(map(len, labels)) > LONG_LABEL else min(3, len(labels))
+            width, height = self.figure.get_size_inches()
+            self.figure.set_size_inches(width, height + LEGEND_LINE * math.ceil(len(labels) / columns))
             with mpl.rc_context(STYLE):
-                self.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
-
-    def label(self, x: str, y: str, axes: int = 0, *, title: str = "") -> None:
-        with mpl.rc_context(STYLE):
-            self.axes[axes].set_xlabel(x)
-            self.axes[axes].set_ylabel(y)
-            self.axes[axes].set_title(title)
+                self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
     def to_svg(self, prefix: str) -> Markup:
         """An <svg> element for the page; `prefix` keeps its ids apart from those of other charts."""
         root = ElementTree.fromstring(_svg(self.figure, prefix, transparent=True))
-        for element in list(root):
-            if element.tag == f"{SVG}metadata":
-                root.remove(element)
-        for name, tips in self._tips.items():
-            group = next(element for element in root.iter() if element.get("id") == name)
+        for index, tips in enumerate(self._tips):
+            group = next(element for element in root.iter() if element.get("id") == f"marks-{index}")
             marks = list(group.iter(f"{SVG}use")) or list(group.iter(f"{SVG}path"))
             for mark, tip in zip(marks, tips, strict=False):
                 mark.set("data-tip", tip)
@@ -143,27 +105,18 @@ class Chart:
             del root.attrib[name]
         root.set("role", "img")
         svg = ElementTree.tostring(root, encoding="unicode").replace(INK, "currentColor")
-        for colour in (*COLOURS, TEACHER_COLOUR):
-            svg = svg.replace(colour, css_colour(colour))
+        for colour in (*COLOURS, TEACHER_COLOUR):  # the page has its own shade of each, by its background
+            svg = svg.replace(colour, f"var(--c{colour.removeprefix('#')}, {colour})")
         return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg))
 
     def to_svg_file(self) -> str:
         """A file of its own, on white: it knows of no page."""
         return _svg(self.figure, "file", transparent=False)
 
-    def _name(self, artist: Any, tips: Sequence[str]) -> None:
-        name = f"marks-{len(self._tips)}"
-        artist.set_gid(name)
-        self._tips[name] = list(tips)
-
-
-def css_colour(colour: str) -> str:
-    """The page's own shade of a colour, which it chooses by its background; the colour itself elsewhere."""
-    return f"var(--c{colour.removeprefix('#')}, {colour})"
-
 
 def _svg(figure: Figure, salt: str, *, transparent: bool) -> str:
     buffer = io.StringIO()
+    without = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata=without)
     return buffer.getvalue()

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from distill.errors import InputError
 from distill.files.text import visible
+from distill.report.charts import COLOURS, TEACHER_COLOUR
 from distill.report.curves import Curves, curves_of
 from distill.report.metrics import Floats, Ints, Metrics, measure
 from distill.report.runs import RunFiles, read_run
-from distill.report.statistics import Verdict, mcnemar, wilson
+from distill.report.statistics import PairedTest, mcnemar, wilson
 
-HEADS = {"fused": "student.fused", "cls": "student.cls", "dist": "student.dist"}
+HEAD_NAMES = {"fused": "both heads", "cls": "class head", "dist": "dist. head"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,6 @@ class Row:
         return self.model if self.head is None else f"{self.model}, {HEAD_NAMES[self.head]}"
 
 
-HEAD_NAMES = {"fused": "both heads", "cls": "class head", "dist": "dist. head"}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """All that a report shows, computed."""
@@ -73,13 +72,23 @@ class Comparison:
     def several(self) -> bool:
         return len(self.runs) > 1
 
+    def called(self, run: str, what: str) -> str:
+        """What a model or head of a run is called beside all others."""
+        return f"{run}: {what}" if self.several else what
+
     def name(self, row: Row) -> str:
-        """What a row is called beside all others."""
-        return f"{row.run}: {row.label}" if self.several else row.label
+        return self.called(row.run, row.label)
 
     def model_name(self, row: Row) -> str:
         """The same of the model as a whole."""
-        return f"{row.run}: {row.model}" if self.several else row.model
+        return self.called(row.run, row.model)
+
+    def colour(self, run: str, model: str) -> str:
+        """Of a model in every chart."""
+        if model == "teacher":
+            return TEACHER_COLOUR
+        models = [(name, kind) for name, files in self.runs.items() for kind, _ in files.models]
+        return COLOURS[models.index((run, model)) % len(COLOURS)]
 
     @property
     def wholes(self) -> list[Row]:
@@ -108,9 +117,29 @@ class Comparison:
         others = (self.row(name, "control") for name, other in self.runs.items() if other.control_digest == digest)
         return next((row for row in others if row is not None), None)
 
-    def verdict(self, a: Row, b: Row) -> Verdict:
-        rights = [row.logits.argmax(1) == self.labels for row in (a, b)]
-        return mcnemar(self.name(a), self.name(b), *rights)
+    def test(self, first: Row, second: Row) -> PairedTest:
+        rights = [row.logits.argmax(1) == self.labels for row in (first, second)]
+        return mcnemar(self.name(first), self.name(second), *rights)
+
+    def costs(self, row: Row) -> dict[str, Any]:
+        """What its model costs, as far as it is known. A control has the speed of its student, the same network, which
+        was measured in turns with the teacher.
+        """
+        measured = self.runs[row.run].costs("teacher" if row.model == "teacher" else "student")
+        units = {
+            "gflops": ("flops", 1e-9),
+            "images_per_second": ("images_per_second", 1.0),
+            "latency_ms": ("latency_seconds", 1e3),
+            "megabytes": ("bytes", 1e-6),
+            "joules_per_image": ("joules_per_image", 1.0),
+        }
+        known = {name: unit * measured[key] if key in measured else None for name, (key, unit) in units.items()}
+        return {"parameters": row.parameters, **known}
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """All figures of a row as plain data; accuracies in percent, beside the counts they come from."""
+        named = {"run": row.run, "model": row.model, "head": row.head}
+        return {**named, **row.metrics._asdict(), "top1_interval": row.top1_interval, **self.costs(row)}
 
     @property
     def samples(self) -> int:
@@ -131,9 +160,9 @@ def compare(runs: Sequence[Path]) -> Comparison:
     if not runs:
         raise InputError("compare: give at least one run directory.")
     named = _named(runs)
-    every = [part for run in named.values() for part in (run, run.control) if part is not None]
-    for other in every[1:]:
-        _same_test_set(every[0], other)
+    first, *others = [files for run in named.values() for _, files in run.models]
+    for other in others:
+        _same_test_set(first, other)
     return Comparison(
         runs=named,
         rows=tuple(_without_shared_teachers(row for name, run in named.items() for row in _rows(name, run))),
@@ -183,13 +212,7 @@ def _rows(name: str, run: RunFiles) -> Iterator[Row]:
     if teacher is not None:
         metrics = measure(teacher, labels)
         yield Row(name, "teacher", None, metrics, run.parameters("teacher"), "teacher", teacher, run)
-    for model, part in (("student", run), ("control", run.control)):
-        if part is None:
-            continue
-        logits = part.predictions.logits
-        heads = HEADS if "student.dist" in logits else {"fused": HEADS["fused"]}
-        for head, key in heads.items():
-            if key in logits:
-                metrics = measure(logits[key], labels, teacher)
-                shown = head if len(heads) > 1 else None
-                yield Row(name, model, shown, metrics, part.parameters("student"), key, logits[key], part)
+    for model, files in run.models:
+        parameters = files.parameters("student")
+        for head, output, logits in files.predictions.heads:
+            yield Row(name, model, head, measure(logits, labels, teacher), parameters, output, logits, files)

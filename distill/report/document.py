@@ -13,11 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from distill.errors import InputError
 from distill.files.text import write_text
 from distill.report.answer import answer, main_table
-from distill.report.comparison import Comparison, Row
-from distill.report.curves import Curve
+from distill.report.comparison import Comparison
 from distill.report.page import Plot, Section
 from distill.report.sections import sections
-from distill.report.sections.cost import costs_of
 from distill.report.tables import render_markdown
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,52 +65,20 @@ def render_html(comparison: Comparison, shown: list[Section]) -> str:
 
 
 def to_json(comparison: Comparison, shown: list[Section]) -> dict[str, Any]:
-    """The report's numbers as plain data; accuracies in percent, beside the counts they come from."""
-    curves = comparison.curves
+    """The report's numbers as plain data."""
+    curves = {kind: [curve._asdict() for curve in comparison.curves[kind]] for kind in ("loss", "top1")}
     data = {
         "runs": {name: str(run.path) for name, run in comparison.runs.items()},
         "test_images": comparison.samples,
         "k": comparison.k,
-        "warnings": list(comparison.warnings),
+        "warnings": comparison.warnings,
         "answer": answer(comparison),
-        "rows": [_row(comparison, row) for row in comparison.rows],
-        "curves": {"loss": [_curve(curve) for curve in curves.loss], "top1": [_curve(curve) for curve in curves.top1]},
+        "rows": [comparison.record(row) for row in comparison.rows],
+        "curves": curves,
         **{section.name: section.data for section in shown if section.data is not None},
     }
     finite: dict[str, Any] = _finite(data)
     return finite
-
-
-def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
-    metrics, costs = row.metrics, costs_of(comparison, row)
-    return {
-        "run": row.run,
-        "model": row.model,
-        "head": row.head,
-        "top1": metrics.top1,
-        "top1_correct": metrics.top1_correct,
-        "top1_interval": list(row.top1_interval),
-        "topk": metrics.topk,
-        "topk_correct": metrics.topk_correct,
-        "nll": metrics.nll,
-        "agreement": metrics.agreement,
-        "agreements": metrics.agreements,
-        "parameters": row.parameters,
-        "gflops": costs.gflops,
-        "images_per_second": costs.images_per_second,
-        "latency_ms": costs.latency_ms,
-        "megabytes": costs.megabytes,
-    }
-
-
-def _curve(curve: Curve) -> dict[str, Any]:
-    return {
-        "run": curve.run,
-        "model": curve.model,
-        "variant": curve.variant,
-        "epochs": list(curve.epochs),
-        "values": list(curve.values),
-    }
 
 
 def _finite(value: Any) -> Any:

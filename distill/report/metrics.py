@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,32 +26,30 @@ class Predictions:
     labels: Ints
     logits: dict[str, Floats]
 
+    @property
+    def heads(self) -> list[tuple[str | None, str, Floats]]:
+        """(head, output, logits) of the student's answers: 'fused', 'cls' and 'dist', or None for its only head."""
+        if "student.dist" not in self.logits:
+            return [(None, "student.fused", self.logits["student.fused"])]
+        heads = ((name.removeprefix("student."), name) for name in OUTPUTS if name.startswith("student."))
+        return [(head, name, self.logits[name]) for head, name in heads if name in self.logits]
 
-@dataclass(frozen=True)
-class Metrics:
+
+class Metrics(NamedTuple):
     """One model's figures over `samples` test images; accuracies are percentages of exact counts."""
 
     samples: int
     k: int
     """Of top-k: 5, or the number of classes where there are fewer."""
+    top1: float
     top1_correct: int
+    topk: float
     topk_correct: int
     nll: float
     """Mean negative log-likelihood of the labels in nats."""
+    agreement: float | None = None
+    """On which share of the images the decision is the teacher's, right or wrong; None without a teacher."""
     agreements: int | None = None
-    """Images on which the decision is the teacher's, right or wrong; None without a teacher."""
-
-    @property
-    def top1(self) -> float:
-        return 100.0 * self.top1_correct / self.samples
-
-    @property
-    def topk(self) -> float:
-        return 100.0 * self.topk_correct / self.samples
-
-    @property
-    def agreement(self) -> float | None:
-        return None if self.agreements is None else 100.0 * self.agreements / self.samples
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -101,13 +100,17 @@ def measure(logits: Floats, labels: Ints, teacher: Floats | None = None) -> Metr
     samples, classes = logits.shape
     k = min(5, classes)
     ranks = _ranks(logits, labels)
+    top1_correct, topk_correct = int((ranks == 0).sum()), int((ranks < k).sum())
     agreements = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())
     return Metrics(
         samples=samples,
         k=k,
-        top1_correct=int((ranks == 0).sum()),
-        topk_correct=int((ranks < k).sum()),
-        nll=float(_negative_log_likelihood(logits, labels).mean()),
+        top1=100.0 * top1_correct / samples,
+        top1_correct=top1_correct,
+        topk=100.0 * topk_correct / samples,
+        topk_correct=topk_correct,
+        nll=mean_nll(logits, labels),
+        agreement=None if agreements is None else 100.0 * agreements / samples,
         agreements=agreements,
     )
 
@@ -119,9 +122,9 @@ def _ranks(logits: Floats, labels: Ints) -> Ints:
     return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
 
 
-def _negative_log_likelihood(logits: Floats, labels: Ints) -> Floats:
-    """[N] in float64."""
+def mean_nll(logits: Floats, labels: Ints) -> float:
+    """Mean negative log-likelihood of the labels in nats, computed in float64."""
     exact = logits.astype(np.float64)
     shifted = exact - exact.max(axis=1, keepdims=True)
     own = np.take_along_axis(shifted, labels[:, None], axis=1)[:, 0]
-    return np.log(np.exp(shifted).sum(axis=1)) - own
+    return float((np.log(np.exp(shifted).sum(axis=1)) - own).mean())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distill.report.charts import Chart
+
+Column = tuple[str, str, str | Callable[[Any], str]]
+"""A column's header, the key of its values in each record, and their form, for `cell`."""
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,8 @@ class Cell:
     """One entry of a table."""
 
     text: str
-    sort: float | str | None = None
-    """What a column is sorted by, if not by the text; None with an empty text: last."""
+    sort: float | None = None
+    """What a column is sorted by, if not by the text."""
     heat: float | None = None
     """Share of the strongest colour, 0 to 1."""
     good: bool | None = None
@@ -24,6 +27,14 @@ class Cell:
     @property
     def key(self) -> str:
         return str(self.text if self.sort is None else self.sort)
+
+
+def cell(value: Any, form: str | Callable[[Any], str] = "", *, good: bool | None = None) -> Cell:
+    """A value by a format specification or a function; empty where it is not known."""
+    if value is None:
+        return Cell("")
+    text = form(value) if callable(form) else format(value, form)
+    return Cell(text, value if isinstance(value, int | float) else None, good=good)
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,21 @@ class Table:
     """Of a page's three columns, where it has as many."""
     matrix: bool = False
     """A grid of small coloured cells instead of lines to be sorted."""
-    kind: str = field(default="table", init=False)
+    kind = "table"
+
+    @classmethod
+    def of(
+        cls, name: str, caption: str, records: Sequence[Mapping[str, Any]], columns: Sequence[Column], **more: Any
+    ) -> Table:
+        """A line for each record. Columns without a form are words and come first; those without a value are left out.
+
+        Args:
+            more: fields of the table.
+        """
+        filled = [column for column in columns if any(record.get(column[1]) is not None for record in records)]
+        rows = [[cell(record.get(key), form) for _, key, form in filled] for record in records]
+        words = sum(form == "" for _, _, form in filled)
+        return cls(name, caption, [header for header, _, _ in filled], rows, words, **more)
 
 
 @dataclass(frozen=True)
@@ -52,31 +77,7 @@ class Plot:
     chart: Chart
     filed: bool = False
     """Also a file beside the Markdown."""
-    kind: str = field(default="plot", init=False)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Small charts of the same models, with one key for all."""
-
-    name: str
-    caption: str
-    charts: Sequence[tuple[str, Chart]]
-    """(title, chart)."""
-    key: Sequence[tuple[str, str]]
-    """(model, colour)."""
-    kind: str = field(default="panel", init=False)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one model says of a picture."""
-
-    model: str
-    label: str
-    probability: float
-    """In percent."""
-    right: bool
+    kind = "plot"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Picture:
     """A data: address."""
     label: str
     """The right class."""
-    answers: Sequence[Answer]
+    answers: Sequence[tuple[str, str, float, bool]]
+    """Of each model: its name, its answer, the probability in percent, and whether it is right."""
     group: str
     number: int
     """Its place in the test set."""
@@ -97,9 +99,8 @@ class Wall:
 
     name: str
     groups: Sequence[str]
-    classes: Sequence[str]
     pictures: Sequence[Picture]
-    kind: str = field(default="wall", init=False)
+    kind = "wall"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Attention:
     """Patches (height, width)."""
     pictures: Sequence[tuple[str, str, Sequence[tuple[str, Sequence[View]]]]]
     """(data: address, caption, [(token, its views by block)])."""
-    kind: str = field(default="attention", init=False)
+    kind = "attention"
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,10 @@ class Listing:
 
     title: str
     text: str
-    kind: str = field(default="listing", init=False)
+    kind = "listing"
 
 
-Part = Table | Plot | Panel | Wall | Attention | Listing
+Part = Table | Plot | Wall | Attention | Listing
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,3 @@ class Section:
     parts: Sequence[Part]
     data: Any
     """The same numbers for report.json."""
-
-
-def number(value: float | None, form: str, **more: Any) -> Cell:
-    """A cell of one number, empty where it is not known."""
-    return Cell("") if value is None else Cell(format(value, form), value, **more)

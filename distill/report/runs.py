@@ -57,6 +57,11 @@ class RunFiles:
     """config.json of the exported student."""
 
     @property
+    def models(self) -> list[tuple[str, RunFiles]]:
+        """What was trained: the student and, if there is one, the control."""
+        return [("student", self)] + ([] if self.control is None else [("control", self.control)])
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """One for each class of the logits; their numbers where the run did not record names."""
         classes = next(iter(self.predictions.logits.values())).shape[1]

@@ -1,9 +1,9 @@
-"""How sure the figures are: intervals of counts, and paired verdicts in words."""
+"""How sure the figures are: intervals of counts, and paired tests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,33 +13,19 @@ SIGNIFICANT = 0.05
 Right = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Verdict:
+class PairedTest(NamedTuple):
     """One model against another on the same images."""
 
-    a: str
-    b: str
+    first: str
+    second: str
     points: float
-    """Accuracy of a minus that of b, in percentage points."""
-    only_a: int
-    """Images that a alone has right."""
-    only_b: int
+    """Accuracy of the first minus that of the second, in percentage points."""
+    only_first_right: int
+    """Images that the first alone has right."""
+    only_second_right: int
     p: float
     """Of McNemar's exact test: the chance of such a difference, or a larger one, between equals."""
-
-    @property
-    def words(self) -> str:
-        return in_words(self.points, self.p)
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Differences of two models over the same seeds."""
-
-    points: float
-    """Their mean."""
-    p: float | None
-    """Of the paired t-test, two-sided; None where the differences are all the same."""
+    words: str
 
 
 def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -48,28 +34,33 @@ def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float,
     return 100 * float(interval.low), 100 * float(interval.high)
 
 
-def mcnemar(a: str, b: str, a_right: Right, b_right: Right) -> Verdict:
+def mcnemar(first: str, second: str, first_right: Right, second_right: Right) -> PairedTest:
     """McNemar's exact test (two-sided, binomial) of two models' right answers, bool [N] on the same images."""
-    only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
-    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return Verdict(a, b, 100 * (only_a - only_b) / len(a_right), only_a, only_b, p)
+    only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
+    points = 100 * (only_first - only_second) / len(first_right)
+    p = float(stats.binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+    return PairedTest(first, second, points, only_first, only_second, p, in_words(points, p))
 
 
-def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
-    """Accuracies (percent) of two models, one pair a seed, at least two."""
-    differences = np.subtract(a, b)
-    # Equal differences have no spread to measure the mean by; rounding must not make one up.
-    same = np.ptp(differences) < 1e-9
-    p = None if same else float(stats.ttest_rel(a, b).pvalue)
-    return Paired(float(differences.mean()), p)
+def paired(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """p of the paired t-test, two-sided, of two models' accuracies (percent), one pair a seed, at least two; None where
+    the differences are all the same.
+    """
+    # Equal differences have no spread to measure their mean by; rounding must not make one up.
+    same = np.ptp(np.subtract(a, b)) < 1e-9
+    return None if same else float(stats.ttest_rel(a, b).pvalue)
 
 
 def in_words(points: float, p: float) -> str:
-    """'better by 1.80 points, p < 0.001' or 'no difference shown (0.20 points, p = 0.41)'."""
+    """'better by 1.80 points, p < 0.001' or 'no difference shown (+0.20 points, p = 0.41)'."""
     if p >= SIGNIFICANT:
         return f"no difference shown ({points:+.2f} points, {p_text(p)})"
     return f"{'better' if points > 0 else 'worse'} by {abs(points):.2f} points, {p_text(p)}"
 
 
 def p_text(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3g}"
+    return f"p {'' if p < 0.001 else '= '}{p_value(p)}"
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3g}"

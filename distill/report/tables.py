@@ -9,36 +9,25 @@ from rich.table import Table as ConsoleTable
 
 from distill.files.text import markdown
 from distill.report.answer import answer, main_table
-from distill.report.comparison import Comparison, Row
+from distill.report.comparison import Comparison
 from distill.report.page import Plot, Section, Table
-
-
-def header(comparison: Comparison) -> list[str]:
-    names = ["model", "top-1 %", f"top-{comparison.k} %", "NLL", "agreement %", "parameters"]
-    return ["run", *names] if comparison.several else names
-
-
-def caption(comparison: Comparison) -> str:
-    return (
-        f"{comparison.samples:,} test images. NLL: negative log-likelihood of the labels, in nats. "
-        "Agreement: share of images on which the teacher decides the same."
-    )
 
 
 def render_console(comparison: Comparison) -> ConsoleTable:
     """The figures that fit into 80 columns for one run, and before them, what a reader must know."""
+    table = main_table(comparison, narrow=True)
     warnings = [f"[bold red]Warning. {escape(text)}[/]" for text in comparison.warnings]
-    lines = [*warnings, escape(answer(comparison)), escape(caption(comparison))]
-    table = ConsoleTable(caption="\n".join(lines), caption_justify="left")
-    for index, name in enumerate(header(comparison)):
-        table.add_column(name, justify="left" if index < 1 + comparison.several else "right")
+    lines = [*warnings, escape(answer(comparison)), escape(table.caption)]
+    shown = ConsoleTable(caption="\n".join(lines), caption_justify="left")
+    for index, name in enumerate(table.header):
+        shown.add_column(name, justify="left" if index < table.text_columns else "right")
     previous = None
-    for row in comparison.rows:
-        if previous is not None and (row.run, row.model) != previous:
-            table.add_section()
+    for row, cells in zip(comparison.rows, table.rows, strict=True):
+        if previous not in (None, (row.run, row.model)):
+            shown.add_section()
         previous = row.run, row.model
-        table.add_row(*map(escape, [*([row.run] if comparison.several else []), *_cells(row)]))
-    return table
+        shown.add_row(*(escape(cell.text) for cell in cells))
+    return shown
 
 
 def render_markdown(comparison: Comparison, shown: Sequence[Section], images: Mapping[str, str]) -> str:
@@ -62,15 +51,3 @@ def _markdown_table(table: Table) -> str:
     lines = [[markdown(name) for name in table.header], rules]
     lines += [[markdown(cell.text) for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cells(row: Row) -> list[str]:
-    metrics = row.metrics
-    return [
-        row.label,
-        f"{metrics.top1:.2f}",
-        f"{metrics.topk:.2f}",
-        f"{metrics.nll:.4f}",
-        "" if metrics.agreement is None else f"{metrics.agreement:.2f}",
-        "" if row.parameters is None else f"{row.parameters:,}",
-    ]

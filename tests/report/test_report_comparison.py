@@ -61,7 +61,7 @@ def test_files_beside_predictions_and_status_are_optional(make_run: MakeRun) -> 
     (path / "status.json").write_text('{"state": "finished"}')
     comparison = compare([path])
     assert len(comparison.rows) == 4
-    assert comparison.curves.loss == comparison.curves.top1 == ()
+    assert comparison.curves["loss"] == comparison.curves["top1"] == []
     assert all(row.parameters is None for row in comparison.rows)
 
 
@@ -128,12 +128,12 @@ def test_runs_of_the_same_name_go_by_their_paths(make_run: MakeRun) -> None:
 
 def test_curves_have_a_point_an_epoch(make_run: MakeRun) -> None:
     curves = compare([make_run(ema=True, control=True)]).curves
-    assert [(curve.model, curve.epochs) for curve in curves.loss] == [
+    assert [(curve.model, curve.epochs) for curve in curves["loss"]] == [
         ("student", (1, 2, 3, 4)),
         ("control", (1, 2, 3, 4)),
     ]
-    assert np.allclose(curves.loss[0].values, [2 / epoch + 0.5 for epoch in (1, 2, 3, 4)], rtol=1e-12)
-    found = {(curve.model, curve.variant): curve.values for curve in curves.top1}
+    assert np.allclose(curves["loss"][0].values, [2 / epoch + 0.5 for epoch in (1, 2, 3, 4)], rtol=1e-12)
+    found = {(curve.model, curve.variant): curve.values for curve in curves["top1"]}
     assert found == {
         ("student", "validation"): (51, 52, 53, 54),
         ("student", "validation, EMA"): (52, 53, 54, 55),
@@ -145,7 +145,7 @@ def test_selection_on_the_test_set_is_said(make_run: MakeRun) -> None:
     assert compare([make_run("good")]).warnings == ()
     comparison = compare([make_run("bad", select_on="test", control=True)])
     assert len(comparison.warnings) == 1
-    assert {curve.variant for curve in comparison.curves.top1} == {"test"}
+    assert {curve.variant for curve in comparison.curves["top1"]} == {"test"}
     text = console_text(comparison)
     assert "select_on: test" in text
     assert "optimistic" in text
@@ -157,7 +157,7 @@ def test_numbers_that_are_none_are_not_drawn(make_run: MakeRun) -> None:
         file.write(
             '{"event": "train", "step": 9, "epoch": 3, "loss": NaN}\n{"event": "train", "step": 9, "epoch": 4}\n'
         )
-    assert compare([path]).curves.loss[0].epochs == (1, 2)
+    assert compare([path]).curves["loss"][0].epochs == (1, 2)
 
 
 def console_text(comparison: Comparison) -> str:

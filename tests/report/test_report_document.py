@@ -18,7 +18,7 @@ from distill.errors import InputError
 from distill.report.comparison import compare
 from distill.report.document import write_report
 from distill.report.sections import calibration
-from distill.report.sections.learning import loss_chart, top1_chart
+from distill.report.sections.learning import draw
 
 MakeRun = Callable[..., Path]
 
@@ -183,8 +183,8 @@ def test_an_impossible_label_is_null_in_json(make_run: MakeRun, tmp_path: Path) 
 
 def test_every_curve_is_drawn_at_its_points(make_run: MakeRun) -> None:
     comparison = compare([make_run(control=True, ema=True), make_run("second", seed=3, epochs=1)])
-    (loss,), (top1,) = loss_chart(comparison).axes, top1_chart(comparison).axes
-    assert [tuple(line.get_ydata()) for line in loss.get_lines()] == [curve.values for curve in comparison.curves.loss]
+    loss, top1 = (draw(comparison, kind).axes for kind in ("loss", "top1"))
+    assert [tuple(line.get_ydata()) for line in loss.get_lines()] == [curve.values for curve in comparison.curves["loss"]]
     drawn = {line.get_label(): line for line in top1.get_lines()}
     assert tuple(drawn["student of run (validation)"].get_ydata()) == (51, 52, 53, 54)
     assert tuple(drawn["student of run (validation, EMA)"].get_ydata()) == (52, 53, 54, 55)
@@ -203,15 +203,15 @@ def test_every_curve_is_drawn_at_its_points(make_run: MakeRun) -> None:
 @pytest.mark.parametrize("epochs", [4, 60])
 def test_every_point_says_what_it_is(make_run: MakeRun, epochs: int) -> None:
     """Also where there are so many that their marks are not drawn."""
-    root = ElementTree.fromstring(str(loss_chart(compare([make_run(epochs=epochs)])).to_svg("loss")))
+    root = ElementTree.fromstring(str(draw(compare([make_run(epochs=epochs)]), "loss").to_svg("loss")))
     tips = [element.get("data-tip") for element in root.iter() if element.get("data-tip")]
     assert tips == [f"student, epoch {epoch}: {2 / epoch + 0.5:.4g}" for epoch in range(1, epochs + 1)]
 
 
 def test_the_drawing_is_deterministic_scales_and_takes_the_ink_of_the_page(make_run: MakeRun) -> None:
     comparison = compare([make_run("$a$_b")])
-    svg = loss_chart(comparison).to_svg("loss")
-    assert svg == loss_chart(comparison).to_svg("loss")
+    svg = draw(comparison, "loss").to_svg("loss")
+    assert svg == draw(comparison, "loss").to_svg("loss")
     root = ElementTree.fromstring(str(svg))
     assert "viewBox" in root.attrib
     assert "width" not in root.attrib

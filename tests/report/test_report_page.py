@@ -97,7 +97,7 @@ def test_the_page_is_quiet_asks_for_nothing_and_fits(
 def test_every_plot_has_marks_that_answer_the_pointer(browser: Any, reported: tuple[Path, dict[str, Any]]) -> None:
     shown = Shown(browser, reported[0])
     plots = shown.page.query_selector_all("figure.plot")
-    assert len(plots) >= 15
+    assert len(plots) >= 14
     for plot in plots:
         tips = plot.eval_on_selector_all("[data-tip]", "marks => marks.map(mark => mark.dataset.tip)")
         assert tips, plot.inner_text()

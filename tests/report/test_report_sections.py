@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from distill.report.calibration import BINS, calibration, fit_temperature, reliability
-from distill.report.classes import accuracy_by_class, confusion, most_confused
-from distill.report.fidelity import fidelity, inheritance
+from distill.report.sections.calibration import BINS, calibration, fit_temperature, reliability
+from distill.report.sections.classes import accuracy_by_class, confusion, most_confused
+from distill.report.sections.fidelity import fidelity, inheritance
 
 N, K = 300, 7
 
@@ -32,8 +32,7 @@ def test_fidelity_counts_every_image_once() -> None:
     found = fidelity(student, teacher, labels)
     says, right = student.argmax(1), teacher.argmax(1)
     pairs = list(zip(says, right, labels, strict=True))
-    assert found.same_where_right == sum(s == t == y for s, t, y in pairs)
-    assert found.same_where_wrong == sum(s == t != y for s, t, y in pairs)
+    assert found.same_mistakes == sum(s == t != y for s, t, y in pairs)
     assert found.corrected == sum(s == y != t for s, t, y in pairs)
     assert found.other_mistakes == sum(s != t and t != y and s != y for s, t, y in pairs)
     assert found.spoiled == sum(t == y != s for s, t, y in pairs)
@@ -63,8 +62,8 @@ def test_the_two_by_two_holds_the_mistakes_of_the_teacher() -> None:
         wrong = int((teacher.argmax(1) != labels).sum())
         assert table.both + table.student_only + table.control_only + table.neither == wrong
     made, corrected = inheritance(student, control, teacher, labels)
-    assert made.both + made.student_only == fidelity(student, teacher, labels).same_where_wrong
-    assert made.both + made.control_only == fidelity(control, teacher, labels).same_where_wrong
+    assert made.both + made.student_only == fidelity(student, teacher, labels).same_mistakes
+    assert made.both + made.control_only == fidelity(control, teacher, labels).same_mistakes
     assert corrected.both + corrected.control_only == fidelity(control, teacher, labels).corrected
     assert inheritance(student, control, 99.0 * np.eye(K)[labels], labels) == []
 

@@ -10,14 +10,14 @@ from distill.report.sections import (
     fidelity,
     learning,
     made,
+    pairs,
     pictures,
     robustness,
     seeds,
     tokens,
-    verdicts,
 )
 
-ORDER = (verdicts, seeds, learning, fidelity, calibration, classes, robustness, pictures, tokens, cost, made)
+ORDER = (pairs, seeds, learning, fidelity, calibration, classes, robustness, pictures, tokens, cost, made)
 
 
 def sections(comparison: Comparison) -> list[Section]:

@@ -2,183 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
 
 from distill.report.charts import Chart, short
-from distill.report.classes import Confusion, accuracy_by_class, confusion, most_confused
 from distill.report.comparison import Comparison, Row
-from distill.report.page import Cell, Part, Plot, Section, Table, number
-from distill.report.sections.learning import colour
+from distill.report.metrics import Floats, Ints
+from distill.report.page import Cell, Column, Part, Plot, Section, Table, cell
 
 DRAWN = 30
-"""Classes in a chart, at most: those that changed most."""
+"""Classes in a chart, at most: those that vary most between the models."""
 WHOLE_MATRIX = 20
 """Classes of a matrix that is shown whole."""
 PAIRS = 10
 
+Confusion = NDArray[np.int64]
+
+
+class Model(NamedTuple):
+    name: str
+    row: Row
+    matrix: Confusion
+    accuracy: list[float | None]
+    """By class, in percent; None for a class without test images."""
+
+
+class Pair(NamedTuple):
+    """Images of one class that are taken for another."""
+
+    label: int
+    taken_for: int
+    images: int
+
+
+def confusion(logits: Floats, labels: Ints) -> Confusion:
+    """int64 [classes, classes]: row the label, column the answer."""
+    matrix: Confusion = confusion_matrix(labels, logits.argmax(1), labels=np.arange(logits.shape[1]))
+    return matrix
+
+
+def accuracy_by_class(matrix: Confusion) -> list[float | None]:
+    return [100 * int(row[index]) / total if (total := int(row.sum())) else None for index, row in enumerate(matrix)]
+
+
+def most_confused(matrix: Confusion, number: int) -> list[Pair]:
+    """The largest counts beside the diagonal, by falling count, then by class; none of 0."""
+    mistakes = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:number]
+    pairs = [Pair(int(place) // len(matrix), int(place) % len(matrix), int(mistakes.flat[place])) for place in order]
+    return [pair for pair in pairs if pair.images]
+
 
 def build(comparison: Comparison) -> Section | None:
-    models = comparison.wholes
     names = comparison.rows[0].source.class_names
-    matrices = [confusion(row.logits, comparison.labels) for row in models]
-    accuracies = [accuracy_by_class(matrix) for matrix in matrices]
-    student = next(index for index, row in enumerate(models) if row.model == "student")
+    models = []
+    for row in comparison.wholes:
+        matrix = confusion(row.logits, comparison.labels)
+        models.append(Model(comparison.model_name(row), row, matrix, accuracy_by_class(matrix)))
+    student = next(model for model in models if model.row.model == "student")
+    whole = len(names) <= WHOLE_MATRIX
+    of = "each class" if len(names) <= DRAWN else f"the {DRAWN} classes that vary most"
     parts: list[Part] = [
-        Plot(
-            "classes",
-            "Accuracy by class",
-            f"Of {'the ' + str(DRAWN) + ' classes that vary most' if len(names) > DRAWN else 'each class'}.",
-            _chart(comparison, models, accuracies, names),
-        ),
-        _table(comparison, models, accuracies, matrices[0], names, student),
+        Plot("classes", "Accuracy by class", f"Of {of}.", _chart(comparison, models, names)),
+        _table(models, student, names, folded=not whole),
     ]
-    if len(names) <= WHOLE_MATRIX:
-        parts += [
-            _matrix(comparison, row, matrix, names, folded=index != student)
-            for index, (row, matrix) in enumerate(zip(models, matrices, strict=True))
-        ]
-    parts.append(_pairs(comparison, models, matrices, names, student))
-    return Section(
-        "classes",
-        "Classes",
-        _says(comparison, models, accuracies, matrices, names, student),
-        parts,
-        _data(comparison, models, accuracies, matrices, names),
-    )
-
-
-def _says(
-    comparison: Comparison,
-    models: Sequence[Row],
-    accuracies: Sequence[Sequence[float | None]],
-    matrices: Sequence[Confusion],
-    names: Sequence[str],
-    student: int,
-) -> str:
-    own = accuracies[student]
-    known = [(value, index) for index, value in enumerate(own) if value is not None]
+    if whole:
+        parts += [_matrix(model, index, names, folded=model is not student) for index, model in enumerate(models)]
+    known = [(value, names[index]) for index, value in enumerate(student.accuracy) if value is not None]
     (worst, where), (best, at) = min(known), max(known)
-    says = f"The student's accuracy runs from {worst:.2f} % ({names[where]}) to {best:.2f} % ({names[at]})"
-    if pairs := most_confused(matrices[student], 1):
-        pair = pairs[0]
-        times = "once" if pair.images == 1 else f"{pair.images:,} times"
-        says += f"; most often it takes {names[pair.label]} for {names[pair.taken_for]} ({times})"
-    return says + "."
+    says = f"The student's accuracy runs from {worst:.2f} % ({where}) to {best:.2f} % ({at})"
+    if pairs := most_confused(student.matrix, PAIRS):
+        label, taken_for, images = pairs[0]
+        times = "once" if images == 1 else f"{images:,} times"
+        says += f"; most often it takes {names[label]} for {names[taken_for]} ({times})"
+        records = [
+            {"class": names[label], "taken for": names[taken_for]}
+            | {model.name: int(model.matrix[label, taken_for]) for model in models}
+            for label, taken_for, _ in pairs
+        ]
+        columns: list[Column] = [("class", "class", ""), ("taken for", "taken for", "")]
+        columns += [(model.name, model.name, ",d") for model in models]
+        caption = "The pairs that the student confuses most: how often each model does."
+        parts.append(Table.of("confused", caption, records, columns))
+    data = [
+        {
+            "model": model.name,
+            "accuracy": dict(zip(names, model.accuracy, strict=True)),
+            "most_confused": [
+                {"class": names[label], "taken_for": names[taken_for], "count": images}
+                for label, taken_for, images in most_confused(model.matrix, PAIRS)
+            ],
+            **({"confusion": model.matrix.tolist()} if whole else {}),
+        }
+        for model in models
+    ]
+    return Section("classes", "Classes", f"{says}.", parts, data)
 
 
-def _others(models: Sequence[Row], student: int) -> list[int]:
-    """What the student's change is measured against: its teacher and its control, in this order."""
-    run = models[student].run
-    control = [index for index, row in enumerate(models) if row.model == "control" and row.run == run]
-    return [index for index, row in enumerate(models) if row.model == "teacher"][:1] + control
-
-
-def _table(
-    comparison: Comparison,
-    models: Sequence[Row],
-    accuracies: Sequence[Sequence[float | None]],
-    matrix: Confusion,
-    names: Sequence[str],
-    student: int,
-) -> Table:
-    others = _others(models, student)
-    header = ["class", "images", *(f"{comparison.model_name(row)} %" for row in models)]
-    header += [f"against {models[other].model}" for other in others]
+def _table(models: list[Model], student: Model, names: tuple[str, ...], *, folded: bool) -> Table:
+    """The student against its teacher and its control, in this order, where they are there."""
+    teachers = [model for model in models if model.row.model == "teacher"]
+    own = [model for model in models if model.row.run == student.row.run and model.row.model == "control"]
+    others = teachers[:1] + own
     rows = []
     for index, name in enumerate(names):
-        cells = [Cell(name, index if name.isdigit() else name), number(int(matrix[index].sum()), ",d")]
-        cells += [number(values[index], ".2f") for values in accuracies]
+        cells = [Cell(name), cell(int(student.matrix[index].sum()), ",d")]
+        cells += [cell(model.accuracy[index], ".2f") for model in models]
         for other in others:
-            one, base = accuracies[student][index], accuracies[other][index]
-            if one is None or base is None:
-                cells.append(Cell(""))
-            else:
-                cells.append(Cell(f"{one - base:+.2f}", one - base, good=None if one == base else one > base))
+            ours, theirs = student.accuracy[index], other.accuracy[index]
+            points = None if ours is None or theirs is None else ours - theirs
+            cells.append(cell(points, "+.2f", good=points > 0 if points else None))
         rows.append(cells)
+    header = ["class", "images", *(f"{model.name} %" for model in models)]
+    header += [f"against {other.row.model}" for other in others]
     caption = "Accuracy by class; the student against the others, in points."
-    return Table("per-class", caption, header, rows, folded=len(names) > WHOLE_MATRIX, span=2)
+    return Table("per-class", caption, header, rows, folded=folded, span=2)
 
 
-def _chart(
-    comparison: Comparison, models: Sequence[Row], accuracies: Sequence[Sequence[float | None]], names: Sequence[str]
-) -> Chart:
-    values = np.array([[np.nan if value is None else value for value in row] for row in accuracies])
-    order = [index for index in range(len(names)) if not np.isnan(values[0, index])]
-    if len(order) > DRAWN:
-        order = sorted(sorted(order, key=lambda index: -float(np.ptp(values[:, index])))[:DRAWN])
-    chart = Chart(size=(4.7, 1.0 + 0.22 * max(4, len(order))))
-    axes = chart.axes[0]
-    places = list(range(len(order)))
-    axes.hlines(places, values[:, order].min(0), values[:, order].max(0), color="#808080", alpha=0.4, linewidth=1)
-    for row, accuracy in zip(models, values, strict=True):
-        name = comparison.model_name(row)
+def _chart(comparison: Comparison, models: list[Model], names: tuple[str, ...]) -> Chart:
+    values = np.array([model.accuracy for model in models], dtype=np.float64)
+    order = np.flatnonzero(~np.isnan(values[0]))
+    order = np.sort(order[np.argsort(-np.ptp(values[:, order], axis=0), kind="stable")[:DRAWN]])
+    values, shown = values[:, order], [names[index] for index in order]
+    chart = Chart("right (%)", "", size=(4.7, 1.0 + 0.22 * max(4, len(order))))
+    heights = range(len(shown))
+    chart.axes.hlines(heights, values.min(0), values.max(0), color="#808080", alpha=0.4, linewidth=1)
+    for (name, row, *_), accuracy in zip(models, values.tolist(), strict=True):
         chart.line(
-            [accuracy[index] for index in order],
-            places,
-            [f"{name}, {names[index]}: {accuracy[index]:.2f} %" for index in order],
-            color=colour(comparison, row.run, row.model),
+            accuracy,
+            heights,
+            [f"{name}, {of}: {value:.2f} %" for of, value in zip(shown, accuracy, strict=True)],
+            color=comparison.colour(row.run, row.model),
             linestyle="",
             marker="D" if row.model == "teacher" else "o",
             markersize=5.5,
             label=name,
         )
-    axes.set_yticks(places, [short(names[index], 22) for index in order])
-    axes.invert_yaxis()
-    chart.label("right (%)", "")
-    chart.legend_below()
+    chart.axes.set_yticks(heights, [short(name, 22) for name in shown])
+    chart.axes.invert_yaxis()
+    chart.legend()
     return chart
 
 
-def _matrix(comparison: Comparison, row: Row, matrix: Confusion, names: Sequence[str], *, folded: bool) -> Table:
-    sizes = np.maximum(1, matrix.sum(1))
+def _matrix(model: Model, index: int, names: tuple[str, ...], *, folded: bool) -> Table:
+    shares = model.matrix / np.maximum(1, model.matrix.sum(1, keepdims=True))
     rows = [
         [
-            Cell(name),
+            Cell(names[label]),
             *(
-                Cell(f"{count:,}" if count else "", int(count), heat=float(count / size), good=place == index)
-                for place, count in enumerate(line)
+                Cell(f"{count:,}" if count else "", heat=float(shares[label, answer]), good=label == answer)
+                for answer, count in enumerate(line)
             ),
         ]
-        for index, (name, line, size) in enumerate(zip(names, matrix, sizes, strict=True))
+        for label, line in enumerate(model.matrix)
     ]
-    caption = f"Confusion matrix of the {comparison.model_name(row)}: rows are the right classes, columns the answers."
-    name = f"confusion-{comparison.wholes.index(row)}"
-    return Table(name, caption, ["", *names], rows, folded=folded, matrix=True)
-
-
-def _pairs(
-    comparison: Comparison, models: Sequence[Row], matrices: Sequence[Confusion], names: Sequence[str], student: int
-) -> Table:
-    header = ["class", "taken for", *(comparison.model_name(row) for row in models)]
-    rows = [
-        [
-            Cell(names[pair.label]),
-            Cell(names[pair.taken_for]),
-            *(number(int(matrix[pair.label, pair.taken_for]), ",d") for matrix in matrices),
-        ]
-        for pair in most_confused(matrices[student], PAIRS)
-    ]
-    return Table("confused", "The pairs that the student confuses most: how often each model does.", header, rows, 2)
-
-
-def _data(
-    comparison: Comparison,
-    models: Sequence[Row],
-    accuracies: Sequence[Sequence[float | None]],
-    matrices: Sequence[Confusion],
-    names: Sequence[str],
-) -> list[dict[str, object]]:
-    return [
-        {
-            "model": comparison.model_name(row),
-            "accuracy": dict(zip(names, values, strict=True)),
-            "most_confused": [
-                {"class": names[pair.label], "taken_for": names[pair.taken_for], "count": pair.images}
-                for pair in most_confused(matrix, PAIRS)
-            ],
-            **({"confusion": matrix.tolist()} if len(names) <= WHOLE_MATRIX else {}),
-        }
-        for row, values, matrix in zip(models, accuracies, matrices, strict=True)
-    ]
+    caption = f"Confusion matrix of the {model.name}: rows are the right classes, columns the answers."
+    return Table(f"confusion-{index}", caption, ["", *names], rows, folded=folded, matrix=True)

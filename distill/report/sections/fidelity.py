@@ -1,168 +1,155 @@
-"""Fidelity: how far student and control follow the teacher."""
+"""Fidelity: how far student and control follow the teacher, where that is right and where it is wrong."""
 
 from __future__ import annotations
 
-from distill.report.charts import Chart, short
-from distill.report.comparison import Comparison, Row
-from distill.report.fidelity import Fidelity, TwoByTwo, fidelity, inheritance
-from distill.report.page import Cell, Part, Plot, Section, Table, number
+from typing import NamedTuple
 
-PARTS = (
-    ("corrected", "right", "#009e73"),
-    ("other_mistakes", "another mistake", "#e69f00"),
-    ("same_where_wrong", "the teacher's mistake", "#808080"),
-)
+import numpy as np
+from scipy.special import rel_entr, softmax
+from sklearn.metrics import confusion_matrix
+
+from distill.report.comparison import Comparison, Row
+from distill.report.metrics import Floats, Ints
+from distill.report.page import Column, Section, Table
+from distill.report.statistics import SIGNIFICANT, mcnemar, p_text
+
+COLUMNS: list[Column] = [
+    ("model", "model", ""),
+    ("agreement %", "agreement", ".2f"),
+    ("where it is right %", "agreement_where_right", ".2f"),
+    ("where it is wrong %", "agreement_where_wrong", ".2f"),
+    ("KL", "kl", ".4f"),
+    ("same mistake", "same_mistakes", ",d"),
+    ("other mistake", "other_mistakes", ",d"),
+    ("corrected", "corrected", ",d"),
+    ("spoiled", "spoiled", ",d"),
+]
+AGAINST_CONTROL: list[Column] = [
+    ("run", "run", ""),
+    ("on the teacher's mistakes", "what", ""),
+    ("student against control", "words", ""),
+    ("both", "both", ",d"),
+    ("student only", "student_only", ",d"),
+    ("control only", "control_only", ",d"),
+    ("neither", "neither", ",d"),
+]
+
+
+class Fidelity(NamedTuple):
+    """One model beside its teacher; agreement in percent of the images, None where there are none."""
+
+    agreement: float
+    agreement_where_right: float | None
+    agreement_where_wrong: float | None
+    kl: float
+    """Mean of KL(teacher || model) of their probabilities, in nats."""
+    teacher_wrong: int
+    same_mistakes: int
+    """The teacher's mistakes that the model makes as well: inherited."""
+    other_mistakes: int
+    """Where the teacher is wrong: mistakes, but others."""
+    corrected: int
+    """The teacher's mistakes where the model is right."""
+    spoiled: int
+    """The teacher's right answers where the model is wrong."""
+
+
+class TwoByTwo(NamedTuple):
+    """Of the teacher's mistakes: what student and control do there."""
+
+    what: str
+    both: int
+    student_only: int
+    control_only: int
+    neither: int
+    p: float
+    """Of McNemar's exact test of student against control."""
+    words: str
+
+
+def fidelity(logits: Floats, teacher: Floats, labels: Ints) -> Fidelity:
+    """Of a model's logits [N, classes] to the teacher's."""
+    says, teacher_says = logits.argmax(1), teacher.argmax(1)
+    same, right, wrong = says == teacher_says, says == labels, teacher_says != labels
+    own, target = (softmax(values.astype(np.float64), axis=1) for values in (logits, teacher))
+    return Fidelity(
+        agreement=100 * float(same.mean()),
+        agreement_where_right=None if wrong.all() else 100 * float(same[~wrong].mean()),
+        agreement_where_wrong=100 * float(same[wrong].mean()) if wrong.any() else None,
+        kl=float(rel_entr(target, own).sum(1).mean()),
+        teacher_wrong=int(wrong.sum()),
+        same_mistakes=int((wrong & same).sum()),
+        other_mistakes=int((wrong & ~same & ~right).sum()),
+        corrected=int((wrong & right).sum()),
+        spoiled=int((~wrong & ~right).sum()),
+    )
+
+
+def inheritance(student: Floats, control: Floats, teacher: Floats, labels: Ints) -> list[TwoByTwo]:
+    """Student against control on the teacher's mistakes; empty where it makes none."""
+    wrong = teacher.argmax(1) != labels
+    if not wrong.any():
+        return []
+    student_says, control_says, teacher_says = (values[wrong].argmax(1) for values in (student, control, teacher))
+    found = []
+    for what, answers in (
+        ("makes the teacher's mistake", teacher_says),
+        ("is right where the teacher is wrong", labels[wrong]),
+    ):
+        a, b = student_says == answers, control_says == answers
+        both, student_only, control_only, neither = confusion_matrix(a, b, labels=[True, False]).ravel().tolist()
+        test = mcnemar("student", "control", a, b)
+        often = "more often" if test.points > 0 else "less often"
+        words = f"{often if test.p < SIGNIFICANT else 'no difference shown'}, {p_text(test.p)}"
+        found.append(TwoByTwo(what, both, student_only, control_only, neither, test.p, words))
+    return found
 
 
 def build(comparison: Comparison) -> Section | None:
-    found: list[tuple[Row, Fidelity]] = []
-    for row in comparison.rows:
-        teacher = comparison.teacher_of(row.run)
-        if row.model != "teacher" and teacher is not None:
-            found.append((row, fidelity(row.logits, teacher.logits, comparison.labels)))
+    found = [
+        (row, fidelity(row.logits, teacher.logits, comparison.labels))
+        for row in comparison.rows
+        if row.model != "teacher" and (teacher := comparison.teacher_of(row.run)) is not None
+    ]
     if not found:
         return None
-    tables = {
+    against = {
         name: inheritance(student.logits, control.logits, teacher.logits, comparison.labels)
         for name in comparison.runs
         if (teacher := comparison.teacher_of(name)) is not None
         and (student := comparison.row(name, "student")) is not None
         and (control := comparison.control_of(name)) is not None
     }
-    parts: list[Part] = [_table(comparison, found)]
-    wholes = [(row, values) for row, values in found if row.is_whole and values.teacher_wrong]
-    if wholes:
-        parts.append(
-            Plot(
-                "mistakes",
-                "The teacher's mistakes",
-                "What each model says of the images that the teacher has wrong.",
-                _chart(comparison, wholes),
-            )
+    models = [{"model": comparison.name(row), **values._asdict()} for row, values in found]
+    tables = [{"run": name, **table._asdict()} for name, pair in against.items() for table in pair]
+    parts = [
+        Table.of(
+            "fidelity",
+            "Agreement with the teacher, overall and where it is right and wrong; KL of the teacher's probabilities to "
+            "the model's, in nats. Spoiled: images that the teacher has right and the model wrong.",
+            models,
+            COLUMNS,
         )
-    for number_of_run, (name, pair) in enumerate(tables.items()):
-        run = name if comparison.several else ""
-        parts += [_two_by_two(f"inherits-{number_of_run}-{index}", run, table) for index, table in enumerate(pair)]
-    return Section("fidelity", "Fidelity", _says(comparison, found, tables), parts, _data(comparison, found, tables))
-
-
-def _says(comparison: Comparison, found: list[tuple[Row, Fidelity]], tables: dict[str, list[TwoByTwo]]) -> str:
+    ]
+    if tables:
+        caption = "On how many of the teacher's mistakes student and control do so."
+        columns = AGAINST_CONTROL if comparison.several else AGAINST_CONTROL[1:]
+        parts.append(Table.of("against-control", caption, tables, columns))
     row, values = next((pair for pair in found if pair[0].is_whole), found[0])
+    says = _says(comparison, row, values, against.get(row.run, []))
+    return Section("fidelity", "Fidelity", says, parts, {"models": models, "against_control": tables})
+
+
+def _says(comparison: Comparison, row: Row, values: Fidelity, against: list[TwoByTwo]) -> str:
     whose = f"{row.model} of {row.run}" if comparison.several else row.model
     says = f"The {whose} agrees with the teacher on {values.agreement:.2f} % of the images"
     if values.teacher_wrong:
         says += (
-            f"; of the teacher's {values.teacher_wrong:,} mistakes {values.same_where_wrong:,} are made again and "
+            f"; of the teacher's {values.teacher_wrong:,} mistakes {values.same_mistakes:,} are made again and "
             f"{values.corrected:,} corrected"
         )
-    pair = tables.get(row.run, [])
-    if pair:
-        made = pair[0].both + pair[0].control_only
-        says += f" (the control makes {made:,} of them: {_more_or_less(pair[0])})"
-    return says + "."
-
-
-def _more_or_less(table: TwoByTwo) -> str:
-    if table.verdict.words.startswith("no difference"):
-        return f"no difference shown, p = {table.verdict.p:.3g}"
-    more = "more" if table.verdict.points > 0 else "fewer"
-    return f"the student makes {more} of them, {table.verdict.words.rsplit(', ', 1)[1]}"
-
-
-def _table(comparison: Comparison, found: list[tuple[Row, Fidelity]]) -> Table:
-    header = [
-        "model", "agreement %", "where it is right %", "where it is wrong %", "KL", "same mistake", "other mistake",
-        "corrected", "spoiled",
-    ]  # fmt: skip
-    rows = [
-        [
-            Cell(comparison.name(row)),
-            number(values.agreement, ".2f"),
-            number(values.agreement_where_right, ".2f"),
-            number(values.agreement_where_wrong, ".2f"),
-            number(values.kl, ".4f"),
-            number(values.same_where_wrong, ",d"),
-            number(values.other_mistakes, ",d"),
-            number(values.corrected, ",d"),
-            number(values.spoiled, ",d"),
-        ]
-        for row, values in found
-    ]
-    caption = (
-        "Agreement with the teacher, overall and where it is right and wrong; KL of the teacher's probabilities to the "
-        "model's, in nats. Spoiled: images that the teacher has right and the model wrong."
-    )
-    return Table("fidelity", caption, header, rows)
-
-
-def _chart(comparison: Comparison, found: list[tuple[Row, Fidelity]]) -> Chart:
-    chart = Chart(size=(4.7, 1.2 + 0.4 * len(found)))
-    places = list(range(len(found)))
-    left = [0.0] * len(found)
-    for name, label, colour in PARTS:
-        counts = [getattr(values, name) for _, values in found]
-        shares = [100 * count / values.teacher_wrong for count, (_, values) in zip(counts, found, strict=True)]
-        tips = [
-            f"{comparison.model_name(row)}: {label} on {count:,} of {values.teacher_wrong:,}"
-            for count, (row, values) in zip(counts, found, strict=True)
-        ]
-        chart.bars(places, shares, tips, left=left, color=colour, label=label)
-        left = [start + share for start, share in zip(left, shares, strict=True)]
-    axes = chart.axes[0]
-    axes.set_yticks(places, [short(comparison.model_name(row), 22) for row, _ in found])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.grid(visible=False, axis="y")
-    chart.label("% of the teacher's mistakes", "")
-    chart.legend_below()
-    return chart
-
-
-def _two_by_two(name: str, run: str, table: TwoByTwo) -> Table:
-    rows = [
-        [Cell("student: yes"), number(table.both, ",d"), number(table.student_only, ",d")],
-        [Cell("student: no"), number(table.control_only, ",d"), number(table.neither, ",d")],
-    ]
-    caption = (
-        f"{f'{run}: ' if run else ''}of the teacher's mistakes, on how many student and control do so. Student against "
-        f"control: {_more_or_less_of(table)}."
-    )
-    return Table(name, caption, [table.what, "control: yes", "control: no"], rows, span=1)
-
-
-def _more_or_less_of(table: TwoByTwo) -> str:
-    if table.verdict.words.startswith("no difference"):
-        return table.verdict.words
-    return f"{'more' if table.verdict.points > 0 else 'less'} often, {table.verdict.words.rsplit(', ', 1)[1]}"
-
-
-def _data(comparison: Comparison, found: list[tuple[Row, Fidelity]], tables: dict[str, list[TwoByTwo]]) -> object:
-    models = [
-        {
-            "model": comparison.name(row),
-            "agreement": values.agreement,
-            "agreement_where_right": values.agreement_where_right,
-            "agreement_where_wrong": values.agreement_where_wrong,
-            "kl": values.kl,
-            "teacher_wrong": values.teacher_wrong,
-            "same_mistakes": values.same_where_wrong,
-            "other_mistakes": values.other_mistakes,
-            "corrected": values.corrected,
-            "spoiled": values.spoiled,
-        }
-        for row, values in found
-    ]
-    against = [
-        {
-            "run": name,
-            "what": table.what,
-            "both": table.both,
-            "student_only": table.student_only,
-            "control_only": table.control_only,
-            "neither": table.neither,
-            "p": table.verdict.p,
-        }
-        for name, pair in tables.items()
-        for table in pair
-    ]
-    return {"models": models, "against_control": against}
+    if against:
+        again = against[0]
+        made = again.both + again.control_only
+        says += f" (the control makes {made:,} of them again; the student against it: {again.words})"
+    return f"{says}."

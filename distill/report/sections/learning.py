@@ -6,44 +6,42 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import MaxNLocator
 
-from distill.report.charts import COLOURS, TEACHER_COLOUR, Chart, css_colour, short
-from distill.report.comparison import HEAD_NAMES, Comparison, Row
+from distill.report.charts import TEACHER_COLOUR, Chart, short
+from distill.report.comparison import HEAD_NAMES, Comparison
 from distill.report.curves import Curve
 from distill.report.page import Plot, Section
 
 STYLES = ("-", "--", ":", "-.")
+PLOTS = {
+    "top1": (
+        "Accuracy",
+        "top-1 (%)",
+        "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on.",
+    ),
+    "heads": ("Heads", "top-1 (%)", "The same of each head alone."),
+    "loss": ("Training loss", "training loss", "Mean training loss of each epoch."),
+    "parts": ("Parts of the loss", "loss", "Its parts by themselves, without their weights."),
+    "rate": ("Learning rate", "learning rate", "Learning rate, mean of each epoch."),
+    "speed": ("Speed of training", "images/s", "Images per second in training, with everything that it waits for."),
+}
+"""By what the curves show: title, label of the axis, caption."""
 
 
 def build(comparison: Comparison) -> Section | None:
-    curves = comparison.curves
     plots = []
-    if curves.top1:
-        caption = "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on."
-        if comparison.teachers:
+    for kind, (title, _, caption) in PLOTS.items():
+        curves = comparison.curves[kind]
+        if not curves or (kind == "parts" and len({curve.variant for curve in curves}) == 1):
+            continue
+        if kind == "top1" and comparison.teachers:
             # What it was trained on may hold the validation split: the weights of public teachers have seen all images.
             caption += " Dashed: the teacher on the test images."
-        plots.append(Plot("top1", "Accuracy", caption, top1_chart(comparison), filed=True))
-    if curves.heads:
-        plots.append(
-            Plot("heads", "Heads", "The same of each head alone.", _chart(comparison, curves.heads, "top-1 (%)"))
-        )
-    if curves.loss:
-        caption = "Mean training loss of each epoch."
-        if len({curve.model for curve in curves.loss}) > 1:
+        if kind == "loss" and len({curve.model for curve in curves}) > 1:
             caption += " Student and control minimise different losses, each on its own scale."
-        plots.append(Plot("loss", "Training loss", caption, loss_chart(comparison), filed=True))
-    if len({curve.variant for curve in curves.parts}) > 1:
-        caption = "Its parts by themselves, without their weights."
-        plots.append(Plot("parts", "Parts of the loss", caption, _chart(comparison, curves.parts, "loss")))
-    if curves.rate:
-        caption = "Learning rate, mean of each epoch."
-        plots.append(Plot("rate", "Learning rate", caption, _chart(comparison, curves.rate, "learning rate")))
-    if curves.speed:
-        caption = "Images per second in training, with everything that it waits for."
-        plots.append(Plot("speed", "Speed of training", caption, _chart(comparison, curves.speed, "images/s")))
+        plots.append(Plot(kind, title, caption, draw(comparison, kind), filed=kind in ("top1", "loss")))
     if not plots:
         return None
-    return Section("learning", "Learning curves", _says(curves.top1, comparison.several), plots, None)
+    return Section("learning", "Learning curves", _says(comparison.curves["top1"], comparison.several), plots, None)
 
 
 def _says(top1: Sequence[Curve], several: bool) -> str:
@@ -67,61 +65,29 @@ def _says(top1: Sequence[Curve], several: bool) -> str:
     return f"On the split that checkpoints are chosen on, the {'; the '.join(found[:4])}."
 
 
-def loss_chart(comparison: Comparison) -> Chart:
-    """Training loss over epochs."""
-    return _chart(comparison, comparison.curves.loss, "training loss")
-
-
-def top1_chart(comparison: Comparison) -> Chart:
-    """Accuracy over epochs, with the teacher's on the test images as a horizontal line."""
-    chart = _lines(comparison, comparison.curves.top1, "top-1 (%)")
-    for row in comparison.teachers:
-        label = short(f"teacher{f' of {row.run}' if comparison.several else ''} (test)")
-        chart.axes[0].axhline(row.metrics.top1, color=TEACHER_COLOUR, linestyle="--", label=label)
-    chart.legend()
-    return chart
-
-
-def _chart(comparison: Comparison, curves: Sequence[Curve], label: str) -> Chart:
-    chart = _lines(comparison, curves, label)
-    if len(curves) > 1:
-        chart.legend()
-    return chart
-
-
-def _lines(comparison: Comparison, curves: Sequence[Curve], label: str) -> Chart:
-    chart = Chart()
-    chart.label("epoch", label)
-    chart.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+def draw(comparison: Comparison, kind: str) -> Chart:
+    """Curves over epochs; under the accuracy, the teacher's on the test images as a horizontal line."""
+    curves, (_, label, _) = comparison.curves[kind], PLOTS[kind]
+    chart = Chart("epoch", label)
+    chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     variants = list(dict.fromkeys(curve.variant.removesuffix(", EMA") for curve in curves))
     for curve in curves:
         name = _label(curve, comparison.several)
         style = STYLES[variants.index(curve.variant.removesuffix(", EMA")) % len(STYLES)]
+        points = zip(curve.epochs, curve.values, strict=True)
         chart.line(
             curve.epochs,
             curve.values,
-            [
-                f"{name}, epoch {epoch:g}: {_figure(value)}"
-                for epoch, value in zip(curve.epochs, curve.values, strict=True)
-            ],
-            color=colour(comparison, curve.run, curve.model),
+            [f"{name}, epoch {epoch:g}: {_figure(value)}" for epoch, value in points],
+            color=comparison.colour(curve.run, curve.model),
             linestyle=":" if curve.variant.endswith("EMA") else style,
             label=name,
         )
+    for row in comparison.teachers if kind == "top1" else ():
+        name = short(f"teacher{f' of {row.run}' if comparison.several else ''} (test)")
+        chart.axes.axhline(row.metrics.top1, color=TEACHER_COLOUR, linestyle="--", label=name)
+    chart.legend()
     return chart
-
-
-def colour(comparison: Comparison, run: str, model: str) -> str:
-    """Of a model in every chart."""
-    if model == "teacher":
-        return TEACHER_COLOUR
-    models = list(dict.fromkeys((row.run, row.model) for row in comparison.rows if row.model != "teacher"))
-    return COLOURS[models.index((run, model)) % len(COLOURS)]
-
-
-def key_of(comparison: Comparison, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Models and their colours, for a panel."""
-    return [(comparison.model_name(row), css_colour(colour(comparison, row.run, row.model))) for row in rows]
 
 
 def _label(curve: Curve, several: bool) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import yaml
 
@@ -16,14 +15,16 @@ from distill.report.runs import Record, RunFiles
 
 def build(comparison: Comparison) -> Section | None:
     facts = {name: dict(_facts(run)) for name, run in comparison.runs.items()}
-    keys = list(dict.fromkeys(key for values in facts.values() for key in values))
     parts: list[Part] = []
-    if keys:
-        rows = [[Cell(key), *(Cell(values.get(key, "")) for values in facts.values())] for key in keys]
-        header = ["", *(facts if comparison.several else ["this run"])]
-        parts.append(Table("made", "What the figures depend on.", header, rows, text_columns=len(header)))
-    if (differences := _differences(comparison)) is not None:
-        parts.append(differences)
+    if any(facts.values()):
+        parts.append(_by_run("made", "What the figures depend on.", facts))
+    recipes = {name: dict(_flat(run.recipe)) for name, run in comparison.runs.items() if run.recipe}
+    if len(recipes) > 1:
+        keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
+        differ = [key for key in keys if len({recipe.get(key, "") for recipe in recipes.values()}) > 1]
+        caption = "What differs between the recipes." if differ else "The recipes are the same."
+        values = {name: {key: recipe.get(key, "") for key in differ} for name, recipe in recipes.items()}
+        parts.append(_by_run("differences", caption, values))
     for name, run in comparison.runs.items():
         of = f" of {name}" if comparison.several else ""
         if run.recipe:
@@ -35,6 +36,14 @@ def build(comparison: Comparison) -> Section | None:
     commands = [text for values in facts.values() if (text := values.get("command"))]
     says = f"{'These commands make' if len(commands) > 1 else 'This command makes'} it again: {'; '.join(commands)}"
     return Section("made", "How it was made", says if commands else "Where the figures come from.", parts, facts)
+
+
+def _by_run(name: str, caption: str, facts: Mapping[str, Mapping[str, str]]) -> Table:
+    """A line for each fact, a column for each run."""
+    keys = dict.fromkeys(key for values in facts.values() for key in values)
+    rows = [[Cell(key), *(Cell(values.get(key, "")) for values in facts.values())] for key in keys]
+    header = ["", *(facts if len(facts) > 1 else ["this run"])]
+    return Table(name, caption, header, rows, text_columns=len(header))
 
 
 def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
@@ -62,10 +71,8 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
             yield name, str(environment[key])
     if environment.get("device_name"):
         also = [f"{environment[key]} {key}" for key in ("processes", "threads") if environment.get(key)]
-        yield (
-            "machine",
-            ", ".join([str(environment["device_name"]), *also, f"precision {environment.get('precision')}"]),
-        )
+        words = [str(environment["device_name"]), *also, f"precision {environment.get('precision')}"]
+        yield "machine", ", ".join(words)
 
 
 def command_line(words: list[str]) -> str:
@@ -80,28 +87,9 @@ def command_line(words: list[str]) -> str:
     return shlex.join(words)
 
 
-def _differences(comparison: Comparison) -> Table | None:
-    """Keys on which the recipes of the runs are not at one."""
-    recipes = {name: dict(_flat(run.recipe)) for name, run in comparison.runs.items() if run.recipe}
-    if len(recipes) < 2:
-        return None
-    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
-    rows = [
-        [Cell(key), *(Cell(_text(recipe.get(key))) for recipe in recipes.values())]
-        for key in keys
-        if len({_text(recipe.get(key)) for recipe in recipes.values()}) > 1
-    ]
-    caption = "What differs between the recipes." if rows else "The recipes are the same."
-    return Table("differences", caption, ["key", *recipes], rows, text_columns=len(recipes) + 1)
-
-
-def _flat(values: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+        elif value is not None:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)

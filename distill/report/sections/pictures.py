@@ -1,4 +1,4 @@
-"""Pictures on which student and teacher disagree, and what class and distillation token look at."""
+"""Pictures on which student and teacher disagree."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.special import softmax
 
-from distill.report.comparison import Comparison, Row
-from distill.report.metrics import Floats
-from distill.report.page import Answer, Picture, Section, Wall
+from distill.report.comparison import Comparison
+from distill.report.page import Picture, Section, Wall
 
 GROUPS = ("only the teacher is right", "only the student is right", "neither is right")
 
@@ -25,42 +25,32 @@ def build(comparison: Comparison) -> Section | None:
         student, teacher = comparison.row(name, "student"), comparison.teacher_of(name)
         if run.analysis is None or teacher is None or student is None or "pictures.images" not in run.analysis.tensors:
             continue
-        models = [student, teacher]
-        if (control := comparison.row(name, "control")) is not None:
-            models.append(control)
+        control = comparison.row(name, "control")
+        models = [student, teacher] if control is None else [student, teacher, control]
         places = run.analysis.tensors["pictures.indices"].tolist()
-        images = run.analysis.tensors["pictures.images"]
-        probabilities = [_probabilities(row.logits[places]) for row in models]
-        pictures = [
-            _picture(comparison, models, image, place, [values[index] for values in probabilities])
-            for index, (place, image) in enumerate(zip(places, images, strict=True))
-        ]
-        classes = run.class_names
-        walls.append(Wall(f"wall-{len(walls)}", GROUPS, sorted({picture.label for picture in pictures}), pictures))
+        probabilities = [(row.model, softmax(row.logits[places].astype(np.float64), axis=1)) for row in models]
+        pictures = []
+        for index, (place, image) in enumerate(zip(places, run.analysis.tensors["pictures.images"], strict=True)):
+            label = int(comparison.labels[place])
+            decided = [(model, values[index], int(values[index].argmax())) for model, values in probabilities]
+            answers = [
+                (model, run.class_names[answer], 100 * float(values[answer]), answer == label)
+                for model, values, answer in decided
+            ]
+            group = GROUPS[0] if answers[1][3] else GROUPS[1] if answers[0][3] else GROUPS[2]
+            pictures.append(Picture(to_png(image), run.class_names[label], answers, group, place))
+        walls.append(Wall(f"wall-{len(walls)}", GROUPS, pictures))
         differ = int((student.logits.argmax(1) != teacher.logits.argmax(1)).sum())
-        counts = [sum(picture.group == group for picture in pictures) for group in GROUPS]
-        data.append({"run": name, "disagreements": differ, "shown": len(pictures), "classes": len(classes)})
-        data[-1] |= dict(zip(GROUPS, counts, strict=True))
+        counts = {group: sum(picture.group == group for picture in pictures) for group in GROUPS}
+        shown = {"disagreements": differ, "shown": len(pictures), "classes": len(run.class_names)}
+        data.append({"run": name, **shown, **counts})
         says.append(
-            f"{f'{name}: ' if comparison.several else ''}{len(pictures):,} of the {differ:,} test images on which "
-            "student and teacher disagree, the surest answers first"
+            f"{comparison.called(name, f'{len(pictures):,}')} of the {differ:,} test images on which student and "
+            "teacher disagree, the surest answers first"
         )
     if not walls:
         return None
-    return Section("pictures", "Pictures", "; ".join(says) + ".", walls, data)
-
-
-def _picture(
-    comparison: Comparison, models: list[Row], image: NDArray[Any], place: int, probabilities: list[Floats]
-) -> Picture:
-    names = models[0].source.class_names
-    label = int(comparison.labels[place])
-    answers = [
-        Answer(row.model, names[int(values.argmax())], 100 * float(values.max()), int(values.argmax()) == label)
-        for row, values in zip(models, probabilities, strict=True)
-    ]
-    group = GROUPS[0] if answers[1].right else GROUPS[1] if answers[0].right else GROUPS[2]
-    return Picture(to_png(image), names[label], answers, group, place)
+    return Section("pictures", "Pictures", f"{'; '.join(says)}.", walls, data)
 
 
 def to_png(image: NDArray[Any]) -> str:
@@ -69,9 +59,3 @@ def to_png(image: NDArray[Any]) -> str:
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _probabilities(logits: Floats) -> Floats:
-    exact = logits.astype(np.float64)
-    powers = np.exp(exact - exact.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)

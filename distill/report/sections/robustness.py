@@ -2,111 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 from distill.report.charts import Chart
 from distill.report.comparison import Comparison, Row
-from distill.report.page import Cell, Panel, Part, Section, Table, number
-from distill.report.sections.learning import colour, key_of
-
-
-@dataclass(frozen=True)
-class Accuracies:
-    """Of one model, in percent: by corruption, a value for each severity, the first for images as they are."""
-
-    row: Row
-    images: int
-    by_name: dict[str, list[float]]
-
-    def mean(self, name: str) -> float:
-        """Over the severities."""
-        values = self.by_name[name][1:]
-        return sum(values) / len(values)
-
-    @property
-    def clean(self) -> float:
-        return next(iter(self.by_name.values()))[0]
-
-    @property
-    def mean_of_all(self) -> float:
-        return sum(map(self.mean, self.by_name)) / len(self.by_name)
+from distill.report.page import Column, Part, Plot, Section, Table
 
 
 def build(comparison: Comparison) -> Section | None:
-    found = [accuracies for row in comparison.rows if (accuracies := _of(row)) is not None]
+    found = [
+        (row, record)
+        for row in comparison.rows
+        if row.source.analysis is not None
+        and (record := _record(comparison.name(row), row.output, row.source.analysis.values["robustness"])) is not None
+    ]
     if not found:
         return None
-    wholes = [accuracies for accuracies in found if accuracies.row.is_whole]
-    numbers = sorted({accuracies.images for accuracies in found})
-    on = f"{numbers[0]:,} test images" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,} test images"
-    if numbers[-1] < comparison.samples:
+    records = [record for _, record in found]
+    wholes = [(row, record) for row, record in found if row.is_whole]
+    corruptions = list(records[0]["accuracy"])
+    least, most = (pick(record["images"] for record in records) for pick in (min, max))
+    on = f"{most:,} test images" if least == most else f"{least:,} to {most:,} test images"
+    if most < comparison.samples:
         on += ", as many of each class"
-    caption = (
-        "Accuracy under CIFAR-10-C's corruptions (Hendrycks and Dietterich 2019) at severities 1 to 5; 0 is the images "
-        "as they are. On images larger than 32 px the blur grows with them."
-    )
-    shown = [accuracies.row for accuracies in wholes]
+    caption = "By severity; 0 is the images as they are."
     parts: list[Part] = [
-        Panel("corrupted", caption, _charts(comparison, wholes), key_of(comparison, shown)),
-        _table(comparison, found, on),
+        Plot(f"corrupted-{index}", f"Under {name}", caption, _chart(comparison, wholes, name))
+        for index, name in enumerate(corruptions)
     ]
-    data = [
-        {
-            "model": comparison.name(accuracies.row),
-            "images": accuracies.images,
-            "clean": accuracies.clean,
-            "mean": accuracies.mean_of_all,
-            "accuracy": accuracies.by_name,
-        }
-        for accuracies in found
-    ]
-    lost = ", ".join(
-        f"the {comparison.model_name(accuracies.row)} {accuracies.clean:.2f} to {accuracies.mean_of_all:.2f} %"
-        for accuracies in wholes
+    columns: list[Column] = [("model", "model", ""), ("as they are", "clean", ".2f")]
+    columns += [(name, name, ".2f") for name in corruptions]
+    parts.append(
+        Table.of(
+            "corruptions",
+            f"Accuracy in percent on {on}: as they are, then means over five severities of CIFAR-10-C's corruptions "
+            "(Hendrycks and Dietterich 2019). On images larger than 32 px the blur grows with them.",
+            [record | {name: mean(record["accuracy"][name][1:]) for name in corruptions} for record in records],
+            [*columns, ("mean", "mean", ".2f")],
+        )
     )
-    says = f"From the images as they are to the mean of {len(found[0].by_name)} corruptions, on {on}: {lost}."
-    return Section("robustness", "Robustness", says, parts, data)
+    lost = ", ".join(
+        f"the {comparison.model_name(row)} {record['clean']:.2f} to {record['mean']:.2f} %" for row, record in wholes
+    )
+    says = f"From the images as they are to the mean of {len(corruptions)} corruptions, on {on}: {lost}."
+    return Section("robustness", "Robustness", says, parts, records)
 
 
-def _of(row: Row) -> Accuracies | None:
-    if row.source.analysis is None:
-        return None
-    values = row.source.analysis.values["robustness"]
-    counts = {name: by_output[row.output] for name, by_output in values["correct"].items() if row.output in by_output}
+def _record(model: str, output: str, values: Any) -> dict[str, Any] | None:
+    """Accuracies of one output in percent: by corruption, a value for each severity, the first for images as they
+    are; None where it was not measured.
+    """
     images = values["images"]
-    by_name = {name: [100 * count / images for count in levels] for name, levels in counts.items()}
-    return Accuracies(row, images, by_name) if by_name else None
+    accuracy = {
+        name: [100 * count / images for count in correct[output]]
+        for name, correct in values["correct"].items()
+        if output in correct
+    }
+    if not accuracy:
+        return None
+    clean = next(iter(accuracy.values()))[0]
+    corrupted = mean(mean(levels[1:]) for levels in accuracy.values())
+    return {"model": model, "images": images, "clean": clean, "mean": corrupted, "accuracy": accuracy}
 
 
-def _charts(comparison: Comparison, wholes: list[Accuracies]) -> list[tuple[str, Chart]]:
-    charts = []
-    for name in wholes[0].by_name:
-        chart = Chart(size=(3.1, 2.3))
-        for accuracies in wholes:
-            model = comparison.model_name(accuracies.row)
-            levels = accuracies.by_name.get(name, [])
-            chart.line(
-                range(len(levels)),
-                levels,
-                [f"{model}, {name} {level}: {value:.2f} %" for level, value in enumerate(levels)],
-                color=colour(comparison, accuracies.row.run, accuracies.row.model),
-            )
-        chart.label("severity", "right (%)")
-        chart.axes[0].set_ylim(0, 102)
-        charts.append((name, chart))
-    return charts
-
-
-def _table(comparison: Comparison, found: list[Accuracies], on: str) -> Table:
-    names = list(found[0].by_name)
-    rows = [
-        [
-            Cell(comparison.name(accuracies.row)),
-            number(accuracies.clean, ".2f"),
-            *(number(accuracies.mean(name), ".2f") for name in names),
-            number(accuracies.mean_of_all, ".2f"),
-        ]
-        for accuracies in found
-    ]
-    caption = f"Accuracy in percent on {on}: as they are, then means over five severities."
-    return Table("corruptions", caption, ["model", "as they are", *names, "mean"], rows)
+def _chart(comparison: Comparison, wholes: list[tuple[Row, dict[str, Any]]], corruption: str) -> Chart:
+    chart = Chart("severity", "right (%)", size=(4.7, 2.6))
+    for row, record in wholes:
+        name, levels = comparison.model_name(row), record["accuracy"].get(corruption, [])
+        chart.line(
+            range(len(levels)),
+            levels,
+            [f"{name}, {corruption} {level}: {value:.2f} %" for level, value in enumerate(levels)],
+            color=comparison.colour(row.run, row.model),
+            label=name,
+        )
+    chart.axes.set_ylim(0, 102)
+    chart.legend()
+    return chart

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from distill.report.charts import Chart
 from distill.report.comparison import Comparison
 from distill.report.page import Attention, Box, Part, Plot, Section, View
-from distill.report.runs import RunFiles
-from distill.report.sections.learning import colour
+from distill.report.runs import Analysis, RunFiles
 from distill.report.sections.pictures import to_png
 
 TOKENS = ("class token", "distillation token")
@@ -23,117 +23,95 @@ GLOW = np.array([255, 176, 0])
 
 
 def build(comparison: Comparison) -> Section | None:
-    cosines = []
-    for name, run in comparison.runs.items():
-        for model, part in (("student", run), ("control", run.control)):
-            values = {} if part is None or part.analysis is None else part.analysis.values.get("tokens", {})
-            if values.get("token_cosines"):
-                cosines.append((name, model, values["token_cosines"], values["head_cosines"]))
+    cosines = [
+        {"run": name, "model": model, "token_cosines": values}
+        for name, run in comparison.runs.items()
+        for model, files in run.models
+        if files.analysis is not None and (values := files.analysis.values.get("tokens", {}).get("token_cosines"))
+    ]
     parts: list[Part] = []
     if cosines:
         caption = (
-            "Cosine between class and distillation token as they enter the first block (0) and after each block, and "
-            "between what the two heads would say of them there; means over test images. DeiT reports 0.06 at first "
-            "and 0.93 after the last block for its tokens."
+            "Cosine between class and distillation token as they enter the first block (0) and after each block, means "
+            "over test images. DeiT reports 0.06 at first and 0.93 after the last block."
         )
         parts.append(Plot("cosines", "Likeness of the tokens", caption, _chart(comparison, cosines)))
-    parts += [
-        _attention(f"Attention of {name}" if comparison.several else "Attention", run, len(parts) + number)
-        for number, (name, run) in enumerate(comparison.runs.items())
-        if run.analysis is not None and "attention.patches" in run.analysis.tensors
-    ]
+    for name, run in comparison.runs.items():
+        if run.analysis is not None and "attention.patches" in run.analysis.tensors:
+            title = f"Attention of {name}" if comparison.several else "Attention"
+            parts.append(_attention(f"attention-{len(parts)}", title, run, run.analysis))
     if not parts:
         return None
-    data = [
-        {"run": name, "model": model, "token_cosines": tokens, "head_cosines": heads}
-        for name, model, tokens, heads in cosines
-    ]
-    return Section("tokens", "Tokens and attention", _says(comparison, cosines), parts, data)
-
-
-def _says(comparison: Comparison, cosines: list[tuple[str, str, list[float], list[float]]]) -> str:
-    if not cosines:
-        return "Where the class token looks, block by block."
     said = [
-        f"{f'{name}: ' if comparison.several else ''}{model} {tokens[0]:.2f} before the first block and "
-        f"{tokens[-1]:.2f} after the last, {heads[-1]:.2f} between what its heads say"
-        for name, model, tokens, heads in cosines
+        f"{comparison.called(line['run'], line['model'])} {line['token_cosines'][0]:.2f} before the first block and "
+        f"{line['token_cosines'][-1]:.2f} after the last"
+        for line in cosines
     ]
-    return f"Cosine between class and distillation token: {'; '.join(said)}."
+    says = f"Cosine between class and distillation token: {'; '.join(said)}." if said else "Where its tokens look."
+    return Section("tokens", "Tokens and attention", says, parts, cosines)
 
 
-def _chart(comparison: Comparison, cosines: list[tuple[str, str, list[float], list[float]]]) -> Chart:
-    chart = Chart()
-    for name, model, tokens, heads in cosines:
-        label = f"{name}: {model}" if comparison.several else model
-        for what, values, style in (("tokens", tokens, "-"), ("heads", heads, "--")):
-            chart.line(
-                range(len(values)),
-                values,
-                [f"{label}, {what}, after block {block}: {value:.2f}" for block, value in enumerate(values)],
-                color=colour(comparison, name, model),
-                linestyle=style,
-                label=f"{label}, {what}",
-            )
-    chart.label("after block", "cosine")
-    chart.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+def _chart(comparison: Comparison, cosines: list[dict[str, Any]]) -> Chart:
+    chart = Chart("after block", "cosine")
+    for line in cosines:
+        name, values = comparison.called(line["run"], line["model"]), line["token_cosines"]
+        chart.line(
+            range(len(values)),
+            values,
+            [f"{name}, after block {block}: {value:.2f}" for block, value in enumerate(values)],
+            color=comparison.colour(line["run"], line["model"]),
+            label=name,
+        )
+    chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     chart.legend()
     return chart
 
 
-def _attention(title: str, run: RunFiles, number: int) -> Attention:
-    assert run.analysis is not None
-    tensors = run.analysis.tensors
+def _attention(name: str, title: str, run: RunFiles, analysis: Analysis) -> Attention:
+    tensors, tokens = analysis.tensors, analysis.values["tokens"].get("names", TOKENS)
     patches = tensors["attention.patches"].astype(np.float64)  # [depth, images, tokens, H, W]
     depth, _, count, height, width = patches.shape
+
+    def view(image: NDArray[Any], block: int, index: int, token: int) -> View:
+        boxes = []
+        if f"attention.areas.{block}" in tensors:
+            masks, weights = (tensors[f"attention.{key}.{block}"][index, token] for key in ("areas", "area_weights"))
+            boxes = [box for mask, weight in zip(masks, weights, strict=True) for box in _boxes(mask, float(weight))]
+        return View(f"block {block + 1}", to_png(_glowing(image, patches[block, index, token])), boxes)
+
     pictures = []
-    for index, (place, image) in enumerate(
-        zip(tensors["attention.indices"].tolist(), tensors["attention.images"], strict=True)
-    ):
-        rows = []
-        for token in range(count):
-            views = [
-                View(
-                    f"block {block + 1}",
-                    to_png(_glowing(image, patches[block, index, token])),
-                    _boxes(tensors, block, index, token),
-                )
-                for block in range(depth)
-            ]
-            rows.append((TOKENS[token] if token < len(TOKENS) else f"token {token}", views))
+    places, images = tensors["attention.indices"].tolist(), tensors["attention.images"]
+    for index, (place, image) in enumerate(zip(places, images, strict=True)):
+        rows = [(tokens[token], [view(image, block, index, token) for block in range(depth)]) for token in range(count)]
         label = run.class_names[int(run.predictions.labels[place])]
         pictures.append((to_png(image), f"{label} (test image {place})", rows))
-    return Attention(f"attention-{number}", title, (height, width), pictures)
+    return Attention(name, title, (height, width), pictures)
 
 
 def _glowing(image: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
     """The picture in grey, uint8 [3, S, S], glowing in proportion to the patches' weights [H, W] over the largest."""
     times = max(1, round(PIXELS / max(image.shape[1:])))
     grey = image[:3].mean(0).repeat(times, 0).repeat(times, 1)
-    rows = np.arange(grey.shape[0]) * weights.shape[0] // grey.shape[0]
-    columns = np.arange(grey.shape[1]) * weights.shape[1] // grey.shape[1]
-    share = (weights / max(weights.max(), 1e-12))[rows][:, columns]
-    mixed = 0.75 * grey[..., None] * (1 - 0.75 * share[..., None]) + 0.75 * share[..., None] * GLOW
+    shares = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
+    share = 0.75 * np.asarray(shares.resize(grey.shape[::-1], Image.Resampling.NEAREST))[..., None]
+    mixed = 0.75 * grey[..., None] * (1 - share) + share * GLOW
     return mixed.clip(0, 255).astype(np.uint8).transpose(2, 0, 1)
 
 
-def _boxes(tensors: Any, block: int, index: int, token: int) -> list[Box]:
-    """The strongest areas as boxes: one each, or one for each row that a run of tokens goes through."""
-    if f"attention.areas.{block}" not in tensors:
-        return []
-    masks = tensors[f"attention.areas.{block}"][index, token]
-    weights = tensors[f"attention.area_weights.{block}"][index, token].tolist()
-    return [box for mask, weight in zip(masks, weights, strict=True) for box in _boxes_of(mask, weight)]
-
-
-def _boxes_of(mask: NDArray[Any], weight: float) -> list[Box]:
+def _boxes(mask: NDArray[Any], weight: float) -> list[Box]:
+    """An area as one box, or one for each row that a run of tokens goes through; none where it covers no patch."""
     rows, columns = np.nonzero(mask)
     if not len(rows):
         return []
-    top, left = int(rows.min()), int(columns.min())
-    height, width = int(rows.max()) - top + 1, int(columns.max()) - left + 1
-    if height * width == len(rows):
-        return [Box(left, top, width, height, weight)]
+    is_box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) == len(rows)
+    parts = [rows >= 0] if is_box else [rows == row for row in np.unique(rows)]
     return [
-        Box(int(columns[rows == row].min()), int(row), int((rows == row).sum()), 1, weight) for row in np.unique(rows)
+        Box(
+            left=int(columns[part].min()),
+            top=int(rows[part].min()),
+            width=int(np.ptp(columns[part])) + 1,
+            height=int(np.ptp(rows[part])) + 1,
+            weight=weight,
+        )
+        for part in parts
     ]

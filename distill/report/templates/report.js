@@ -11,7 +11,7 @@ for (const button of document.querySelectorAll("table.lines thead button")) {
     const numbers = rows.every(([key]) => key === "" || !isNaN(key));
     rows.sort(([a], [b]) => {
       if (a === "" || b === "") return (a === "") - (b === "");
-      const order = numbers ? a - b : a.localeCompare(b);
+      const order = numbers ? a - b : a.localeCompare(b, undefined, { numeric: true });
       return down ? -order : order;
     });
     body.append(...rows.map(([, row]) => row));
