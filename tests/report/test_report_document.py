@@ -184,7 +184,8 @@ def test_an_impossible_label_is_null_in_json(make_run: MakeRun, tmp_path: Path) 
 def test_every_curve_is_drawn_at_its_points(make_run: MakeRun) -> None:
     comparison = compare([make_run(control=True, ema=True), make_run("second", seed=3, epochs=1)])
     loss, top1 = (draw(comparison, kind).axes for kind in ("loss", "top1"))
-    assert [tuple(line.get_ydata()) for line in loss.get_lines()] == [curve.values for curve in comparison.curves["loss"]]
+    expected = [curve.values for curve in comparison.curves["loss"]]
+    assert [tuple(line.get_ydata()) for line in loss.get_lines()] == expected
     drawn = {line.get_label(): line for line in top1.get_lines()}
     assert tuple(drawn["student of run (validation)"].get_ydata()) == (51, 52, 53, 54)
     assert tuple(drawn["student of run (validation, EMA)"].get_ydata()) == (52, 53, 54, 55)
