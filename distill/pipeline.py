@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-from distill import checkpoint, registry, run
+from distill import checkpoint, run
 from distill.console import set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.given import GivenData
@@ -34,7 +34,7 @@ from distill.launching.processes import (
 )
 from distill.launching.signals import StopRequest, exit_cause
 from distill.out_of_memory import advising
-from distill.recipe import OPERATIONAL_KEYS, Recipe
+from distill.recipe import OPERATIONAL_KEYS, Recipe, used
 from distill.resumption import RunLocation, check_data, check_teacher, check_variants, locate, newest_location
 from distill.run import Run
 from distill.teaching.teachers import (
@@ -144,7 +144,7 @@ def _execute(
         Trainer(recipe, accelerator, dataset, None)
         train_teachers(recipe, shared)
         accelerator = build_accelerator(recipe.train, location.directory)
-    variants = registry.used(recipe)
+    variants = used(recipe)
     check_variants(location, variants)
     teacher = build_teacher(recipe, dataset, accelerator, shared.given.teacher)
     weights = on_main(lambda: weights_digests(recipe, teacher))
@@ -229,7 +229,7 @@ def _train(
         trainer.fit(tracking, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
-    if variants := registry.used(recipe):
+    if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
     finish(trainer, tracking, metadata)
 

@@ -27,7 +27,7 @@ from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 from distill.errors import InputError
-from distill.options import AttentionOptions, Options
+from distill.options import Options
 
 GROUPS = {
     "attention": "students/attention",
@@ -252,16 +252,10 @@ def _is_light(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.ClassDef) and statement.name == "Options"
 
 
-def used(recipe: Any) -> dict[str, str]:
-    """What the variants in a recipe that are not built in came from: 'methods/queue' -> module and version, or file and
+def origins(chosen: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of these variants, (group, name), those that are not built in: 'methods/queue' -> module and version, or file and
     hash.
     """
-    chosen = [("methods", section.method) for section in recipe.distill]
-    chosen += [("students", recipe.student.family), ("datasets", recipe.data.name)]
-    if isinstance(recipe.student.attention, AttentionOptions):
-        chosen.append(("attention", recipe.student.attention.kind))
-    if recipe.source is not None:
-        chosen.append(("teachers", recipe.source.source))
     return {
         f"{group}/{name}": find(group, name).describe()
         for group, name in chosen
@@ -275,7 +269,7 @@ def plugins() -> list[str]:
 
 
 def check_available(variants: Mapping[str, str], where: str) -> None:
-    """Raise InputError for the first of these variants, as `used` describes them, that is not there; it says what
+    """Raise InputError for the first of these variants, as `origins` describes them, that is not there; it says what
     brings it.
     """
     for key, origin in variants.items():

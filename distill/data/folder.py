@@ -19,24 +19,55 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.data.dataset import Dataset
 from distill.data.images import common_mode, decode, header_fault, to_square
 from distill.data.locking import one_at_a_time
+from distill.data.opening import DataReader, Opening
 from distill.data.packed import Packed, open_packed, write_packed
 from distill.errors import InputError
 from distill.files.text import write_text
+from distill.recipe import Data
+from distill.registry import register
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 LAYOUT = "an image folder is train/<class>/*.png and test/<class>/*.png (or val/<class>/*.png), in PNG, JPEG, WebP, ..."
 
 REMEDY = "take it out of the data or set data.skip_unreadable=true"
 UNREADABLE = "unreadable.json"
+
+
+class Options(Data):
+    names: ClassVar[Sequence[str]] = ("folder", "imagenet")
+
+
+@register("datasets", "folder", Options)
+class FolderReader(DataReader):
+    @classmethod
+    def open(cls, options: Data, opening: Opening) -> Dataset:
+        folder = scan(opening.root, skip=options.skip_unreadable)
+        if options.skip_unreadable:
+            folder = without_unreadable(folder)
+        if opening.streams(folder.num_images):
+            if opening.process_index == 0 and not options.skip_unreadable:
+                check_quickly(folder)
+            dataset: Dataset = opening.stream(
+                folder.splits,
+                folder.class_names,
+                content=folder.digest(contents=False),
+                mode=folder.mode,
+                name=opening.root.resolve().name,
+            )
+        else:
+            dataset = opening.resident(open_folder(folder, options.resolution))
+        dataset.info = replace(dataset.info, left_out=folder.left_out)
+        return dataset
 
 
 class ImageFiles:

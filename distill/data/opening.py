@@ -1,11 +1,13 @@
-"""From a recipe's data section to the dataset."""
+"""From a recipe's data section to the dataset: the reader of its name is found, and opens it."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +15,157 @@ from torch import Tensor
 from distill import registry
 from distill.cores import share_of_cores
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
-from distill.data.folder import check_quickly, open_folder, scan, without_unreadable
 from distill.data.given import GivenData
 from distill.data.holdout import hold_out
 from distill.data.images import common_mode
-from distill.data.packed import Packed, open_packed
-from distill.data.sequential import open_sequential
+from distill.data.packed import Packed
 from distill.data.stream import Reader, StreamDataset, StreamSplit
-from distill.data.timm_sets import RANDOM_ACCESS, SEQUENTIAL, open_random_access
-from distill.data.torchvision_sets import KNOWN, digits, open_known
 from distill.errors import InputError
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD
-from distill.recipe import FROM_PYTHON, Data
+from distill.recipe import Data, reader_names, reader_of
 
-FOLDER_NAMES = ("folder", "imagenet")
 RESIDENT_LIMIT = 4 << 30
-"""Bytes of pixels, above which data.stream=null streams an image folder."""
+"""Bytes of pixels, above which data.stream=null streams."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a reader opens its data with, and the two kinds of dataset that it makes of them."""
+
+    spec: Data
+    seed: int
+    """Chooses the validation split."""
+    device: torch.device
+    process_index: int
+    workers: int
+    """Decoding processes of a stream."""
+    given: GivenData | None
+    """What the name 'python' stands for."""
+
+    @property
+    def root(self) -> Path:
+        return Path(self.spec.root)
+
+    def streams(self, num_images: int) -> bool:
+        """Whether so many images are streamed: as data.stream says, or because they are too many to hold."""
+        if self.spec.stream is None:
+            return num_images * 3 * self.spec.resolution**2 > RESIDENT_LIMIT
+        return self.spec.stream
+
+    def must_stream(self) -> None:
+        """InputError where the recipe wants data held in memory that can only be streamed."""
+        if self.spec.stream is False:
+            raise InputError(f"data.stream: '{self.spec.name}' can only be streamed; set data.stream to null or true")
+
+    def resident(self, packed: Packed) -> ResidentDataset:
+        """A dataset held in memory, with its own mean and deviation per channel."""
+        tensors = packed.tensors
+        labels = {
+            split: tensors[f"{split}.labels"]
+            for split in ("train", "validation", "test")
+            if f"{split}.labels" in tensors
+        }
+        splits = {
+            split: ResidentSplit(tensors[f"{source}.images"], tensors[f"{source}.labels"], rows)
+            for split, (source, rows) in _rows(labels, self.spec, self.seed).items()
+        }
+        mean, std = channel_statistics(splits["train"])
+        info = DatasetInfo(
+            name=Path(self.spec.name).stem,
+            class_names=packed.class_names,
+            channels=tensors["train.images"].shape[1],
+            mean=mean,
+            std=std,
+            digest=packed.digest,
+            sizes={
+                "train": splits["train"].size,
+                "validation": splits["validation"].size if "validation" in splits else 0,
+                "test": splits["test"].size,
+            },
+        )
+        return ResidentDataset(info, self.spec, self.device, splits)
+
+    def stream(
+        self,
+        readers: Mapping[str, Reader],
+        class_names: tuple[str, ...],
+        *,
+        content: str,
+        mode: str | None = None,
+        name: str | None = None,
+    ) -> StreamDataset:
+        """A dataset decoded as it is read, with ImageNet's mean and deviation.
+
+        Args:
+            readers: 'train', 'test' and perhaps 'validation'.
+            content: changes with the data.
+            mode: of the images, 'L' or 'RGB'; None: 'L' if the first of them all are.
+            name: of the data; None: as in the recipe.
+        """
+        labels = {split: reader.labels for split, reader in readers.items()}
+        for split, numbers in labels.items():
+            for label in map(int, torch.aminmax(numbers)):
+                if not 0 <= label < len(class_names):
+                    raise InputError(
+                        f"data.name: label {label} in {split} of '{self.spec.name}' is out of range: classes are 0 to "
+                        f"{len(class_names) - 1}"
+                    )
+        splits = {
+            split: StreamSplit(readers[source], rows)
+            for split, (source, rows) in _rows(labels, self.spec, self.seed).items()
+        }
+        mode = mode or common_mode(readers["train"].load(row, None) for row in range(min(16, len(labels["train"]))))
+        sizes = {
+            split: len(splits[split].labels) if split in splits else 0 for split in ("train", "validation", "test")
+        }
+        info = self.describe(class_names, 1 if mode == "L" else 3, sizes, content, name)
+        return StreamDataset(info, self.spec, self.device, splits, mode=mode, workers=self.workers)
+
+    def describe(
+        self,
+        class_names: tuple[str, ...],
+        channels: int,
+        sizes: Mapping[str, int],
+        content: str,
+        name: str | None = None,
+    ) -> DatasetInfo:
+        """Of streamed data; see `stream`."""
+        grey = channels == 1
+        return DatasetInfo(
+            name=name or self.spec.name,
+            class_names=class_names,
+            channels=channels,
+            # One number for greyscale: the channels' mean, as an adapter that repeats the channel would see on average.
+            mean=(sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN,
+            std=(sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD,
+            digest=hashlib.sha256("\n".join([content, *class_names]).encode()).hexdigest(),
+            sizes=dict(sizes),
+        )
+
+
+class DataReader:
+    """Reads the data that a recipe's `data.name` stands for: `read` for what is held in memory, or `open` for all else.
+
+    `options` below are those that it registers: the recipe's data section, with keys of its own if it adds any.
+    """
+
+    @classmethod
+    def open(cls, options: Any, opening: Opening) -> Dataset:
+        """The dataset. Any number of processes may open the same data at once.
+
+        Raises:
+            InputError: naming the key or the file, for whatever is wrong with them.
+        """
+        if options.stream:
+            raise InputError(
+                f"data.stream: '{options.name}' is small and held in memory; set data.stream to null or false"
+            )
+        return opening.resident(cls.read(options))
+
+    @classmethod
+    def read(cls, options: Any) -> Packed:
+        """All images and labels."""
+        raise NotImplementedError
 
 
 def open_dataset(
@@ -46,97 +183,20 @@ def open_dataset(
     `seed` chooses the validation split; `given` is what the name 'python' stands for. Any number of processes may open
     the same data at once. InputError, naming the key or the file, for whatever is wrong with them.
     """
-    assert 0 <= process_index < num_processes
-    root = Path(spec.root)
-    workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
-    if spec.skip_unreadable and spec.name not in FOLDER_NAMES:
-        raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
-    if spec.name == FROM_PYTHON:
-        return _open_given(spec, seed, device, workers, given)
-    if spec.name.startswith(SEQUENTIAL):
-        _needs_stream(spec)
-
-        def describe(class_names: tuple[str, ...], channels: int, sizes: dict[str, int], content: str) -> DatasetInfo:
-            return _stream_info(spec, class_names, channels, sizes, content)
-
-        return open_sequential(spec, device, workers, describe)
-    if spec.name.startswith(RANDOM_ACCESS):
-        _needs_stream(spec)
-        readers = open_random_access(spec.name, root)
-        train = readers["train"]
-        return _open_stream(
-            spec, seed, device, workers, dict(readers), train.class_names, None, f"{spec.name}\n{len(train)}"
-        )
-    if spec.name in FOLDER_NAMES:
-        folder = scan(root, skip=spec.skip_unreadable)
-        if spec.skip_unreadable:
-            folder = without_unreadable(folder)
-        if spec.stream or (spec.stream is None and _too_large(folder.num_images, spec)):
-            if process_index == 0 and not spec.skip_unreadable:
-                check_quickly(folder)
-            dataset: Dataset = _open_stream(
-                spec,
-                seed,
-                device,
-                workers,
-                dict(folder.splits),
-                folder.class_names,
-                folder.mode,
-                folder.digest(contents=False),
-            )
-        else:
-            dataset = _open_resident(spec, seed, device, open_folder(folder, spec.resolution))
-        dataset.info = replace(dataset.info, left_out=folder.left_out)
-        return dataset
-    if spec.stream:
-        raise InputError(f"data.stream: '{spec.name}' is small and held in memory; set data.stream to null or false")
-    return _open_resident(spec, seed, device, _open_small(spec, root))
-
-
-def _open_given(spec: Data, seed: int, device: torch.device, workers: int, given: GivenData | None) -> Dataset:
-    if given is None:
+    if (reader := reader_of(spec.name)) is None:
+        names = reader_names()
+        near = difflib.get_close_matches(spec.name, names, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise InputError(
-            f"data.name: '{FROM_PYTHON}' stands for data that Python code hands over. Give them: "
-            "distill.train(..., data=...), or name other data."
+            f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, where / ends the beginning of a "
+            "name of timm's and .safetensors the name of a packed file; what a plugin brings needs --plugin"
         )
-    if spec.stream and not given.readers:
-        raise InputError("data.stream: tensors are held in memory; set data.stream to null or false")
-    if not given.readers or not (spec.stream or (spec.stream is None and _too_large(given.num_images, spec))):
-        return _open_resident(spec, seed, device, given.pack(spec.resolution))
-    names, content = given.names_of_stream(), given.digest_of_stream()
-    return _open_stream(spec, seed, device, workers, dict(given.readers), names, given.mode, content)
-
-
-def _open_small(spec: Data, root: Path) -> Packed:
-    if spec.name == "digits":
-        return digits()
-    if spec.name in KNOWN:
-        return open_known(spec.name, root)
-    if spec.name.endswith(".safetensors"):
-        beside = root / spec.name
-        path = beside if beside.exists() or not Path(spec.name).exists() else Path(spec.name)
-        known = KNOWN.get(path.stem)
-        return open_packed(path, known.expected if known is not None else None)
-    if spec.name in registry.names("datasets"):
-        packed: Packed = registry.find("datasets", spec.name).implementation.read(spec)
-        return packed
-    names = [*KNOWN, "digits", *FOLDER_NAMES, *registry.names("datasets")]
-    near = difflib.get_close_matches(spec.name, names, n=1)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
-    raise InputError(
-        f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, a packed file NAME.safetensors, "
-        f"and timm's names that start with {', '.join((*RANDOM_ACCESS, *SEQUENTIAL))}"
-    )
-
-
-def _needs_stream(spec: Data) -> None:
-    if spec.stream is False:
-        raise InputError(f"data.stream: '{spec.name}' can only be streamed; set data.stream to null or true")
-
-
-def _too_large(num_images: int, spec: Data) -> bool:
-    """To be held in memory."""
-    return num_images * 3 * spec.resolution**2 > RESIDENT_LIMIT
+    if spec.skip_unreadable and reader != "folder":
+        raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
+    workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
+    opening = Opening(spec, seed, device, process_index, workers, given)
+    dataset: Dataset = registry.find("datasets", reader).implementation.open(spec, opening)
+    return dataset
 
 
 def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:
@@ -149,32 +209,6 @@ def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple
             remaining, held_out = hold_out(labels["train"], spec.validation, seed)
             rows["train"], rows["validation"] = ("train", remaining), ("train", held_out)
     return rows
-
-
-def _open_resident(spec: Data, seed: int, device: torch.device, packed: Packed) -> ResidentDataset:
-    tensors = packed.tensors
-    labels = {
-        split: tensors[f"{split}.labels"] for split in ("train", "validation", "test") if f"{split}.labels" in tensors
-    }
-    splits = {
-        split: ResidentSplit(tensors[f"{source}.images"], tensors[f"{source}.labels"], rows)
-        for split, (source, rows) in _rows(labels, spec, seed).items()
-    }
-    mean, std = channel_statistics(splits["train"])
-    info = DatasetInfo(
-        name=Path(spec.name).stem,
-        class_names=packed.class_names,
-        channels=tensors["train.images"].shape[1],
-        mean=mean,
-        std=std,
-        digest=packed.digest,
-        sizes={
-            "train": splits["train"].size,
-            "validation": splits["validation"].size if "validation" in splits else 0,
-            "test": splits["test"].size,
-        },
-    )
-    return ResidentDataset(info, spec, device, splits)
 
 
 def channel_statistics(split: ResidentSplit, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -196,45 +230,3 @@ def channel_statistics(split: ResidentSplit, chunk: int = 4096) -> tuple[tuple[f
         means.append(first / total / 255)
         deviations.append((total * second - first * first) ** 0.5 / total / 255)
     return tuple(means), tuple(deviations)
-
-
-def _open_stream(
-    spec: Data,
-    seed: int,
-    device: torch.device,
-    workers: int,
-    readers: dict[str, Reader],
-    class_names: tuple[str, ...],
-    mode: str | None,
-    content: str,
-) -> StreamDataset:
-    labels = {split: reader.labels for split, reader in readers.items()}
-    for split, numbers in labels.items():
-        for label in map(int, torch.aminmax(numbers)):
-            if not 0 <= label < len(class_names):
-                raise InputError(
-                    f"data.name: label {label} in {split} of '{spec.name}' is out of range: classes are 0 to "
-                    f"{len(class_names) - 1}"
-                )
-    splits = {split: StreamSplit(readers[source], rows) for split, (source, rows) in _rows(labels, spec, seed).items()}
-    mode = mode or common_mode(readers["train"].load(row, None) for row in range(min(16, len(labels["train"]))))
-    sizes = {split: len(splits[split].labels) if split in splits else 0 for split in ("train", "validation", "test")}
-    info = _stream_info(spec, class_names, 1 if mode == "L" else 3, sizes, content)
-    return StreamDataset(info, spec, device, splits, mode=mode, workers=workers)
-
-
-def _stream_info(
-    spec: Data, class_names: tuple[str, ...], channels: int, sizes: dict[str, int], content: str
-) -> DatasetInfo:
-    grey = channels == 1
-    digest = hashlib.sha256("\n".join([content, *class_names]).encode()).hexdigest()
-    return DatasetInfo(
-        name=Path(spec.root).resolve().name if spec.name in FOLDER_NAMES else spec.name,
-        class_names=class_names,
-        channels=channels,
-        # One number for greyscale: the channels' mean, as an adapter that repeats the channel would see on average.
-        mean=(sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN,
-        std=(sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD,
-        digest=digest,
-        sizes=sizes,
-    )

@@ -7,10 +7,10 @@ augmentation are functions of the position in the epoch. Images that cannot be d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from distill.data.augment import to_float
 from distill.data.batches import BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
 from distill.data.images import to_square
+from distill.data.opening import DataReader, Opening
 from distill.data.randomness import keys
 from distill.data.stream import Draw, crop_box
 from distill.data.timm_sets import create
@@ -27,8 +28,13 @@ from distill.errors import InputError
 from distill.launching.signals import outlive_one_sigterm
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
+from distill.registry import register
 
 MODE = "RGB"
+
+
+class Options(Data):
+    names: ClassVar[Sequence[str]] = ("hfids/", "tfds/", "wds/")
 
 
 class _Decoder(torch_data.IterableDataset):
@@ -155,29 +161,33 @@ def _read_labels(spec: Data, split: str) -> Tensor:
     return torch.tensor([int(label) for _, label in _whole(spec, split)], dtype=torch.int64)
 
 
-def open_sequential(
-    spec: Data, device: torch.device, workers: int, describe: Callable[..., DatasetInfo]
-) -> SequentialDataset:
-    """InputError where validation would have to be held out: there is no random access to hold out with."""
-    if spec.validation:
-        raise InputError(
-            f"data.validation: '{spec.name}' is read from front to back, so nothing can be held out of it; set "
-            "data.validation=0 (and data.select_on=test to choose checkpoints on its validation images)"
+@register("datasets", "sequential", Options)
+class FrontToBack(DataReader):
+    @classmethod
+    def open(cls, options: Data, opening: Opening) -> Dataset:
+        """InputError where validation would have to be held out: there is no random access to hold out with."""
+        opening.must_stream()
+        if options.validation:
+            raise InputError(
+                f"data.validation: '{options.name}' is read from front to back, so nothing can be held out of it; set "
+                "data.validation=0 (and data.select_on=test to choose checkpoints on its validation images)"
+            )
+        sources: dict[Split, str] = {"train": "train", "test": "validation"}
+        opened = {split: create(options.name, opening.root, name) for split, name in sources.items()}
+        sizes = {split: int(source.reader.num_samples or 0) for split, source in opened.items()}
+        if empty := [split for split, size in sizes.items() if not size]:
+            raise InputError(
+                f"data.name: the reader of '{options.name}' does not say how many images '{sources[empty[0]]}' has; add it "
+                "to its info file"
+            )
+        names = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
+        class_names = tuple(sorted(names, key=lambda key: names[key]))
+        if not class_names:
+            class_names = tuple(str(label) for label in range(int(_read_labels(options, sources["test"]).max()) + 1))
+        info = opening.describe(
+            class_names,
+            3,
+            {"train": sizes["train"], "validation": 0, "test": sizes["test"]},
+            f"{options.name}\n{sizes}",
         )
-    root = Path(spec.root)
-    sources: dict[Split, str] = {"train": "train", "test": "validation"}
-    opened = {split: create(spec.name, root, name) for split, name in sources.items()}
-    sizes = {split: int(source.reader.num_samples or 0) for split, source in opened.items()}
-    if empty := [split for split, size in sizes.items() if not size]:
-        raise InputError(
-            f"data.name: the reader of '{spec.name}' does not say how many images '{sources[empty[0]]}' has; add it to "
-            "its info file"
-        )
-    names = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
-    class_names = tuple(sorted(names, key=lambda key: names[key]))
-    if not class_names:
-        class_names = tuple(str(label) for label in range(int(_read_labels(spec, sources["test"]).max()) + 1))
-    info = describe(
-        class_names=class_names, channels=3, sizes={**sizes, "validation": 0}, content=f"{spec.name}\n{sizes}"
-    )
-    return SequentialDataset(info, spec, device, sources, workers=workers)
+        return SequentialDataset(info, options, opening.device, sources, workers=opening.workers)

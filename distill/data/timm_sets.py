@@ -7,20 +7,37 @@ gives way to validation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.data.dataset import Dataset
 from distill.data.images import decode
+from distill.data.opening import DataReader, Opening
 from distill.errors import InputError
+from distill.recipe import Data
+from distill.registry import register
 
-RANDOM_ACCESS = ("hfds/",)
-SEQUENTIAL = ("hfids/", "tfds/", "wds/")
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}
 TEST_NAMES = ("test", "validation", "val")
+
+
+class Options(Data):
+    names: ClassVar[Sequence[str]] = ("hfds/",)
+
+
+@register("datasets", "timm_sets", Options)
+class RandomAccessSet(DataReader):
+    @classmethod
+    def open(cls, options: Data, opening: Opening) -> Dataset:
+        opening.must_stream()
+        readers = open_random_access(options.name, opening.root)
+        train = readers["train"]
+        return opening.stream(readers, train.class_names, content=f"{options.name}\n{len(train)}")
 
 
 def create(name: str, root: Path, split: str, **arguments: Any) -> Any:

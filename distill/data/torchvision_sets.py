@@ -1,19 +1,28 @@
-"""Small torchvision classification sets (downloaded once, then packed), and scikit-learn's digits."""
+"""Small torchvision classification sets, downloaded once, then packed; and any other packed file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill.data.locking import one_at_a_time
-from distill.data.packed import Expected, Packed, open_packed, sha256, write_packed
+from distill.data.opening import DataReader
+from distill.data.packed import Expected, Packed, open_packed, write_packed
 from distill.errors import InputError
+from distill.recipe import Data
+from distill.registry import register
+
+
+class Options(Data):
+    names: ClassVar[Sequence[str]] = (
+        "cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "svhn", "stl10", ".safetensors",
+    )  # fmt: skip
 
 
 class Known(NamedTuple):
@@ -37,6 +46,19 @@ KNOWN = {
     "svhn": Known("SVHN", *_SPLIT, Expected(10, 73_257, 26_032, (3, 32, 32))),
     "stl10": Known("STL10", *_SPLIT, Expected(10, 5_000, 8_000, (3, 96, 96))),
 }
+
+
+@register("datasets", "torchvision_sets", Options)
+class PackedFile(DataReader):
+    @classmethod
+    def read(cls, options: Data) -> Packed:
+        root = Path(options.root)
+        if options.name in KNOWN:
+            return open_known(options.name, root)
+        beside = root / options.name
+        path = beside if beside.exists() or not Path(options.name).exists() else Path(options.name)
+        known = KNOWN.get(path.stem)
+        return open_packed(path, known.expected if known is not None else None)
 
 
 def open_known(name: str, root: Path) -> Packed:
@@ -83,28 +105,3 @@ def _nchw(data: np.ndarray | Tensor) -> Tensor:
     if images.ndim == 3:
         return images[:, None]
     return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
-
-
-def digits() -> Packed:
-    """The 1,797 handwritten digits that ship with scikit-learn: [N, 1, 8, 8], values 0 .. 16 spread over 0 .. 255.
-
-    Every fifth image of each class, in file order, is test; the others are train.
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    occurrence = torch.zeros_like(labels)
-    for label in range(10):
-        rows = labels == label
-        occurrence[rows] = torch.arange(int(rows.sum()))
-    test = occurrence % 5 == 4
-    tensors = {
-        "train.images": images[~test],
-        "train.labels": labels[~test],
-        "test.images": images[test],
-        "test.labels": labels[test],
-    }
-    metadata = {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()}
-    return Packed("scikit-learn's digits", tuple(str(label) for label in range(10)), tensors, metadata)

@@ -8,7 +8,7 @@ from distill.recipe.loading import from_mapping, load, load_teachers_recipe
 from distill.recipe.reading import read_mapping, read_yaml
 from distill.recipe.schema import FROM_PYTHON, OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
 from distill.recipe.sizes import VIT_SIZES
-from distill.recipe.variants import recipe_model
+from distill.recipe.variants import reader_names, reader_of, recipe_model, used
 
 __all__ = [
     "FROM_PYTHON",
@@ -23,5 +23,8 @@ __all__ = [
     "load_teachers_recipe",
     "read_mapping",
     "read_yaml",
+    "reader_names",
+    "reader_of",
     "recipe_model",
+    "used",
 ]

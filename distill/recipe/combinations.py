@@ -16,6 +16,7 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
+    yield from data.check(recipe, ("data",))
     if data.validation >= 1 and data.validation != int(data.validation):
         yield Problem((("data", "validation"),), f"a share below 1 or a whole count, got {data.validation}")
     if data.select_on == "test" and data.validation:

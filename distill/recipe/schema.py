@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -13,6 +13,7 @@ from pydantic import Field
 from distill.options import (
     Interpolation,
     MethodOptions,
+    Options,
     Probability,
     Section,
     Side,
@@ -92,7 +93,11 @@ class Augment(Section):
     )
 
 
-class Data(Section):
+class Data(Options):
+    """The data section; base of the options of a dataset reader that has keys of its own."""
+
+    names: ClassVar[Sequence[str]] = ()
+    """Values of `name` that choose a reader: `hfds/` all that begin so, `.safetensors` all that end so."""
     name: Text = Field(
         "cifar10",
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, create_model
 
 from distill import registry
 from distill.options import Options, StandardAttention, StudentOptions
-from distill.recipe.schema import Recipe, Teacher
+from distill.recipe.schema import Data, Recipe, Teacher
 
 UNKNOWN_SOURCE = "unknown_source"
 """Type of pydantic's error where `teacher.source` names nothing."""
@@ -21,7 +21,7 @@ def recipe_model(raw: Mapping[str, Any]) -> type[Recipe]:
     """The recipe's class for this plain data: with the built-in variants, the plugins that are loaded, and what
     installed packages bring of the names that stand in it.
     """
-    student, losses, teacher = raw.get("student"), raw.get("distill"), raw.get("teacher")
+    student, losses, teacher, data = (raw.get(key) for key in ("student", "distill", "teacher", "data"))
     methods = [loss.get("method") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
     attention = student.get("attention") if isinstance(student, Mapping) else None
     named: dict[str, list[Any]] = {
@@ -29,6 +29,7 @@ def recipe_model(raw: Mapping[str, Any]) -> type[Recipe]:
         "attention": [attention.get("kind")] if isinstance(attention, Mapping) else [],
         "students": _families(student.get("model") if isinstance(student, Mapping) else None),
         "teachers": [teacher.get("source")] if isinstance(teacher, Mapping) else [],
+        "datasets": _asked(data.get("name") if isinstance(data, Mapping) else None),
     }
     return _model(**{group: _options(group, names) for group, names in named.items()})
 
@@ -45,7 +46,9 @@ def _options(group: str, names: Iterable[Any]) -> Variants:
 
 
 @lru_cache(maxsize=8)
-def _model(methods: Variants, attention: Variants, students: Variants, teachers: Variants) -> type[Recipe]:
+def _model(
+    methods: Variants, attention: Variants, students: Variants, teachers: Variants, datasets: Variants
+) -> type[Recipe]:
     kinds = _union({"standard": StandardAttention} | dict(attention), "kind")
     families = {name: _with_attention(options, kinds) for name, options in students}
     usual = StudentOptions.model_fields["model"].default
@@ -64,7 +67,62 @@ def _model(methods: Variants, attention: Variants, students: Variants, teachers:
         "distill": (list.__class_getitem__(_union(dict(methods), "method")), Field([], description=_help("distill"))),
         "teacher": (_teacher(dict(teachers)), Field(None, description=_help("teacher"))),
     }
+    if own := {name: options for name, options in datasets if options.model_fields.keys() != Data.model_fields.keys()}:
+        fields["data"] = (_data(own), Field(Data(), description=_help("data")))
     return create_model("Recipe", __base__=Recipe, __module__=Recipe.__module__, **fields)
+
+
+def _data(readers: Mapping[str, Any]) -> Any:
+    """Readers with keys of their own, and the section as it is for all others."""
+
+    def reader(value: Any) -> str:
+        name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+        return next((key for key, options in readers.items() if _reads(key, options, str(name))), "")
+
+    branches = [Annotated[Data, Tag("")], *(Annotated[options, Tag(name)] for name, options in readers.items())]
+    return Annotated[Union[tuple(branches)], Discriminator(reader)]  # noqa: UP007 (of a list)
+
+
+def _reads(reader: str, options: type[Data], name: str) -> bool:
+    return any(
+        name == known or (known.endswith("/") and name.startswith(known)) or (known[0] == "." and name.endswith(known))
+        for known in options.names or (reader,)
+    )
+
+
+def _asked(name: Any) -> list[str]:
+    """Installed packages are asked for data that no reader that is there has."""
+    readers: Mapping[str, Any] = registry.options_of("datasets")
+    known = name is None or any(_reads(reader, options, str(name)) for reader, options in readers.items())
+    return [] if known else list(registry.entry_points("datasets"))
+
+
+def _readers(name: str) -> Mapping[str, Any]:
+    return registry.options_of("datasets", _asked(name))
+
+
+def reader_of(name: str) -> str | None:
+    """The dataset reader that a `data.name` chooses; None where there is none."""
+    return next((reader for reader, options in _readers(name).items() if _reads(reader, options, name)), None)
+
+
+def reader_names() -> list[str]:
+    """What `data.name` may be, as the readers declare it, and what installed packages bring."""
+    readers: Mapping[str, Any] = registry.options_of("datasets")
+    known = [name for reader, options in readers.items() for name in options.names or (reader,)]
+    return list(dict.fromkeys([*known, *registry.entry_points("datasets")]))
+
+
+def used(recipe: Recipe) -> dict[str, str]:
+    """What the variants in a recipe that are not built in came from: 'methods/queue' -> module and version, or file and
+    hash.
+    """
+    chosen = [("methods", section.method) for section in recipe.distill]
+    chosen += [("students", recipe.student.family), ("datasets", reader_of(recipe.data.name) or "")]
+    chosen.append(("attention", recipe.student.attention.kind))
+    if recipe.source is not None:
+        chosen.append(("teachers", recipe.source.source))
+    return registry.origins(chosen)
 
 
 def _help(key: str) -> str | None:

@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from distill.data import open_dataset, torchvision_sets
+from distill.data.digits import Digits
 from distill.data.packed import Expected, open_packed
-from distill.data.torchvision_sets import KNOWN, Known, digits
+from distill.data.torchvision_sets import KNOWN, Known
 from distill.errors import InputError
 from distill.recipe import Data
 
@@ -154,7 +155,7 @@ def test_a_tampered_packed_file_is_not_downloaded_again(tmp_path: Path, monkeypa
 
 def test_digits_are_scikit_learns() -> None:
     bunch = load_digits()
-    packed = digits()
+    packed = Digits.read(Data(name="digits"))
     assert len(packed.tensors["train.labels"]) + len(packed.tensors["test.labels"]) == 1797
     assert len(packed.tensors["test.labels"]) == sum(np.bincount(bunch.target) // 5)
     seen: dict[int, int] = {}
@@ -167,7 +168,7 @@ def test_digits_are_scikit_learns() -> None:
         assert packed.tensors[f"{split}.labels"][row] == label
         expected = np.rint(image * 255 / 16)
         assert np.array_equal(packed.tensors[f"{split}.images"][row, 0].numpy(), expected)
-    assert packed.digest == digits().digest
+    assert packed.digest == Digits.read(Data(name="digits")).digest
 
 
 @pytest.mark.parametrize(

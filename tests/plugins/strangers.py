@@ -15,10 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.data.opening import DataReader
 from distill.data.packed import Packed
 from distill.features import Features
 from distill.methods.base import Method, Shapes, StepInputs
-from distill.options import AttentionOptions, MapsOptions, MethodOptions, Needs, Options, SourceOptions, StudentOptions
+from distill.options import AttentionOptions, MapsOptions, MethodOptions, Needs, SourceOptions, StudentOptions
+from distill.recipe import Data
 from distill.registry import register
 from distill.students.attention import AttentionContext, AttentionKind, AttentionMaps
 from distill.students.builder import Builder, Built, Images
@@ -185,16 +187,20 @@ class AverageOfStudent(TeacherSource):
 # A dataset reader.
 
 
-@register("datasets", "stripes", Options)
-class Stripes:
-    @staticmethod
-    def read(data: Any) -> Packed:
+class StripesOptions(Data):
+    shine: int = Field(250, ge=100, le=255, description="Of the row that tells the class.")
+
+
+@register("datasets", "stripes", StripesOptions)
+class Stripes(DataReader):
+    @classmethod
+    def read(cls, options: StripesOptions) -> Packed:
         """Images of 8 px whose class is the row that shines."""
         generator = torch.Generator().manual_seed(0)
         tensors = {}
         for split, size in (("train", 128), ("test", 20)):
             labels = torch.arange(size) % 4
             images = torch.randint(0, 80, (size, 3, 8, 8), generator=generator, dtype=torch.uint8)
-            images[torch.arange(size), :, 2 * labels] = 250
+            images[torch.arange(size), :, 2 * labels] = options.shine
             tensors |= {f"{split}.images": images, f"{split}.labels": labels}
         return Packed("stripes", ("a", "b", "c", "d"), tensors, {})

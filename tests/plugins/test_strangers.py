@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention, methods": ATTENTION
     | {"distill": [{"method": "queue", "size": 16, "weight": 1.0}, {"method": "two_views", "weight": 1.0}]},
     "student, teacher, reader": {
-        "data": {"name": "stripes"},
+        "data": {"name": "stripes", "shine": 240},
         "teacher": {"source": "average", "momentum": 0.8},
         "student": {"model": "stranger_vit", "width": 24, "patch_size": None, "attention": {"kind": "standard"}},
         "distill": [{"method": "soft"}],

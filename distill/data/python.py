@@ -1,0 +1,34 @@
+"""Data that Python code hands over as `distill.train(..., data=...)`; see distill.data.given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from distill.data.dataset import Dataset
+from distill.data.opening import DataReader, Opening
+from distill.errors import InputError
+from distill.recipe import Data
+from distill.registry import register
+
+
+class Options(Data):
+    names: ClassVar[Sequence[str]] = ("python",)
+
+
+@register("datasets", "python", Options)
+class Given(DataReader):
+    @classmethod
+    def open(cls, options: Data, opening: Opening) -> Dataset:
+        given = opening.given
+        if given is None:
+            raise InputError(
+                f"data.name: '{options.name}' stands for data that Python code hands over. Give them: "
+                "distill.train(..., data=...), or name other data."
+            )
+        if options.stream and not given.readers:
+            raise InputError("data.stream: tensors are held in memory; set data.stream to null or false")
+        if not given.readers or not opening.streams(given.num_images):
+            return opening.resident(given.pack(options.resolution))
+        content = given.digest_of_stream()
+        return opening.stream(given.readers, given.names_of_stream(), content=content, mode=given.mode)
