@@ -177,8 +177,8 @@ class FrontToBack(DataReader):
         sizes = {split: int(source.reader.num_samples or 0) for split, source in opened.items()}
         if empty := [split for split, size in sizes.items() if not size]:
             raise InputError(
-                f"data.name: the reader of '{options.name}' does not say how many images '{sources[empty[0]]}' has; add it "
-                "to its info file"
+                f"data.name: the reader of '{options.name}' does not say how many images '{sources[empty[0]]}' has; "
+                "add it to its info file"
             )
         names = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
         class_names = tuple(sorted(names, key=lambda key: names[key]))
