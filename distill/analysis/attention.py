@@ -1,72 +1,86 @@
-"""Where class and distillation token of a vision transformer look, and how alike the two are, block by block."""
+"""Where the tokens that a transformer answers with look, block by block, and how alike two of them are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.students import Student
 from distill.students.attention import AttentionKind, AttentionMaps
 
+TOKENS = ("class token", "distillation token")
 STRONGEST = 4
 """Areas that are drawn for each token and block."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What B images, in the order they were given, show of a student's depth blocks and its T prefix tokens (the class
-    token, then the distillation token). `grid` is the (height, width) of the patches, all weights are means over heads.
+    """What B images show of a student's attention in its depth blocks. `side` is that of the grid of patches; all
+    weights are means over heads.
     """
 
-    grid: tuple[int, int]
+    tokens: tuple[str, ...]
+    """Names of the T tokens that look: that of each head or, where there are none, the mean of all patches."""
+    side: int
     patches: Tensor
-    """float32 [depth, B, T, H * W]: the weight that each patch has in a token's answer."""
+    """float32 [depth, B, T, side, side]: the weight that each patch has in a token's answer."""
     areas: dict[int, tuple[Tensor, Tensor]]
-    """By block with areas: which patches the strongest areas cover, bool [B, T, strongest, H * W], and their weights
-    [B, T, strongest], in falling order; of areas that cover more than one token only."""
-    token_cosines: tuple[float, ...]
-    """Between class and distillation token, mean over the images: before the first block, then after each. Empty with
-    one token."""
-    head_cosines: tuple[float, ...]
-    """The same between what the two heads say of these tokens, as if no block followed."""
+    """By block with areas: which patches the strongest areas cover, bool [B, T, strongest, side, side], and their
+    weights [B, T, strongest], in falling order; of areas that cover more than one token only."""
+    cosines: tuple[float, ...]
+    """Between class and distillation token, mean over all images: before the first block, then after each. Empty where
+    there are no such tokens."""
 
 
-def look(student: Student, images: Tensor) -> Seen | None:
-    """Run images [B, C, H, W] in [0, 1], on the student's device, and write down what its attention did.
+@torch.inference_mode()
+def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
+    """Run images [N, C, H, W] in [0, 1], on the student's device, and write down what its attention did with the first
+    `drawn` of them.
 
-    None for a student without blocks behind prefix tokens whose attention has weights: a CNN, or a transformer of
-    another kind.
+    It goes by the attention modules that the student has, of timm's plain kind or of one with `maps`. None for a
+    student without them, or whose tokens are anything but one square grid of patches behind a token for each head.
     """
-    model = student.model
-    if not isinstance(model, VisionTransformer) or model.num_prefix_tokens < 1 or model.num_reg_tokens > 0:
+    attention = {
+        name: module for name, module in student.model.named_modules() if isinstance(module, Attention | AttentionKind)
+    }
+    blocks = [student.model.get_submodule(name.rpartition(".")[0]) for name in attention]
+    with _recording(attention.values()) as calls, _recording(blocks) as block_calls:
+        heads = len(student.logits(images))
+    if not calls:
         return None
-    modules: list[Any] = [block.attn for block in model.blocks]
-    if not all(isinstance(module, Attention | AttentionKind) for module in modules):
+    count = calls[0][1].shape[1]
+    side = math.isqrt(count)
+    prefix = count - side**2
+    if prefix not in (0, heads) or any(tokens.shape[:-1] != (len(images), count) for _, tokens, _ in calls):
         return None
-    with torch.inference_mode(), _recording(model) as recorded:
-        student.logits(images)
-        height, width = _grid(model, recorded[0].shape[1])
-        prefix = model.num_prefix_tokens
-        patches, areas = [], {}
-        for index, (block, module) in enumerate(zip(model.blocks, modules, strict=True)):
-            maps = attention_maps(module, block.norm1(recorded[index]), queries=prefix)
-            if maps is None:
-                return None
-            weights, covered = maps.weights.mean(1), maps.covered
-            shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
-            patches.append((weights @ shares)[..., prefix:].float().cpu())
-            if len(covered) > covered.shape[1]:
-                areas[index] = _strongest(weights, covered, prefix)
-        token_cosines, head_cosines = _cosines(model, recorded) if prefix == 2 else ((), ())
-    return Seen((height, width), torch.stack(patches), areas, token_cosines, head_cosines)
+    patches, areas = [], {}
+    for index, (module, tokens, _) in enumerate(calls):
+        maps = attention_maps(module, tokens[:drawn], queries=prefix or count)
+        if maps is None:
+            return None
+        weights, covered = maps.weights.mean(1), maps.covered
+        if not prefix:
+            weights = weights.mean(1, keepdim=True)
+        shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
+        patches.append((weights @ shares)[..., prefix:].float().cpu())
+        if len(covered) > covered.shape[1]:
+            masks, strongest = _strongest(weights, covered)
+            areas[index] = (masks[..., prefix:].unflatten(-1, (side, side)), strongest)
+    return Seen(
+        tokens=TOKENS[:prefix] or ("mean of all patches",),
+        side=side,
+        patches=torch.stack(patches).unflatten(-1, (side, side)),
+        areas=areas,
+        cosines=_cosines([block_calls[0][1], *(output for *_, output in block_calls)]) if prefix == 2 else (),
+    )
 
 
 def attention_maps(attention: Attention | AttentionKind, tokens: Tensor, *, queries: int) -> AttentionMaps | None:
@@ -81,39 +95,31 @@ def attention_maps(attention: Attention | AttentionKind, tokens: Tensor, *, quer
     return AttentionMaps(weights, torch.eye(count, device=tokens.device))
 
 
-def _strongest(weights: Tensor, covered: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Of weights [B, T, areas] and coverage [areas, tokens]: patches and weights of the strongest areas, those of one
+def _strongest(weights: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
+    """Of weights [B, T, areas] and coverage [areas, tokens]: tokens and weights of the strongest areas, those of one
     token left out."""
     several = covered.sum(1) > 1
     best = weights[..., several].topk(min(STRONGEST, int(several.sum())), dim=-1)
-    return (covered[several][best.indices][..., prefix:] > 0).cpu(), best.values.float().cpu()
+    return (covered[several][best.indices] > 0).cpu(), best.values.float().cpu()
 
 
-def _cosines(model: Any, recorded: list[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    tokens, heads = [], []
-    for stream in recorded:
-        tokens.append(F.cosine_similarity(stream[:, 0], stream[:, 1]).mean().item())
-        normed = model.norm(stream)
-        if hasattr(model, "head_dist"):
-            heads.append(F.cosine_similarity(model.head(normed[:, 0]), model.head_dist(normed[:, 1])).mean().item())
-    return tuple(tokens), tuple(heads)
-
-
-def _grid(model: Any, tokens: int) -> tuple[int, int]:
-    known = getattr(model, "patch_grid", None)
-    height, width = (known.height, known.width) if known is not None else model.patch_embed.grid_size
-    assert height * width + model.num_prefix_tokens == tokens
-    return height, width
+def _cosines(streams: list[Any]) -> tuple[float, ...]:
+    """Between the first two tokens of each stream [B, N, dim]; empty where blocks take and give different shapes."""
+    if not all(isinstance(stream, Tensor) and stream.shape == streams[0].shape for stream in streams):
+        return ()
+    return tuple(F.cosine_similarity(stream[:, 0], stream[:, 1]).mean().item() for stream in streams)
 
 
 @contextmanager
-def _recording(model: VisionTransformer) -> Iterator[list[Tensor]]:
-    """The tokens [B, N, dim] that enter the first block, and those that leave each."""
-    streams: list[Tensor] = []
-    handles = [model.blocks[0].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))]
-    handles += [block.register_forward_hook(lambda _, __, output: streams.append(output)) for block in model.blocks]
+def _recording(modules: Iterable[nn.Module]) -> Iterator[list[tuple[Any, Any, Any]]]:
+    """Each call of these modules as (module, first argument, output), in their order."""
+    calls: list[tuple[Any, Any, Any]] = []
+    handles = [
+        module.register_forward_hook(lambda called, inputs, output: calls.append((called, inputs[0], output)))
+        for module in modules
+    ]
     try:
-        yield streams
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

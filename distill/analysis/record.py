@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.analysis.attention import Seen, look
+from distill.analysis.attention import look
 from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from distill.analysis.costs import count_bytes, measure_speed
+from distill.analysis.costs import measure_costs
 from distill.data import Dataset
 from distill.data.randomness import permutation
 from distill.evaluation import named_heads
 from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
-from distill.flops import count_flops
 from distill.out_of_memory import is_out_of_memory
 from distill.students import Student
 from teachers import Teacher
@@ -61,21 +63,21 @@ def analyse(
         predictions: logits [N, classes] on the test set by name (`student.fused`, ..., `teacher`).
         validation: the same on the validation split; empty without one.
     """
+    has_classes = teacher is not None and teacher.num_classes
+    models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+
+    def answers(pixels: Tensor) -> dict[str, Tensor]:
+        return named_heads(student.logits(pixels)) | ({"teacher": models["teacher"](pixels)} if has_classes else {})
+
     with _spared(folder / NAME):
         labels, device = dataset.labels("test"), dataset.device
-        models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
         sample = _take(dataset, [0]).to(device) / 255
-        flops = {name: count_flops(model, sample) for name, model in models.items()}
-        speeds = measure_speed(models, flops, sample)
-        sizes = {name: count_bytes(model) for name, model in models.items()}
-        sizes["student"] = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
-
         shown = _disagreements(predictions, labels)
         looked_at = _stratified(labels, LOOKED_AT)
         corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
         _log.info("analysis for the report: %d images under %d corruptions", len(corrupted), len(CORRUPTIONS))
-        drawn = [*shown[:DRAWN], *looked_at[: DRAWN - len(shown[:DRAWN])]]
-        places = sorted({*shown, *looked_at, *corrupted, *drawn})
+        drawn = (shown[:DRAWN] + looked_at)[:DRAWN]
+        places = sorted({*shown, *looked_at, *corrupted})
         images = _take(dataset, places)
         row = {place: index for index, place in enumerate(places)}
 
@@ -88,29 +90,26 @@ def analyse(
             tensors["validation.labels"] = dataset.labels("validation")
         if shown:
             tensors |= {"pictures.indices": torch.tensor(shown), "pictures.images": _thumbnails(of(shown))}
+        costs = measure_costs(models, sample)
+        costs["student"]["bytes"] = sum(path.stat().st_size for path in (folder / "export").glob("*.safetensors"))
         values: dict[str, Any] = {
             "format": FORMAT,
             "data": dataset.info.digest,
             "classes": list(dataset.info.class_names),
             "device": device.type,
-            "costs": {name: {"flops": flops[name], "bytes": sizes[name], **speeds[name]} for name in models},
-            "robustness": _robustness(
-                student,
-                teacher if teacher is not None and teacher.num_classes else None,
-                of(corrupted),
-                labels[corrupted],
-                torch.tensor(corrupted),
-                device,
-            ),
+            "costs": costs,
+            "robustness": _robustness(answers, of(corrupted), labels[corrupted], torch.tensor(corrupted), device),
         }
-        seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255)
+        seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255, len(drawn))
         if seen is not None:
-            values["tokens"] = {
-                "token_cosines": seen.token_cosines,
-                "head_cosines": seen.head_cosines,
-                "images": LOOKED_AT,
+            values["tokens"] = {"names": seen.tokens, "token_cosines": seen.cosines}
+            tensors |= {
+                "attention.indices": torch.tensor(drawn),
+                "attention.images": _thumbnails(of(drawn)),
+                "attention.patches": seen.patches.half(),
             }
-            tensors |= _attention(seen, drawn, _thumbnails(of(drawn)))
+            for block, (masks, weights) in seen.areas.items():
+                tensors |= {f"attention.areas.{block}": masks, f"attention.area_weights.{block}": weights}
         metadata = {"format": FORMAT, "data": dataset.info.digest, CHECKSUM: ""}
         try:
             write_tensors(folder / f"{NAME}.safetensors", tensors, metadata)
@@ -139,14 +138,11 @@ def _how_many(dataset: Dataset, pixels: int) -> int:
 def _stratified(labels: Tensor, count: int) -> list[int]:
     """Up to `count` places of the test set, as many of each class as of any other where there are; the same always, and
     the first of more are the ones of fewer."""
-    order = permutation(0, 0, len(labels)).tolist()
-    taken: dict[int, int] = {}
-    turns: list[tuple[int, int, int]] = []
-    for place in order:
-        label = int(labels[place])
-        turns.append((taken.get(label, 0), len(turns), place))
-        taken[label] = taken.get(label, 0) + 1
-    return [place for _, _, place in sorted(turns)[:count]]
+    known, taken, turns = labels.tolist(), Counter[int](), {}
+    for place in permutation(0, 0, len(labels)).tolist():
+        turns[place] = taken[known[place]]
+        taken[known[place]] += 1
+    return sorted(turns, key=turns.__getitem__)[:count]
 
 
 def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[int]:
@@ -161,12 +157,9 @@ def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[in
     differ = says != teacher_says
     groups = [differ & (teacher_says == labels), differ & (says == labels)]
     groups.append(differ & ~groups[0] & ~groups[1])
-    turns: list[tuple[int, int, int]] = []
-    for number, group in enumerate(groups):
-        places = group.nonzero()[:, 0]
-        for turn, place in enumerate(places[weight[places].argsort(descending=True, stable=True)].tolist()):
-            turns.append((turn, number, place))
-    return [place for _, _, place in sorted(turns)[:PICTURES]]
+    order = weight.argsort(descending=True, stable=True)
+    turns = zip_longest(*(order[group[order]].tolist() for group in groups))
+    return [place for turn in turns for place in turn if place is not None][:PICTURES]
 
 
 def _take(dataset: Dataset, places: list[int]) -> Tensor:
@@ -181,33 +174,25 @@ def _take(dataset: Dataset, places: list[int]) -> Tensor:
 
 
 def _robustness(
-    student: Student, teacher: Teacher | None, images: Tensor, labels: Tensor, places: Tensor, device: torch.device
+    answers: Callable[[Tensor], dict[str, Tensor]], images: Tensor, labels: Tensor, places: Tensor, device: torch.device
 ) -> dict[str, Any]:
-    """Correct answers, and the student's agreement with the teacher, by corruption: a list over severities, the first
-    being that of the images as they are."""
+    """Correct answers by corruption and output: a list over severities, the first being that of the images as they
+    are."""
 
     @torch.inference_mode()
-    def count(name: str, severity: int) -> dict[str, int]:
-        counts: dict[str, int] = {}
+    def count(change: Callable[[Tensor, Tensor], Tensor]) -> Counter[str]:
+        counts = Counter[str]()
         for part in torch.arange(len(images)).split(max(1, min(256, PIXELS_AT_ONCE // images[0].numel()))):
-            given = images[part].to(device)
-            if severity:
-                given = corrupt(name, severity, given, places[part].to(device))
-            pixels = given.to(torch.float32) / 255
-            outputs = named_heads(student.logits(pixels)) | ({} if teacher is None else {"teacher": teacher(pixels)})
-            decisions = {key: logits.argmax(1).cpu() for key, logits in outputs.items()}
-            right = {key: int((said == labels[part]).sum()) for key, said in decisions.items()}
-            if teacher is not None:
-                right["agreement"] = int((decisions["student.fused"] == decisions["teacher"]).sum())
-            counts = {key: counts.get(key, 0) + number for key, number in right.items()}
+            pixels = change(images[part].to(device), places[part].to(device)) / 255
+            for key, logits in answers(pixels).items():
+                counts[key] += int((logits.argmax(1).cpu() == labels[part]).sum())
         return counts
 
-    clean = count("", 0)
-    by_name = {}
+    clean, correct = count(lambda as_they_are, _: as_they_are), {}
     for name in CORRUPTIONS:
-        levels = [clean, *(count(name, severity) for severity in range(1, SEVERITIES + 1))]
-        by_name[name] = {key: [level[key] for level in levels] for key in clean}
-    return {"images": len(images), "correct": by_name}
+        levels = [clean, *(count(partial(corrupt, name, severity)) for severity in range(1, SEVERITIES + 1))]
+        correct[name] = {key: [level[key] for level in levels] for key in clean}
+    return {"images": len(images), "correct": correct}
 
 
 def _thumbnails(images: Tensor) -> Tensor:
@@ -218,18 +203,3 @@ def _thumbnails(images: Tensor) -> Tensor:
     size = [max(1, round(side * THUMBNAIL / longest)) for side in images.shape[-2:]]
     smaller = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
     return smaller.clamp(0, 255).round().to(torch.uint8)
-
-
-def _attention(seen: Seen, drawn: list[int], images: Tensor) -> dict[str, Tensor]:
-    """Tensors of the first `DRAWN` images that were looked at; patches as float16 [depth, images, tokens, H, W]."""
-    count = len(drawn)
-    patches = seen.patches[:, :count].unflatten(-1, seen.grid)
-    tensors = {
-        "attention.indices": torch.tensor(drawn),
-        "attention.images": images,
-        "attention.patches": patches.half(),
-    }
-    for block, (masks, weights) in seen.areas.items():
-        tensors[f"attention.areas.{block}"] = masks[:count].unflatten(-1, seen.grid)
-        tensors[f"attention.area_weights.{block}"] = weights[:count]
-    return tensors

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.analysis.attention import attention_maps, look
+from distill.inputs import InputContract
 from distill.recipe import from_mapping
 from distill.students import Student, build_student
+from distill.students.attention import AttentionKind, AttentionMaps
 from distill.students.attention.area import AreaAttention
 from distill.students.attention.area_pooling import Areas, coverage, pool
 from distill.students.attention.base import PatchGrid
@@ -57,15 +61,15 @@ def test_areas_of_a_run_cover_the_patches_that_they_name() -> None:
 @pytest.mark.parametrize("attention", [{"kind": "standard"}, {"kind": "area", "max_area": 2, "blocks": [0, 2]}])
 def test_a_student_is_seen_block_by_block(attention: dict[str, object]) -> None:
     model, images = student(attention), torch.rand(3, 3, 16, 16)
-    seen = look(model, images)
+    seen = look(model, images, drawn=2)
     assert seen is not None
-    assert seen.grid == (4, 4)
-    assert seen.patches.shape == (6, 3, 2, 16)
+    assert seen.tokens == ("class token", "distillation token")
+    assert seen.patches.shape == (6, 2, 2, 4, 4)
     assert sorted(seen.areas) == ([] if attention["kind"] == "standard" else [0, 2])
     for masks, weights in seen.areas.values():
-        assert masks.shape[:3] == weights.shape == (3, 2, 4)
+        assert masks.shape[:3] == weights.shape == (2, 2, 4)
         assert (weights.diff(dim=-1) <= 0).all()
-        assert masks.sum(-1).max() == 2
+        assert masks.sum((-2, -1)).max() == 2
     # The cosines, by the model's own parts.
     network = model.model
     with torch.no_grad():
@@ -74,25 +78,63 @@ def test_a_student_is_seen_block_by_block(attention: dict[str, object]) -> None:
         for block in network.blocks:
             stream = block(stream)
             expected.append(F.cosine_similarity(stream[:, 0], stream[:, 1]).mean().item())
-        last = F.cosine_similarity(*model.logits(images).values()).mean().item()
-    assert seen.token_cosines == pytest.approx(expected, abs=1e-5)
-    assert seen.head_cosines[-1] == pytest.approx(last, abs=1e-5)
-    assert len(seen.head_cosines) == 7
+    assert seen.cosines == pytest.approx(expected, abs=1e-5)
+
+
+class Nearby(AttentionKind):
+    """Tokens look at those that are like them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x, x.shape[1]).weights[:, 0] @ x
+
+    def maps(self, x: Tensor, queries: int) -> AttentionMaps:
+        weights = (x[:, :queries] @ x.transpose(1, 2)).softmax(-1)
+        return AttentionMaps(weights[:, None], torch.eye(x.shape[1]))
+
+
+class Foreign(nn.Module):
+    """A network of no library's: patches, two layers of attention, the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.layers = nn.ModuleList([Nearby(), Nearby()])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return self.head(tokens.mean(1))
+
+
+CONTRACT = InputContract((0.5,) * 3, (0.25,) * 3, 16)
+
+
+def test_a_strangers_student_is_seen_by_its_own_maps() -> None:
+    model, images = Foreign().eval(), torch.rand(2, 3, 16, 16)
+    foreign = Student(model, CONTRACT, architecture="foreign", model_args={}).eval()
+    seen = look(foreign, images, drawn=1)
+    assert seen is not None
+    assert (seen.tokens, seen.areas, seen.cosines) == (("mean of all patches",), {}, ())
+    assert seen.patches.shape == (2, 1, 1, 4, 4)
+    with torch.no_grad():
+        tokens = model.patches(foreign.adapter(images[:1])).flatten(2).transpose(1, 2)
+    weights = (tokens @ tokens.transpose(1, 2)).softmax(-1)
+    assert torch.allclose(seen.patches[0, 0, 0].flatten(), weights[0].mean(0), atol=1e-6)
 
 
 def test_students_without_such_attention_are_none() -> None:
-    from distill.inputs import InputContract
-
-    for name in ("resnet18", "swin_tiny_patch4_window7_224"):
+    for name in ("resnet18", "swin_tiny_patch4_window7_224", "mobilevit_xxs"):
         model: nn.Module = timm.create_model(name, num_classes=4)
-        contract = InputContract((0.5,) * 3, (0.5,) * 3, 224)
-        assert (
-            look(Student(model, contract, architecture=name, model_args={}).eval(), torch.rand(1, 3, 224, 224)) is None
-        )
+        contract = replace(CONTRACT, size=256 if name == "mobilevit_xxs" else 224)
+        looked = Student(model, contract, architecture=name, model_args={}).eval()
+        assert look(looked, torch.rand(1, 3, 224, 224), drawn=1) is None
 
 
 def test_a_student_of_one_token_has_no_cosines() -> None:
-    seen = look(student({"kind": "standard"}, distillation_token=False), torch.rand(2, 3, 16, 16))
+    seen = look(student({"kind": "standard"}, distillation_token=False), torch.rand(2, 3, 16, 16), drawn=2)
     assert seen is not None
+    assert seen.tokens == ("class token",)
     assert seen.patches.shape[2] == 1
-    assert seen.token_cosines == seen.head_cosines == ()
+    assert seen.cosines == ()

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_its_report_needs(finished: Path) -> None:
     assert ("pictures" in names) == bool((says != teacher_says).any())
     assert set(analysis.values["robustness"]["correct"]) == set(CORRUPTIONS)
     for counts in analysis.values["robustness"]["correct"].values():
-        assert set(counts) == {"student.fused", "student.cls", "student.dist", "teacher", "agreement"}
+        assert set(counts) == {"student.fused", "student.cls", "student.dist", "teacher"}
         assert {len(levels) for levels in counts.values()} == {6}
     # The images that were corrupted are those of the test set: the first count is what the predictions say.
     labels = torch.from_numpy(predictions.labels)

@@ -80,9 +80,9 @@ def test_a_strangers_variant(toy: Toy, tmp_path: Path, name: str) -> None:
     shown = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert "whole" in json.dumps(shown)
     kept = tensors(tmp_path / "whole" / "checkpoints/step_00000006")
+    seen = load_file(tmp_path / "whole" / "analysis.safetensors")
+    assert any(key.startswith("attention.") for key in seen), "its maps are among the pictures"
     if "attention" in name:
-        seen = load_file(tmp_path / "whole" / "analysis.safetensors")
-        assert any(key.startswith("attention.") for key in seen), "its maps are among the pictures"
         assert kept["methods.safetensors/queue.queue"].abs().sum() > 0
     else:
         assert any(key.startswith("teacher.safetensors/") for key in kept)

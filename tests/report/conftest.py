@@ -64,7 +64,7 @@ def write_analysis(path: Path, draw: np.random.Generator, outputs: Sequence[str]
         "device": "cpu",
         "costs": {"student": costs} | ({"teacher": {**costs, "flops": 8e7}} if "teacher" in outputs else {}),
         "robustness": {"images": SAMPLES, "correct": correct},
-        "tokens": {"token_cosines": [0.06, 0.5, 0.8, 0.93], "head_cosines": [0.1, 0.2, 0.3, 0.96], "images": 8},
+        "tokens": {"token_cosines": [0.06, 0.5, 0.8, 0.93]},
     }
     tensors = {f"validation.{name}": torch.from_numpy(draw.normal(size=(30, CLASSES))).float() for name in outputs}
     tensors["validation.labels"] = torch.from_numpy(draw.integers(0, CLASSES, 30))
