@@ -172,8 +172,8 @@ def newest_intact(checkpoints: Path) -> Path | None:
     return None
 
 
-def point(checkpoints: Path, name: str, target: Path) -> None:
-    """Make the link `checkpoints/name` (`last`, `best`) lead to `target`, in one step."""
+def set_link(checkpoints: Path, name: str, target: Path) -> None:
+    """Point the symlink `checkpoints/name` (`last`, `best`) to `target`, atomically."""
     temporary = checkpoints / f".{name}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)

@@ -49,7 +49,7 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     trainer.model.train()
     with advising(recipe, trainer.plan, dataset.augmenter.paired):
         trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
-    trainer.inspect()
+    trainer.read_skipped()
     values = trainer.accumulator.read(recipe.train.batch_size)
     if not accelerator.is_main_process:
         return

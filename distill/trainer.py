@@ -1,4 +1,4 @@
-"""The loop: one student, from its first step, or from a checkpoint, to its last."""
+"""The training loop of one run."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from distill.teaching.source import Frozen, SourceContext, StepIndex, TeacherSou
 from distill.tracking import Tracking
 from distill.training.accumulator import MetricAccumulator
 from distill.training.compilation import Compilation
+from distill.training.gradient_shares import GradientShares
 from distill.training.nonfinite import Ema, NonFiniteSteps
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.training.saving import Progress, TrainState, restore, save, settle
-from distill.training.shares import GradientShares
+from distill.training.saving import Progress, TrainState, record_checkpoint, restore, save
 from distill.training.task import build_task
 from teachers import Teacher
 
 LOADER_BOUND = 0.1
-"""Share of the time spent waiting for a stream, above which the log says so."""
+"""Fraction of the time spent waiting for data above which a warning is logged."""
 _log = logging.getLogger("distill")
 
 
 class Trainer:
-    """Everything of one training run that lives in memory."""
+    """Model, losses, optimizer and progress of one run, and its training loop."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, dataset: Dataset, teacher: Teacher | None) -> None:
-        """Build student, optimizer and schedule.
+        """Build student, losses, optimizer and schedule.
 
         Raises:
-            InputError: the student cannot be built, or the batch does not divide.
+            InputError: the student cannot be built, or the batch size is not divisible by processes and accumulation.
         """
         self.recipe, self.accelerator, self.dataset, self.teacher = recipe, accelerator, dataset, teacher
         info, train = dataset.info, recipe.train
@@ -76,7 +76,7 @@ class Trainer:
             std=info.std,
             seed=recipe.seed,
         )
-        # Faster for convolutions, on a CPU too; a plain ViT has only its patch projection to gain.
+        # Faster for convolutions, on a CPU too.
         self.student.to(memory_format=torch.channels_last)
         self.student.to(accelerator.device)
         train_on_cpu(self.student)
@@ -90,17 +90,17 @@ class Trainer:
         self.source = self._source() if recipe.distill else None
         self.task = build_task(recipe, self.student, self.source, num_classes=info.num_classes)
         self.task.methods.to(accelerator.device)
-        dataset.give_views(self.task.views)
+        dataset.set_views(self.task.views)
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, self.task.methods))
         self.model: nn.Module = accelerator.prepare(self.task)
         self.nonfinite = NonFiniteSteps(accelerator, self.model, self.task, self.optimizer)
-        self.average = None if self.ema is None else Ema(self.ema, self.student)
+        self.ema_updater = None if self.ema is None else Ema(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
         self.accumulator = MetricAccumulator(accelerator)
         self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
-        self.shares = GradientShares(train, accelerator, self.student)
+        self.gradient_shares = GradientShares(train, accelerator, self.student)
         self.evaluator = Classification(dataset, accelerator, batch_size=self.plan.micro_batch)
 
     def _source(self) -> TeacherSource | None:
@@ -124,10 +124,10 @@ class Trainer:
         return self.source.cache if isinstance(self.source, Frozen) else None
 
     def open_cache(self) -> None:
-        """Look for the teacher's stored logits, where the recipe wants them; nothing is written yet. Collective.
+        """Look up the teacher's stored logits if the recipe enables the cache; writes nothing. Collective.
 
         Raises:
-            InputError: the disk has no room for them.
+            InputError: not enough disk space.
         """
         if isinstance(self.source, Frozen):
             self.source.cache = open_cache(
@@ -140,41 +140,41 @@ class Trainer:
 
     @property
     def at_boundary(self) -> bool:
-        """At the end of an epoch, or of the run."""
+        """Whether this is the end of an epoch or of the run."""
         return self.progress.step == self.total_steps or self.progress.step % self.steps_per_epoch == 0
 
     @property
     def selection_split(self) -> Split | None:
-        """The split on which checkpoints are chosen; None where nothing is held out: then the last one is taken."""
+        """The split on which the best checkpoint is selected; None: there is none, and the last checkpoint is used."""
         if self.recipe.data.select_on == "test":
             return "test"
         return "validation" if self.dataset.info.sizes.get("validation") else None
 
     def fit(self, tracking: Tracking, stop: StopRequest) -> None:
-        """Train to the end, with checkpoints and evaluations along the way.
+        """Train to the end, with evaluations and checkpoints.
 
         Raises:
-            Interrupted: asked to stop; there is a checkpoint to resume from.
-            RunFailed: too many steps in a row were not finite.
+            Interrupted: a stop was requested; a checkpoint was saved.
+            RunFailed: too many non-finite steps in a row.
         """
         train, progress, run, display = self.recipe.train, self.progress, tracking.run, tracking.display
         with display, deferred():
             display.advance(progress.step)
             if self.at_boundary and progress.evaluated_at < progress.step:
-                self.evaluate(tracking)  # the run was stopped between an epoch's last step and its evaluation
+                self.evaluate(tracking)  # resumed between an epoch's last step and its evaluation
             self.accumulator.start_clock()
             unmixed = self.recipe.data.augment.mix_off_epoch
             if self.dataset.augmenter.paired and unmixed * self.steps_per_epoch >= self.total_steps:
-                _log.warning("data.augment.mix_off_epoch: epoch %d never comes; all images are mixed", unmixed)
+                _log.warning("data.augment.mix_off_epoch: epoch %d is not reached; all images are mixed", unmixed)
             while progress.step < self.total_steps:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
                 if epoch == unmixed:
-                    self.accumulator.await_compilation()
+                    self.accumulator.expect_compilation()
                 for micro_batches in self.accumulator.timed(marking_process(batches)):
                     if progress.step % self.steps_per_epoch == 0:
-                        # The first sample of the global batch: whatever the number of processes, it is there.
+                        # Only the first sample of the global batch: it does not depend on the number of processes.
                         first = micro_batches[0].first()
                         run.log("epoch", step=progress.step, epoch=epoch, batch=first.digest())
                     self.train_step(micro_batches)
@@ -192,11 +192,11 @@ class Trainer:
                             self.save(run)
                 with self.accumulator.paused():
                     self.evaluate_or_save(tracking)
-                    if self.due() or progress.step == self.total_steps:
+                    if self.checkpoint_due() or progress.step == self.total_steps:
                         self.save(run)
 
     def evaluate_or_save(self, tracking: Tracking) -> None:
-        """Evaluate; if that is interrupted, save the weights that are to be evaluated anew."""
+        """Evaluate; if interrupted, save the state before it, so that a resumed run repeats the evaluation."""
         run = tracking.run
         before, size = replace(self.progress), run.metrics.size
         try:
@@ -207,8 +207,8 @@ class Trainer:
             self.save(run)
             raise
 
-    def due(self) -> bool:
-        """Whether the end of this epoch gets a checkpoint: by the interval, or because it is the best so far."""
+    def checkpoint_due(self) -> bool:
+        """Whether to save at the end of this epoch: by the interval, or because it is the best so far."""
         every = self.recipe.train.checkpoint_every
         return every is None or self.progress.step % every == 0 or self.progress.best_step == self.progress.step
 
@@ -222,45 +222,45 @@ class Trainer:
         self.nonfinite.begin_step()
         losses = []
         for index, batch in enumerate(micro_batches):
-            # What the model draws (drop path) is a function of where we are, so that a resumed run draws the same.
+            # The model's random numbers (drop path) are a function of the step, so that a resumed run draws the same.
             torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                shares_due = self.shares.due(step, index)
-                with self.shares.forward_pass(shares_due):
+                shares_due = self.gradient_shares.due(step, index)
+                with self.gradient_shares.forward_pass(shares_due):
                     loss, parts = self.model(batch, StepIndex(step, index), progress)
                 if shares_due:
-                    self.shares.measure(parts, self.task.weights(progress))
+                    self.gradient_shares.measure(parts, self.task.weights(progress))
                 self.accelerator.backward(loss / len(micro_batches))
             self.accumulator.add(loss, {name: part.detach() for name, part in parts.items()})
             losses.append(loss.detach())
-        norm = self.nonfinite.judge(step, losses, [batch.indices for batch in micro_batches])
+        norm = self.nonfinite.check(step, losses, [batch.indices for batch in micro_batches])
         if (limit := recipe.optim.clip_grad) is not None:
             if self.accelerator.scaler is None:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
             else:  # the norm is that of scaled gradients
                 self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        # Optimizers that draw, such as timm's Kron, draw the same on all processes.
+        # Optimizers that use random numbers, such as timm's Kron, draw the same on all processes.
         torch.manual_seed(_seed_of(recipe.seed, step))
         self.nonfinite.step()
         self.optimizer.zero_grad()
         self.task.after_step(step, self.nonfinite.skipped)
-        if self.average is not None:
-            self.average.update(step, self.nonfinite.skipped)
+        if self.ema_updater is not None:
+            self.ema_updater.update(step, self.nonfinite.skipped)
         self.accumulator.step(self.nonfinite.skipped)
 
-    def inspect(self) -> None:
+    def read_skipped(self) -> None:
         """Fetch the skipped-step flags from the device; synchronises.
 
         Raises:
-            RunFailed: too many steps in a row were not finite.
+            RunFailed: too many non-finite steps in a row.
         """
         self.accumulator.skipped += self.nonfinite.read(self.recipe.train.max_bad_steps)
 
     def log(self, tracking: Tracking) -> None:
-        """Report the global means since the last time."""
-        self.inspect()
-        values = self.accumulator.read(self.plan.batch_size) | self.energy.take() | self.shares.read()
+        """Log the means over all processes since the last call."""
+        self.read_skipped()
+        values = self.accumulator.read(self.plan.batch_size) | self.energy.take() | self.gradient_shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
         values |= {f"weight/{name}": weights[name] for name in self.recipe.scheduled}
         if (cache := self.cache) is not None:
@@ -272,22 +272,21 @@ class Trainer:
         if streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
             self.loader_bound = True
             _log.warning(
-                "step %d: %.0f %% of the time since the last line was spent waiting for data; with cores to spare, "
-                "raise data.workers",
+                "step %d: %.0f %% of the time since the last line was spent waiting for data; raise data.workers if "
+                "there are idle cores",
                 self.progress.step, 100 * values["data_wait"],
             )  # fmt: skip
 
     def evaluate(self, tracking: Tracking) -> None:
-        """Measure raw and averaged weights on the split that selects, and remember the best so far."""
-        self.inspect()
+        """Evaluate raw and EMA weights on the selection split, and update the best so far."""
+        self.read_skipped()
         split, progress = self.selection_split, self.progress
         progress.evaluated_at = progress.step
         if split is None:
             return
         candidates = {"raw": self.student} if self.ema is None else {"raw": self.student, "ema": self.ema.module}
         for weights, student in candidates.items():
-            # Each process has batch statistics of its own shard; the main one's are saved, so they are what is
-            # measured.
+            # Batch statistics differ between processes. Evaluate with those that are saved: the main process's.
             for buffer in student.buffers():
                 broadcast(buffer)
             values = self.evaluator(student, split)
@@ -303,13 +302,12 @@ class Trainer:
         )
 
     def save(self, run: Run) -> None:
-        """Write a checkpoint; returns on all processes when it stands, or after a warning that it does not: the next
-        one may find room.
+        """Write a checkpoint. A failure is a warning, since the next one may succeed.
 
         Raises:
-            RunFailed: it would have been the last one.
+            RunFailed: the last checkpoint of the run cannot be written.
         """
-        self.inspect()
+        self.read_skipped()
         metrics = self.accumulator.state()
         if self.cache is not None:
             self.cache.flush()
@@ -320,19 +318,19 @@ class Trainer:
         step = self.progress.step
         if step == self.total_steps:
             raise RunFailed(problem)
-        _log.warning("%s Training goes on; older checkpoints are intact, and the next one is tried in turn.", problem)
+        _log.warning("%s Training continues; older checkpoints are intact.", problem)
         if self.progress.best_step == step:  # its weights are lost with the next step
-            self.progress.take_best_of(self.saved)
+            self.progress.copy_best(self.saved)
 
     def restore(self, folder: Path, run: Run) -> None:
-        """Continue from a checkpoint, verified before anything changes."""
+        """Continue from a checkpoint, which is verified first."""
         self.progress, state = restore(self.state, folder, run)
         self.saved = replace(self.progress)
         self.accumulator.resume(state["metrics"])
-        on_main(lambda: settle(self.state, folder, self.progress, run, epoch=self.epoch))
+        on_main(lambda: record_checkpoint(self.state, folder, self.progress, run, epoch=self.epoch))
         _log.info("resumed from %s", folder)
 
 
-def _seed_of(*where: int) -> int:
-    text = "/".join(map(str, where))
+def _seed_of(*position: int) -> int:
+    text = "/".join(map(str, position))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

@@ -72,7 +72,7 @@ def test_a_distillation_head_that_nothing_teaches(refused, toy: Toy, model: str,
         f"data.resolution={resolution}",
         "distill=[{method: hard, weight: 0}]",
     )
-    assert "distill.0.weight: 0 all the time: the distillation head, half of the answer, would learn nothing" in message
+    assert "distill.0.weight: always 0: the distillation head would not be trained" in message
 
 
 def test_missing_data_without_network(refused, toy: Toy, tmp_path: Path) -> None:

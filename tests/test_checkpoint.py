@@ -130,8 +130,8 @@ def test_pruning_passes_over_what_is_damaged(tmp_path: Path) -> None:
 def test_links_move_and_old_checkpoints_go(tmp_path: Path) -> None:
     paths = [write(tmp_path, step) for step in range(1, 6)]
     for path in paths:
-        checkpoint.point(tmp_path, "last", path)
-    checkpoint.point(tmp_path, "best", paths[1])
+        checkpoint.set_link(tmp_path, "last", path)
+    checkpoint.set_link(tmp_path, "best", paths[1])
     assert (tmp_path / "last").resolve() == paths[-1].resolve()
     checkpoint.prune(tmp_path, 2)
     assert checkpoint.existing(tmp_path) == [paths[1], *paths[-2:]]

@@ -133,7 +133,7 @@ def test_a_run_ends_with_its_table_and_its_paths(launched: subprocess.CompletedP
     log = (finished / "train.log").read_text()
     assert "preflight: teacher top-1" in launched.stdout
     assert all(f"step {step}  epoch" in log for step in (1, 2, 3))
-    assert "mix_off_epoch: epoch 9 never comes" in log
+    assert "mix_off_epoch: epoch 9 is not reached" in log
     assert "normal" not in launched.stderr
     assert "Traceback" not in launched.stderr
 

@@ -175,9 +175,9 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
     take_steps(trainers[False], batches_of(trainers[False]), 4)
     batches = batches_of(trainer)
     take_steps(trainer, batches, 1)
-    assert trainer.shares.latest == {}, "only at the steps that are logged"
+    assert trainer.gradient_shares.latest == {}, "only at the steps that are logged"
     take_steps(trainer, batches, 1)
-    found = {name: share.item() for name, share in trainer.shares.latest.items()}
+    found = {name: share.item() for name, share in trainer.gradient_shares.latest.items()}
     take_steps(trainer, batches, 2)
     states = [each.task.state_dict() for each in trainers.values()]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

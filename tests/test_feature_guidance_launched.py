@@ -65,7 +65,7 @@ def test_compiled_with_maps_it_begins_as_eager(toy: Toy) -> None:
         for _ in range(4):
             take_steps(trainer, batches, 1)
             losses.append(trainer.accumulator.read(16)["loss"])
-        found[compiled] = losses, {name: share.item() for name, share in trainer.shares.latest.items()}
+        found[compiled] = losses, {name: share.item() for name, share in trainer.gradient_shares.latest.items()}
         # Student and teacher; the step that is not compiled made no third.
         assert counters["stats"]["unique_graphs"] == (2 if compiled else 0)
         assert not counters["graph_break"]

@@ -212,7 +212,7 @@ def test_without_a_compiler_auto_compiles_nothing(
         resolved = Compilation(Train(), torch.device("cuda"))
     assert not resolved.enabled
     assert not resolved.graphs
-    assert "for want of a C compiler" in caplog.text
+    assert "lacks a C compiler" in caplog.text
     assert Compilation(Train(compile=True), torch.device("cuda")).enabled, "who asks for it is told by the compiler"
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(compilation.sysconfig, "get_path", lambda *_: "nowhere")
@@ -340,7 +340,7 @@ def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -
     assert window.read(16)["data_wait"] == 0.0
     # While the first batch is waited for, a GPU's augmentation is compiled.
     window._step_done = SimpleNamespace(query=lambda: True, record=lambda: None)  # type: ignore[assignment]
-    window.await_compilation()
+    window.expect_compilation()
     for _ in window.timed(batches()):
         clock.now += 6.0
         window.add(torch.tensor(1.0), {})

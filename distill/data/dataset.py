@@ -63,7 +63,7 @@ class Dataset(ABC):
             spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
         )
 
-    def give_views(self, views: int) -> None:
+    def set_views(self, views: int) -> None:
         """Let training batches have so many augmented views of each image.
 
         Raises:

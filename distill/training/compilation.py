@@ -1,4 +1,4 @@
-"""Whether the networks of a run are compiled, and into CUDA graphs."""
+"""`train.compile`: torch.compile and CUDA graphs for student, teacher and augmentation."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ _log = logging.getLogger("distill")
 
 
 def _missing() -> str | None:
-    """What keeps this machine from compiling kernels for its GPU; None: nothing does. Triton compiles its launchers on
-    the machine, as extensions of Python.
-    """
+    """What this machine lacks for compiling GPU kernels, if anything. Triton builds its launchers as C extensions."""
     if not has_triton():
-        return "Triton, or of a GPU that it supports (compute capability 7.0 or later)"
+        return "Triton, or a GPU that it supports (compute capability 7.0 or later)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc or clang)"
-    # As Triton asks: the default scheme of Debian's Pythons names a folder that has no headers.
+    # As in Triton: the default scheme of Debian's Python names a folder without headers.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
         return "Python's headers (python3-dev or python3-devel)"
@@ -35,54 +33,48 @@ def _missing() -> str | None:
 
 
 class Compilation:
-    """What `train.compile` comes to on a device; the processes agree. Collective.
+    """Resolves `train.compile` on a device, the same on all processes. Collective.
 
-    What is compiled is the forward pass of a training step, of the student and of the teacher. It sees one shape, the
-    micro-batch, in training mode, for the whole run: so shapes are taken as fixed, and on CUDA each network becomes a
-    CUDA graph ("reduce-overhead"), which is replayed without launching its kernels one by one. Evaluation has other
-    shapes and modes; it calls the same modules by another door (`Student.logits`, the teacher as it was loaded), which
-    is not compiled, so that nothing is compiled or recorded again for it.
+    Compiled are the training forward passes of student and teacher. Their shapes are fixed (the micro-batch), so on
+    CUDA each network becomes a CUDA graph ("reduce-overhead"). Evaluation has other shapes and modes; it uses entry
+    points that are not compiled (`Student.logits`, the teacher as it was loaded), so it triggers no recompilation.
 
-    A graph's outputs lie in memory that its next replay overwrites: the gradients that backward leaves in the
-    parameters, the logits. Between the beginnings of two steps nothing is overwritten, and everything that a step
-    makes of them (losses, weights, averages, stored logits) has memory of its own, so a mark at the beginning of the
-    step is enough, provided the gradients of the step before are gone: `zero_grad` drops them. The optimizer, the
-    moving average and a checkpoint change weights in place, where the graphs expect them. Under DistributedDataParallel
-    gradients are copied into its buckets as they come.
+    A graph's replay overwrites its previous outputs: logits, and gradients in the parameters. All that a step derives
+    from them (losses, weights, EMA, stored logits) has its own memory, and `zero_grad` drops the gradients, so one mark
+    at the beginning of a step is enough. Optimizer, EMA and checkpoint loading change weights in place, as graphs
+    require. Under DistributedDataParallel gradients are copied into its buckets.
 
-    The teacher has no stream of its own: two graphs take two launches a step, so there is little to hide behind the
-    other's work, and a second stream would have to be made safe against the memory that they share.
+    The teacher has no CUDA stream of its own: with one graph launch each there is little to overlap.
 
-    There are no graphs, only compiled kernels, where they would not be safe or not pay:
+    Without graphs, with compiled kernels only:
     - gradient accumulation: autograd adds the second micro-batch to gradients in the first one's memory
       (github.com/pytorch/pytorch/issues/169545);
-    - gradient checkpointing: it is for models that barely fit, and graphs hold on to all memory that they use.
+    - gradient checkpointing: it is for models that barely fit, and graphs keep all memory that they use.
     """
 
     def __init__(self, train: Train, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self.enabled = self.on_cuda if train.compile == "auto" else train.compile
         if self.enabled and train.compile == "auto" and (missing := list(filter(None, gather_object([_missing()])))):
-            _log.info("train.compile: auto compiles nothing here, for want of %s", missing[0])
+            _log.info("train.compile: auto compiles nothing on this machine, which lacks %s", missing[0])
             self.enabled = False
         fixed = train.gradient_accumulation == 1 and not train.gradient_checkpointing
         self.graphs = self.enabled and self.on_cuda and fixed
         if self.enabled:
-            # What an earlier run of this process compiled (the teacher's, or the student's before its control's) holds
-            # its memory, and would count against the limit of recompilations.
+            # Earlier runs of this process (teacher, student) hold memory and count towards the recompilation limit.
             torch.compiler.reset()
 
     def apply(self, module: nn.Module) -> None:
-        """Compile the module's calls, in place, when it is first called; or leave it."""
+        """Compile the module in place, at its first call, if compilation is enabled."""
         if self.enabled:
             module.compile(dynamic=False, mode="reduce-overhead" if self.graphs else None)
 
     def apply_to_augmentation(self, augmenter: Augmenter) -> None:
-        """Compile it where the networks are, on CUDA; on a CPU its eager form skips images that an operation leaves."""
+        """Compile it on CUDA if the networks are; on a CPU eager code is faster, since it skips unaffected images."""
         if self.enabled and self.on_cuda:
             augmenter.compile()
 
     def begin_step(self) -> None:
-        """Let the graphs overwrite what they returned in the step before."""
+        """Let CUDA graphs overwrite the outputs of the previous step."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()

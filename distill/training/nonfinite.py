@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: their updates are not applied, on any process."""
+"""Skipping of steps whose loss or gradients are not finite, on all processes alike."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.errors import RunFailed
 
-NAMED = 16
-"""Sample indices that a message names; there may be thousands."""
+MAX_NAMED = 16
+"""Most steps or sample indices that a message lists."""
 _log = logging.getLogger("distill")
 
 
-class _Judged(NamedTuple):
-    """What the device knows of a step, for the host to read later."""
+class _Check(NamedTuple):
+    """Finiteness of one step, on the device until the host reads it."""
 
     step: int
     finiteness: Tensor
-    """float32 [2] or [3], the same on all processes: is anything not finite, is a loss; with a scaler, its scale."""
+    """float32 [2] or [3], the same on all processes: anything not finite, a loss not finite; the scaler's scale."""
     own: Tensor
-    """float32: this process's losses, sums of its gradients before they were averaged, and their norm after it."""
+    """float32: this process's losses, the sums of its gradients before averaging, and their norm after it."""
     indices: Sequence[Tensor]
     """int64 [B] for each micro-batch of this process."""
 
 
 class NonFiniteSteps:
-    """Decides on the device, at each step, whether its update is applied, and tells the host when it is asked.
+    """Decides on the device, at each step, whether its update is applied; the host reads the flags later.
 
-    The processes agree by a reduction of one small tensor on the device. A step that is not finite leaves no trace in
-    weights, optimizer, moving average and batch statistics:
-    - torch's fused optimizers take the decision as a tensor and then leave alone weights, state and step counter;
-    - for other optimizers the host waits for the decision: one wait a step costs less than copies of all weights;
-    - the moving average gets the weight 0, and the statistics of batch norms are copied and put back;
-    - with a gradient scaler (fp16) one gradient is made NaN on all processes, so that the scaler skips the step.
+    The processes agree by an all-reduce of one small tensor. A non-finite step changes no weights, optimizer state, EMA
+    or batch statistics:
+    - torch's fused optimizers take the flag as a tensor (`found_inf`) and then change nothing;
+    - other optimizers need the flag on the host: one synchronisation a step is cheaper than copies of all weights;
+    - the EMA update gets the weight 0, and batch norm statistics are restored from a copy;
+    - with a gradient scaler (fp16) one gradient is set to NaN on all processes, so that the scaler skips the step.
     """
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Watch `model`, which is `student` as accelerate prepared it, and accelerate's `optimizer` over it."""
-        self._accelerator, self._wrapped = accelerator, optimizer
+        """`model` and `optimizer` as accelerate prepared them; `student` is the module within `model`."""
+        self._accelerator, self._prepared = accelerator, optimizer
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._statistics = [
@@ -60,17 +60,17 @@ class NonFiniteSteps:
         self._statistics_before: list[Tensor] = []
         self._has_stepped = False
         self._bucket_sums: list[Tensor] = []
-        self._judged: list[_Judged] = []
-        self._streak: list[_Judged] = []
+        self._unread: list[_Check] = []
+        self._streak: list[_Check] = []
         self.skipped = torch.tensor(False, device=accelerator.device)
-        """bool [], on the device: whether the update of the step at hand is left out."""
-        self._shared = isinstance(model, DistributedDataParallel)
+        """bool [], on the device: whether the update of the current step is skipped."""
+        self._distributed = isinstance(model, DistributedDataParallel)
         if isinstance(model, DistributedDataParallel):
-            # DDP reads annotations, and cannot read those that are text.
+            # A lambda, because DDP rejects string annotations.
             model.register_comm_hook(None, lambda _, bucket: self._before_reduction(bucket))
 
     def _before_reduction(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Note this process's own gradients: afterwards all processes have the same, and whose were bad is lost."""
+        """Record the sum of this process's gradients, to tell after averaging which process had bad ones."""
         self._bucket_sums.append(bucket.buffer().sum())
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
@@ -79,136 +79,134 @@ class NonFiniteSteps:
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
 
     @torch.no_grad()
-    def judge(self, step: int, losses: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-        """Decide on step `step` (from 0), whose gradients are there.
+    def check(self, step: int, losses: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+        """Set `skipped` for step `step` (from 0), after its backward passes.
 
         Args:
-            losses: of its micro-batches, scalars.
-            indices: of their samples.
+            losses: a scalar for each micro-batch.
+            indices: sample indices, int64 [B] for each micro-batch.
 
         Returns:
-            The norm of the gradients, float32 []; one beyond the range of float32 counts as not finite.
+            The norm of the gradients, float32 []; overflow counts as not finite.
         """
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         own = torch.stack([*losses, *self._bucket_sums, norm]).float()
         finiteness = (~torch.stack([own.sum(), own[: len(losses)].sum()]).isfinite()).float()
-        if self._shared:
+        if self._distributed:
             dist.all_reduce(finiteness, dist.ReduceOp.MAX)
         self.skipped = finiteness[0] > 0
         if (scaler := self._accelerator.scaler) is not None:
             gradients[0].add_(torch.full_like(self._scale(scaler), math.nan).masked_fill(~self.skipped, 0.0))
             finiteness = torch.cat([finiteness, self._scale(scaler).view(1)])
-        self._judged.append(_Judged(step, finiteness, own, indices))
+        self._unread.append(_Check(step, finiteness, own, indices))
         return norm
 
     @staticmethod
     def _scale(scaler: torch.amp.GradScaler) -> Tensor:
-        """The scale on the device; `get_scale` would wait for it."""
-        assert scaler._scale is not None, "it is there from the first scaled loss on"
+        """The scale on the device; `get_scale` would synchronise."""
+        assert scaler._scale is not None, "created with the first scaled loss"
         return scaler._scale
 
     @torch.no_grad()
     def step(self) -> None:
-        """The optimizer's step, or none."""
-        # Optimizers make their state in their first step: fused SGD as empty memory, which a step that is left out does
-        # not fill.
+        """Apply the optimizer's step unless it is skipped."""
+        # Optimizers create their state in the first step. Fused SGD's is uninitialised if that step is skipped.
         first = not (self._has_stepped or self._optimizer.state)
         if self._accelerator.scaler is not None:
-            self._wrapped.step()
+            self._prepared.step()
             if first:
                 self._has_stepped = not self.skipped.item()
                 if not self._has_stepped:
                     self._optimizer.state.clear()
         elif not first and getattr(self._optimizer, "_step_supports_amp_scaling", False):
             self._optimizer.found_inf = self.skipped.float()  # type: ignore[attr-defined]
-            self._wrapped.step()
+            self._prepared.step()
         elif not self.skipped.item():
-            self._wrapped.step()
+            self._prepared.step()
             self._has_stepped = True
         for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
             buffer.copy_(torch.where(self.skipped, before, buffer))
 
     def read(self, limit: int) -> int:
-        """How many updates were skipped since the last call, said on the console too; waits for the device.
-        Collective.
+        """Number of skipped steps since the last call, which are also logged; synchronises. Collective.
 
-        What a gradient scaler skips because its scale is too large is not counted.
+        Steps that a gradient scaler skips because its scale is too large do not count.
 
         Raises:
-            RunFailed: `limit` steps in a row were not finite.
+            RunFailed: `limit` non-finite steps in a row.
         """
-        if not self._judged:
+        if not self._unread:
             return 0
-        finitenesss = torch.stack([judged.finiteness for judged in self._judged]).tolist()
+        flags = torch.stack([check.finiteness for check in self._unread]).tolist()
         bad = []
-        for judged, (anything, loss, *scale) in zip(self._judged, finitenesss, strict=True):
+        for check, (anything, loss, *scale) in zip(self._unread, flags, strict=True):
             if not anything:
                 self._streak = []
             elif loss or not scale or scale[0] < 1:
-                bad.append(judged.step)
-                self._streak.append(judged)
+                bad.append(check.step)
+                self._streak.append(check)
                 if len(self._streak) == limit:
                     raise RunFailed(self._explain())
-        self._judged = []
+        self._unread = []
         if bad:
             _log.warning(
                 "step %s: the loss or its gradients were not finite; %s not applied",
-                ", ".join(str(step + 1) for step in bad[:NAMED]) + (", ..." if len(bad) > NAMED else ""),
+                ", ".join(str(step + 1) for step in bad[:MAX_NAMED]) + (", ..." if len(bad) > MAX_NAMED else ""),
                 "its update was" if len(bad) == 1 else "these updates were",
             )
         return len(bad)
 
     def _explain(self) -> str:
-        """Which steps, and whose samples, made the run fail: those of the last of these steps on each process."""
-        found = gather_object([(*self._blame(), self._accelerator.process_index)])
-        surest = max(sureness for sureness, *_ in found)
-        culprits = [
-            f"process {process} (step {step + 1}, samples {', '.join(map(str, samples[:NAMED]))}"
-            + (f" and {len(samples) - NAMED} more)" if len(samples) > NAMED else ")")
-            for sureness, step, samples, process in found
-            if sureness == surest
+        """The error message: the non-finite steps, and the processes and samples that caused them."""
+        found = gather_object([(*self._locate(), self._accelerator.process_index)])
+        highest = max(confidence for confidence, *_ in found)
+        sources = [
+            f"process {process} (step {step + 1}, samples {', '.join(map(str, samples[:MAX_NAMED]))}"
+            + (f" and {len(samples) - MAX_NAMED} more)" if len(samples) > MAX_NAMED else ")")
+            for confidence, step, samples, process in found
+            if confidence == highest
         ]
         first, last = self._streak[0].step + 1, self._streak[-1].step + 1
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
         return (
-            f"{steps}: the loss or its gradients were not finite on {', '.join(culprits)}. No such update was applied, "
+            f"{steps}: the loss or its gradients were not finite on {', '.join(sources)}. No such update was applied, "
             f"but these were train.max_bad_steps={len(self._streak)} in a row.\n"
             "Lower optim.lr, warm up longer (optim.warmup_epochs), or train in fp32 (train.precision)."
         )
 
-    def _blame(self) -> tuple[int, int, list[int]]:
-        """How surely it was this process (2: its own loss or gradients, 1: its gradients once averaged, 0: another),
-        the step (from 0) and its samples.
+    def _locate(self) -> tuple[int, int, list[int]]:
+        """Confidence that this process is the source (2: its own loss or gradients are not finite, 1: the averaged
+        gradients, 0: none), the last such step (from 0) and its samples.
         """
-        blamed: tuple[int, int, list[int]] = (0, self._streak[-1].step, [])
-        for judged in self._streak:
-            finite = [math.isfinite(value) for value in judged.own.tolist()]
-            losses, gradients = finite[: len(judged.indices)], finite[len(judged.indices) : -1]
-            sureness = 2 if not all(losses + gradients) else int(not finite[-1])
-            if sureness < max(1, blamed[0]):
+        located: tuple[int, int, list[int]] = (0, self._streak[-1].step, [])
+        for check in self._streak:
+            finite = [math.isfinite(value) for value in check.own.tolist()]
+            losses, gradients = finite[: len(check.indices)], finite[len(check.indices) : -1]
+            confidence = 2 if not all(losses + gradients) else int(not finite[-1])
+            if confidence < max(1, located[0]):
                 continue
-            # A loss names its micro-batch; of gradients only the sum is known.
-            parts = zip(judged.indices, losses, strict=True)
-            indices = [part for part, is_finite in parts if not is_finite] or judged.indices
-            blamed = (sureness, judged.step, torch.cat(list(indices)).tolist())
-        return blamed
+            # A loss belongs to one micro-batch; gradients are summed over all.
+            parts = zip(check.indices, losses, strict=True)
+            indices = [part for part, is_finite in parts if not is_finite] or check.indices
+            located = (confidence, check.step, torch.cat(list(indices)).tolist())
+        return located
 
 
 class Ema:
-    """timm's moving average of a student, whose update a step's finiteness can leave out without the host knowing."""
+    """Updates timm's EMA of a student unless the step was skipped, without synchronising."""
 
     def __init__(self, ema: ModelEmaV3, student: nn.Module) -> None:
         self._ema = ema
         pairs = list(zip(ema.module.state_dict().values(), student.state_dict().values(), strict=True))
-        # Both change in place only, so that these stay theirs.
+        # Both change in place only, so these references stay valid.
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._values = [value for average, value in pairs if average.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
-        """average += (1 - decay) (value - average), with the decay of step `step`; nothing where `skipped`."""
+        """average += (1 - decay) (value - average), with the decay of step `step`; unchanged if `skipped`."""
         differences = torch._foreach_sub(self._values, self._averages)
         torch._foreach_mul_(differences, (~skipped).float() * (1.0 - self._ema.get_decay(step)))
         torch._foreach_add_(self._averages, differences)

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate."""
+"""Optimizer, parameter groups and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from distill.errors import InputError
 from distill.recipe.schema import Optim
 
 
-def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None = None) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over the timm `model`, and over what the losses own: with AdamW under Muon, and
-    without layer decay.
+def build_optimizer(spec: Optim, model: nn.Module, methods: nn.Module | None = None) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over the timm `model` and the parameters of `methods`; the latter have no layer
+    decay, and AdamW where the optimizer is Muon.
 
-    Weight decay falls on matrices and kernels only: not on biases, norms, and what the model lists in
-    `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group carries its `lr_scale`.
+    Weight decay applies to matrices and kernels only: not to biases, norms, and what the model lists in
+    `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group has an `lr_scale`.
 
     Raises:
-        InputError: no such optimizer, or one that needs second derivatives.
+        InputError: unknown optimizer, or one that needs second derivatives.
     """
     known = list_optimizers()
     if spec.name.lower() not in known:
@@ -45,7 +45,7 @@ def build_optimizer(spec: Optim, model: nn.Module, objectives: nn.Module | None 
     optimizer = create_optimizer_v2(
         model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments
     )
-    for group in param_groups_weight_decay(objectives, spec.weight_decay) if objectives is not None else ():
+    for group in param_groups_weight_decay(methods, spec.weight_decay) if methods is not None else ():
         if group["params"]:
             optimizer.add_param_group(group | ({"use_fallback": True} if "ns_steps" in parameters else {}))
     return optimizer
@@ -66,11 +66,11 @@ def _muon_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: int) -> float:
-    """Of optimizer step `step` (from 0): linear warm-up from 0, then cosine to `min_lr` (Loshchilov and Hutter 2017,
-    eq. 5) or constant.
+    """Learning rate of optimizer step `step` (from 0): linear warm-up from 0, then cosine to `min_lr` (Loshchilov and
+    Hutter 2017, eq. 5) or constant.
 
-    A pure function of the step, so that neither the number of processes nor a resumption can shift it. `total_steps`
-    counts the epochs of the recipe also where `max_steps` ends the run early; the warm-up may be longer than the run.
+    A pure function of the step. `total_steps` is that of all epochs of the recipe, even if `max_steps` ends the run
+    early; the warm-up may be longer than the run.
     """
     warmup = spec.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -82,6 +82,6 @@ def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set it on every group, times the group's `lr_scale` where layer decay gave it one."""
+    """Set it on every group, times the group's `lr_scale` (layer decay) if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and what goes with it: links, older checkpoints, metrics, the status."""
+"""Saving and restoring the training state of a run; links, pruning and status after a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("distill")
 
 @dataclass
 class Progress:
-    """What a checkpoint remembers besides tensors. No random state: randomness is a function of the step."""
+    """Training progress in a checkpoint. There is no random state: randomness is a function of the step."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -34,26 +34,26 @@ class Progress:
     best_top1: float = -1.0
     best_step: int | None = None
     best_weights: str = "raw"
-    """'raw' or 'ema', whichever was better on the split that selects."""
+    """'raw' or 'ema', whichever was better on the selection split."""
 
-    def take_best_of(self, other: Progress) -> None:
-        """Forget the best so far for that of `other`."""
+    def copy_best(self, other: Progress) -> None:
+        """Replace the best so far by that of `other`."""
         self.best_top1, self.best_step, self.best_weights = other.best_top1, other.best_step, other.best_weights
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All of a run that lives in tensors, and how often it is kept."""
+    """All tensors of a run's checkpoint, and the number of checkpoints to keep."""
 
     student: nn.Module
     methods: nn.Module
-    """What the losses own."""
+    """Parameters and buffers of the losses."""
     source: TeacherSource | None
     ema: ModelEmaV3 | None
     optimizer: AcceleratedOptimizer
     scaler: torch.amp.GradScaler | None
     keep: int
-    """The newest so many checkpoints stay, and the best."""
+    """Number of newest checkpoints to keep; the best is kept too."""
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """File stem -> state dict."""
@@ -66,10 +66,10 @@ class TrainState:
 
 
 def save(train_state: TrainState, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]) -> str | None:
-    """Write a checkpoint, on the main process; what kept it from being written, or None where it stands.
+    """Write a checkpoint, on the main process; returns an error message, or None on success.
 
     Args:
-        also: further plain data, which `restore` returns.
+        also: further plain data, returned by `restore`.
     """
     folder = checkpoint.folder_of_step(run.checkpoints, progress.step)
     tensors, optimizer = train_state.states(), train_state.optimizer.state_dict()
@@ -80,18 +80,18 @@ def save(train_state: TrainState, progress: Progress, run: Run, *, epoch: float,
         "scaler": None if train_state.scaler is None else train_state.scaler.state_dict(),
     }
     needed, free = checkpoint.size(tensors, optimizer), shutil.disk_usage(run.path).free
-    if needed > free:  # a hint: the next lines decide
-        _log.warning("%s: %s bytes are to be written, and %s are free", folder, f"{needed:,}", f"{free:,}")
+    if needed > free:  # only a hint: the estimate is rough
+        _log.warning("%s: needs %s bytes, and %s are free", folder, f"{needed:,}", f"{free:,}")
     try:
         checkpoint.write(folder, tensors, optimizer, state)
     except OSError as error:
         return describe_failure(folder, error, needed)
-    settle(train_state, folder, progress, run, epoch=epoch)
+    record_checkpoint(train_state, folder, progress, run, epoch=epoch)
     return None
 
 
 def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, dict[str, Any]]:
-    """Load a checkpoint, verified before anything changes; returns its progress and all of its plain data.
+    """Load a checkpoint after verifying it; returns its progress and all of its plain data.
 
     Raises:
         InputError: it is damaged.
@@ -110,23 +110,26 @@ def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, 
         train_state.scaler.load_state_dict(state["scaler"])
     progress = Progress(**state["progress"])
     if problem := on_main(lambda: _damage_of_best(run.checkpoints, progress)):
-        _log.warning("%s: the best checkpoint so far is gone or damaged (%s); the choice begins anew", folder, problem)
+        _log.warning(
+            "%s: the best checkpoint so far is missing or damaged (%s); selection starts over", folder, problem
+        )
         progress = Progress(progress.step)
     run.cut_metrics(state["metrics_size"])
     return progress, state
 
 
-def settle(train_state: TrainState, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:
-    """Once the checkpoint at `folder` stands, on the main process: the links lead to it, older ones go, metrics and
-    status say so. Also after a resumption, since the one that was killed may not have come so far.
+def record_checkpoint(train_state: TrainState, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:
+    """Update links, metrics and status for the checkpoint at `folder`, and prune older ones; on the main process.
+
+    Also called on resume, since the previous process may have been killed before it.
     """
     best = None if progress.best_step is None else checkpoint.folder_of_step(run.checkpoints, progress.best_step)
     try:
-        checkpoint.point(run.checkpoints, "last", folder)
+        checkpoint.set_link(run.checkpoints, "last", folder)
         if best is not None:
-            checkpoint.point(run.checkpoints, "best", best)
+            checkpoint.set_link(run.checkpoints, "best", best)
     except OSError as error:
-        _log.warning("%s: the links there cannot be made: %s", run.checkpoints, error.strerror)
+        _log.warning("%s: cannot create the links: %s", run.checkpoints, error.strerror)
     checkpoint.prune(run.checkpoints, train_state.keep)
     run.log("checkpoint", step=progress.step, epoch=epoch, path=str(folder.relative_to(run.path)))
     run.status(step=progress.step, epoch=epoch)

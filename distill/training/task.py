@@ -1,4 +1,4 @@
-"""What a step computes: a batch -> its losses."""
+"""The task: student, teacher and methods as one module, batch -> losses."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ class Losses(NamedTuple):
     """Scalars in float32."""
 
     total: Tensor
-    """label_weight * label + sum of weight * method (Touvron et al. 2021, arXiv 2012.12877, equations 2 and 3 with free
-    weights).
-    """
+    """label_weight * label + sum of weight * method (Touvron et al. 2021, arXiv 2012.12877, eqs. 2 and 3)."""
     parts: dict[str, Tensor]
-    """Unweighted: 'label', and each method under its name."""
+    """Unweighted, by name: 'label' and each method."""
 
 
 class Task(nn.Module):
-    """Student and methods as one module, so that what methods own is trained like the student, under
-    DistributedDataParallel too; checkpoints keep both, exports the student alone.
+    """Student and methods as one module, so that the methods' parameters are trained with the student's, also under
+    DistributedDataParallel. Checkpoints hold both, exports only the student.
 
-    The labels are learned by the class head and the teacher's logits by the distillation head; a model with one head
-    learns both on it. Where nothing teaches the distillation head, the label loss is the mean over the heads.
+    The class head learns from the labels, the distillation head from the teacher's logits; with a single head it learns
+    from both. Without a method on logits, the label loss is the mean over the heads.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class Task(nn.Module):
         label_smoothing: float,
         weights: Callable[[float], Mapping[str, float]],
     ) -> None:
-        """`weights`: of the parts after a share of the run, 0 to 1."""
+        """`weights`: progress of the run, 0 to 1 -> weight of each part."""
         super().__init__()
         self.student, self.methods = student, nn.ModuleDict(dict(methods))
         self.source = source
@@ -58,10 +56,10 @@ class Task(nn.Module):
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
         self._steps: list[StepInputs] = []
-        """The micro-batches of the step at hand, for `after_step`."""
+        """Micro-batches of the current step, for `after_step`."""
 
     def forward(self, batch: Batch, index: StepIndex, progress: float) -> Losses:
-        """The losses of a micro-batch after a share `progress`, 0 to 1, of the run."""
+        """Losses of a micro-batch; `progress` of the run is 0 to 1."""
         views = (batch.images, *batch.views)
         teacher = [] if self.source is None else self.source.ask(views, index)
         student = [self.student(images, self.blocks) for images in views]
@@ -84,7 +82,7 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int, skipped: Tensor) -> None:
-        """Let methods and teacher follow an optimizer step (from 0), which was `skipped` (bool [], on the device)."""
+        """Update methods and teacher after optimizer step `step` (from 0); `skipped`: bool [], on the device."""
         for inputs in self._steps:
             for method in self.methods.values():
                 cast(Method, method).after_step(inputs, skipped)
@@ -105,16 +103,16 @@ def _detached(step: StepInputs) -> StepInputs:
 
 
 def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *, num_classes: int) -> Task:
-    """The recipe's losses between this student and what teaches it, with weights that depend on the seed only.
+    """The recipe's task; the methods' initial weights depend on the seed only.
 
     Raises:
-        InputError: they leave a head untaught, or are to compare logits or maps that one of the two has not.
+        InputError: a head has no loss, or a method needs logits or maps that student or teacher lack.
     """
     _check_heads(recipe, student)
     _check_logits(recipe, source)
-    # Without its teacher, which may have to be trained first, a recipe has only the methods that need none.
+    # Without a teacher, which may have to be trained first, only methods that need none are built.
     sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
-    # Methods on logits come first, so that the sum of the losses has one order.
+    # Methods on logits first: a fixed order of summation.
     sections.sort(key=lambda section: not section.needs.logits)
     shapes = Shapes(num_classes=num_classes)
     if source is not None and any(section.needs.maps for section in sections):
@@ -141,21 +139,21 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
 
 
 def _check_logits(recipe: Recipe, source: TeacherSource | None) -> None:
-    """InputError where a method is to learn from the logits of a teacher without a classifier."""
+    """Raise InputError if a method needs logits and the teacher has no classifier."""
     methods = [section.method for section in recipe.distill if section.needs.logits]
     if methods and source is not None and not source.has_logits:
         raise InputError(
-            f"distill: no logits to learn from for {', '.join(methods)}: teacher {source.name} has no classifier. Take "
-            "methods on feature maps, such as guide, or a teacher that classifies."
+            f"distill: no logits to learn from for {', '.join(methods)}: teacher {source.name} has no classifier. Use "
+            "methods on feature maps, such as guide, or a teacher with a classifier."
         )
 
 
 def _check_heads(recipe: Recipe, student: Student) -> None:
-    """InputError where the labels teach the first of two heads and no method with any weight the other."""
+    """Raise InputError if the labels train the first of two heads and all methods on logits have weight 0."""
     on_logits = {index: section for index, section in enumerate(recipe.distill) if section.needs.logits}
     untaught = on_logits and not any(section.mean_weight for section in on_logits.values())
     if recipe.label_weight != 0 and untaught and len(student.heads) > 1:
         raise InputError(
-            f"distill.{min(on_logits)}.weight: 0 all the time: the distillation head, half of the answer, would learn "
-            "nothing; leave the method out"
+            f"distill.{min(on_logits)}.weight: always 0: the distillation head would not be trained, though the "
+            "prediction is the mean of both; leave the method out"
         )

@@ -78,7 +78,7 @@ def test_views_are_functions_of_their_number() -> None:
     """The first is what there is without further ones, whatever the batch and wherever one starts."""
     spec = Data(name="digits", augment={"crop_padding": 2, "hflip": True, "mixup": 0.8})
     alone, several = opened(spec), opened(spec)
-    several.give_views(3)
+    several.set_views(3)
     one = next(iter(alone.training_batches(BatchPlan(0, 16), 1, 2)))
     three = next(iter(several.training_batches(BatchPlan(0, 16), 1, 2)))
     assert_same(joined(one), joined(three)._replace(views=()))
@@ -91,9 +91,9 @@ def test_views_are_functions_of_their_number() -> None:
 
 def test_a_stream_that_crops_has_one_view(make_folder: Any) -> None:
     data = {"name": "folder", "root": str(make_folder()), "resolution": 12, "augment": {"random_resized_crop": {}}}
-    opened(Data(**data, stream=False)).give_views(2)  # held in memory, each view has a crop of its own
+    opened(Data(**data, stream=False)).set_views(2)  # held in memory, each view has a crop of its own
     with pytest.raises(InputError, match=r"data\.augment\.random_resized_crop"):
-        opened(Data(**data, stream=True, workers=0)).give_views(2)
+        opened(Data(**data, stream=True, workers=0)).set_views(2)
 
 
 def test_processes_and_micro_batches_change_nothing(spec: Data) -> None:

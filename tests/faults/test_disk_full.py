@@ -73,7 +73,7 @@ def test_a_full_disk(
     result = start(warm, toy, tmp_path, out=out)
     failed(result, out, path="step_00000006", reason="No space left on device")
     assert result.stdout.count("step_00000004: cannot be written: No space left on device") == 1
-    assert "Training goes on" in result.stdout
+    assert "Training continues" in result.stdout
     intact = checkpoint.newest_intact(checkpoints)
     assert intact is not None
     assert intact.name == "step_00000002"
@@ -105,7 +105,7 @@ def test_a_limit_to_the_size_of_files(warm: Warm, toy: Toy, tmp_path: Path, coun
     assert start(warm, toy, tmp_path, *longer, fault="checkpoint line").returncode == -signal.SIGKILL
     result = start(warm, toy, tmp_path, *longer, file_size=limit)
     failed(result, tmp_path / "run", path="step_00000010", reason="File too large")
-    assert result.stdout.count("Training goes on") == 3
+    assert result.stdout.count("Training continues") == 3
     assert result.stdout.count("metrics.jsonl: cannot be written") == (limit < MEGABYTE), "one warning for all lines"
     assert [path.name for path in checkpoint.existing(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
     steps = [line["step"] for line in run.read_metrics(tmp_path / "run", "eval")]
@@ -153,7 +153,7 @@ def test_two_processes_take_the_same_decision(toy: Toy, tmp_path: Path, counted:
     with limited(4 * MEGABYTE):
         result = launch(2, toy.recipe, *SMALL, "--out", out, cwd=tmp_path)
     said = result.stdout + result.stderr
-    assert said.count("Training goes on") == 2, said
+    assert said.count("Training continues") == 2, said
     assert said.count("failed: ") == 1, said
     assert run.read_status(out)["state"] == "failed"
     assert "File too large" in run.read_status(out)["reason"]

@@ -151,7 +151,7 @@ def test_a_skipped_step_leaves_no_trace(
         before = everything(trainer)
         take_steps(trainer, batches, 1)
         assert equal(before, everything(trainer)) == (step in bad), step
-    trainer.inspect()
+    trainer.read_skipped()
     values = trainer.accumulator.read(16)
     assert values["bad_steps"] == 4
     assert math.isfinite(values["loss"])
@@ -168,7 +168,7 @@ def test_a_parameter_may_get_its_first_gradient_later(build: Callable[..., torch
         loss = factor * torch.stack([layer(torch.ones(1, 2)).sum() for layer in layers[:count]]).sum()
         loss.backward()
         guard.begin_step()
-        guard.judge(step, [loss.detach()], [torch.tensor([0])])
+        guard.check(step, [loss.detach()], [torch.tensor([0])])
         guard.step()
         optimizer.zero_grad()
         changed = [not torch.equal(*pair) for pair in zip(before, layers.parameters(), strict=True)]
@@ -194,7 +194,7 @@ def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
         scales.append(scaler.get_scale())
         assert equal(before, everything(trainer)) == (step in (1, 2, 4, 5)), step
     assert scales == [4.0, 2.0, 1.0, 1.0, 0.5, 0.25]
-    trainer.inspect()
+    trainer.read_skipped()
     assert trainer.accumulator.sums is not None
     loss = trainer.accumulator.sums[0].item() / 2  # of the steps 0 and 3
     values = trainer.accumulator.read(16)

@@ -160,6 +160,6 @@ def test_a_damaged_best_checkpoint_is_not_exported(warm: Warm, toy: Toy, tmp_pat
     (best / "model.safetensors").write_bytes(b"")
     result = start(warm, toy, tmp_path)
     assert result.returncode == 0, result.stdout
-    (warning,) = [line for line in result.stdout.splitlines() if "the choice begins anew" in line]
+    (warning,) = [line for line in result.stdout.splitlines() if "selection starts over" in line]
     assert "step_00000002/ema.safetensors: damaged" in warning
     assert run.read_status(tmp_path / "run")["exported"]["step"] == 6

@@ -1,4 +1,4 @@
-"""How much each part of the loss moves the student."""
+"""Each loss part's share of the gradient norms of the student."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distill.recipe.schema import Train
 
 
 class GradientShares:
-    """At the steps that are logged, if the recipe asks: each weighted part's share of the norms of the student's
-    gradients, in the first micro-batch of this process.
+    """Measured at logged steps if `train.log_gradient_share` is set: each weighted part's gradient norm over the sum
+    of these norms, in the first micro-batch of each process.
     """
 
     def __init__(self, train: Train, accelerator: Accelerator, student: nn.Module) -> None:
@@ -26,18 +26,18 @@ class GradientShares:
         """Scalars from 0 to 1 by part, on the device."""
 
     def due(self, step: int, micro_batch: int) -> bool:
-        """Whether they are measured at this micro-batch of step `step`, from 0."""
+        """Whether to measure at this micro-batch of step `step`, both from 0."""
         return bool(self._every) and micro_batch == 0 and (step + 1) % self._every == 0
 
     @staticmethod
     def forward_pass(due: bool) -> AbstractContextManager[object]:
-        """Within which the forward pass happens: what is compiled is right for one backward pass only."""
+        """Context for the forward pass: eager if `due`, since compiled code supports one backward pass only."""
         return torch.compiler.set_stance("force_eager") if due else nullcontext()
 
     def measure(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-        """`parts`: losses whose graph is still there, and stays."""
+        """`parts`: losses by name; their graph is retained."""
         scaler = self._accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()  # or fp16 gradients vanish
+        scale = 1.0 if scaler is None else scaler.get_scale()  # fp16 gradients would underflow
         norms = []
         for name, part in parts.items():
             gradients = torch.autograd.grad(
@@ -52,9 +52,7 @@ class GradientShares:
         self.latest = {name: norm / total for name, norm in zip(parts, norms, strict=True)}
 
     def read(self) -> dict[str, float]:
-        """The latest as a line of metrics has them, means over the processes; nothing where a step was left out or all
-        weights are 0. Collective.
-        """
+        """The latest as metrics, means over the processes; empty unless finite (bad step, zero weights). Collective."""
         if not self.latest:
             return {}
         shares = self._accelerator.reduce(torch.stack(list(self.latest.values())), "mean").tolist()
