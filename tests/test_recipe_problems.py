@@ -202,6 +202,7 @@ def test_numbers_are_finite(key: str, value: str) -> None:
         (["teacher=null"], "distill", "needs a teacher"),
         (["distill=[{method: hard}, {method: hard}]"], "distill", "at most once"),
         (["label_weight=0", "distill.0.weight=0"], "label_weight", "nothing would be learned"),
+        (["distill=[{method: hard, weight: 0}]"], "distill.0.weight", "would not be trained"),
         (["distill=[]", "control=true"], "control", "same run"),
         (["train.batch_size=10", "train.gradient_accumulation=4"], "train.batch_size", "4 micro-batches"),
         (["train.batch_size=9", "data.augment.mixup=0.8"], "train.batch_size", "pairs"),

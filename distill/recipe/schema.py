@@ -15,6 +15,7 @@ from distill.options import (
     MethodOptions,
     Options,
     Probability,
+    Problem,
     Section,
     Side,
     SourceOptions,
@@ -312,6 +313,17 @@ class Recipe(Section):
     def scheduled(self) -> list[str]:
         """The parts of the loss whose weight changes over the run."""
         return [objective.method for objective in self.distill if isinstance(objective.weight, WeightSchedule)]
+
+    def untaught_head(self) -> Problem | None:
+        """What is wrong where the labels teach the first of two heads, and no method with any weight the other."""
+        on_logits = {index: section for index, section in enumerate(self.distill) if section.needs.logits}
+        if not on_logits or self.label_weight == 0 or any(section.mean_weight for section in on_logits.values()):
+            return None
+        return Problem(
+            tuple(("distill", index, "weight") for index in on_logits),
+            "always 0: the distillation head would not be trained, though the prediction is the mean of both; leave the "
+            "method out",
+        )
 
     def as_control(self) -> Recipe:
         """The same student on the same batches without the teacher: its heads share the labels at the weight of all

@@ -54,6 +54,8 @@ class Options(StudentOptions):
                 f"a conv stem halves the image: the patch size {patch} is no power of 2",
             )
         yield from self.attention.check_grid(grid, recipe, (*at, "attention"))
+        if self.distillation_token is not False and (untaught := recipe.untaught_head()) is not None:
+            yield untaught
 
 
 # What timm's model_args and the functions below take beside the width, depth and heads of a size:

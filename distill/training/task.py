@@ -108,7 +108,8 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
     Raises:
         InputError: a head has no loss, or a method needs logits or maps that student or teacher lack.
     """
-    _check_heads(recipe, student)
+    if len(student.heads) > 1 and (untaught := recipe.untaught_head()) is not None:
+        raise InputError(f"{'.'.join(map(str, untaught.keys[0]))}: {untaught.message}")
     _check_logits(recipe, source)
     # Without a teacher, which may have to be trained first, only methods that need none are built.
     sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
@@ -145,15 +146,4 @@ def _check_logits(recipe: Recipe, source: TeacherSource | None) -> None:
         raise InputError(
             f"distill: no logits to learn from for {', '.join(methods)}: teacher {source.name} has no classifier. Use "
             "methods on feature maps, such as guide, or a teacher with a classifier."
-        )
-
-
-def _check_heads(recipe: Recipe, student: Student) -> None:
-    """Raise InputError if the labels train the first of two heads and all methods on logits have weight 0."""
-    on_logits = {index: section for index, section in enumerate(recipe.distill) if section.needs.logits}
-    untaught = on_logits and not any(section.mean_weight for section in on_logits.values())
-    if recipe.label_weight != 0 and untaught and len(student.heads) > 1:
-        raise InputError(
-            f"distill.{min(on_logits)}.weight: always 0: the distillation head would not be trained, though the "
-            "prediction is the mean of both; leave the method out"
         )
