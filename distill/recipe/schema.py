@@ -321,8 +321,8 @@ class Recipe(Section):
             return None
         return Problem(
             tuple(("distill", index, "weight") for index in on_logits),
-            "always 0: the distillation head would not be trained, though the prediction is the mean of both; leave the "
-            "method out",
+            "always 0: the distillation head would not be trained, though the prediction is the mean of both; leave "
+            "the method out",
         )
 
     def as_control(self) -> Recipe:
