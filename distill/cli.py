@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from distill.errors import InputError, Interrupted
 from distill.files.text import visible
-from distill.launching.ending import exit_code, exit_message, write_interruption
+from distill.launching.exit_messages import exit_code, exit_message, write_interruption
 from distill.launching.launcher import is_main_process
 from distill.launching.signals import StopRequest
 from distill.version import __version__

@@ -16,7 +16,7 @@ from distill.errors import RunFailed
 from distill.features import mean_over_heads
 from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
-from distill.launching.processes import marking_process
+from distill.launching.processes import with_process_index
 from distill.launching.signals import stoppable
 from distill.out_of_memory import forget, is_out_of_memory
 from distill.report.metrics import measure
@@ -51,7 +51,7 @@ def predict(
     share = -(-size // accelerator.num_processes)
     first = min(size, share * accelerator.process_index)
     batches = dataset.evaluation_batches(split, start + first, start + min(size, first + share), batch_size)
-    batches = stoppable(marking_process(batches), -(-share // batch_size))
+    batches = stoppable(with_process_index(batches), -(-share // batch_size))
     part = batch_size
     rows = []
     for images, _ in batches:

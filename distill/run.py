@@ -1,4 +1,4 @@
-"""A run directory: its names, its lock, `status.json`, `environment.json`, `metrics.jsonl` and `train.log`."""
+"""Run directories: paths, lock, `status.json`, `environment.json`, `metrics.jsonl` and `train.log`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import torch
 
 from distill import registry
 from distill.console import LogFile
+from distill.cores import cores
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
@@ -33,10 +34,10 @@ from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
 from distill.version import __version__
 
 RUNS = Path("runs")
-HELD = (errno.EACCES, errno.EAGAIN)
-"""What the system says of a lock that another process holds."""
+LOCKED = (errno.EACCES, errno.EAGAIN)
+"""Error numbers of a lock that another process holds."""
 _held: set[tuple[int, int] | None] = set()
-"""The lock files of the runs of this process. It must not open them: closing any file lets go of its locks."""
+"""Lock files of this process's runs. Do not open them again: closing any descriptor of a file drops its locks."""
 _log = logging.getLogger("distill")
 
 
@@ -45,7 +46,7 @@ class InUse(InputError):
 
 
 class Run:
-    """One run directory. All processes hold one; only the main process writes."""
+    """One run directory. Every process has a `Run`; only the main process writes."""
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path = path
@@ -54,19 +55,19 @@ class Run:
         self.export = path / "export"
         self.metrics = MetricsFile(path / "metrics.jsonl")
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        """Called with each line of the metrics, on the main process."""
+        """Called with each line of `metrics.jsonl`, on the main process."""
         self.predictions = path / "predictions.safetensors"
         self.report = path / "report.html"
         self._lock_path = path / ".lock"
-        self._made: list[Path] = []
+        self._created: list[Path] = []
         self._status: dict[str, Any] = {}
-        self._opened = self._ended = self._wrote_end = False
+        self._opened = self._ended = self._recorded_end = False
         self._lock: IO[str] | None = None
         self._log_file: logging.Handler | None = None
         self._failing: set[Path] = set()
 
     def claim(self) -> None:
-        """Create the directory where it is missing, and lock it: from here on no other run begins there.
+        """Create the directory if missing, and lock it: no other run can start there.
 
         Raises:
             InUse: another process holds it.
@@ -77,14 +78,14 @@ class Run:
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._made = [*([] if self._lock_path.exists() else [self._lock_path]), *missing]
+            self._created = [*([] if self._lock_path.exists() else [self._lock_path]), *missing]
             self._take_lock()
             self._status = read_status(self.path)
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 
     def open(self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any]) -> None:
-        """Say what runs in the claimed directory, and clean up after an earlier run there.
+        """Write recipe, environment and status to the claimed directory; removes leftovers of an earlier run.
 
         Raises:
             InputError: the directory cannot be written.
@@ -109,64 +110,63 @@ class Run:
         _log.addHandler(self._log_file)
 
     def end(self, error: BaseException) -> bool:
-        """Write to `status.json` that `error` ended the run; returns whether this process did so. That is the main
-        process, or, if it died without doing so, the first other process to take its lock. Every process adds the stack
-        trace of an unexpected error to the log.
+        """Record in `status.json` that `error` ended the run; returns whether this process did so.
 
-        An InputError before the run was opened leaves nothing behind.
+        That is the main process, or, if it died, the first other process to take its lock. Every process adds the stack
+        trace of an unexpected error to the log. After an InputError before `open`, the directory is removed.
         """
         if self._ended:
-            return self._wrote_end
+            return self._recorded_end
         self._ended = True
-        foreseen = isinstance(error, InputError | RunFailed | Interrupted)
+        expected = isinstance(error, InputError | RunFailed | Interrupted)
         try:
             if isinstance(error, InputError) and not self._opened:
-                self._withdraw()
+                self._remove_created()
                 return self.is_main
-            if not foreseen:
+            if not expected:
                 with (self.path / "train.log").open("a", encoding="utf-8") as file:
                     file.write("".join(traceback.format_exception(error)))
-            self._wrote_end = self.is_main or self._take_over()
-            if not self._wrote_end or (self._status.get("state") == "finished" and self._opened):
-                return self._wrote_end
+            self._recorded_end = self.is_main or self._take_over()
+            if not self._recorded_end or (self._status.get("state") == "finished" and self._opened):
+                return self._recorded_end
             state = "interrupted" if isinstance(error, Interrupted) else "failed"
-            self.status(state, reason=str(error) if foreseen else f"{type(error).__name__}: {error}")
+            self.status(state, reason=str(error) if expected else f"{type(error).__name__}: {error}")
         except (OSError, InputError) as problem:
-            _log.error("%s: cannot write down how the run ended: %s", self.path, problem)
-        return self._wrote_end
+            _log.error("%s: cannot record how the run ended: %s", self.path, problem)
+        return self._recorded_end
 
     def _take_over(self) -> bool:
-        """Become the process that writes, if the main one died while the run was going on."""
+        """Become the writing process if the main one died during the run; returns whether it did."""
         if state_of(self.path) != "killed":
             return False
         try:
             self._take_lock()
         except InUse:
-            return False  # another process did
+            return False  # another process took over
         self._status = read_status(self.path)
         self.is_main = self._status.get("state") == "running"
         return self.is_main
 
-    def _withdraw(self) -> None:
-        """Remove what `claim` made."""
+    def _remove_created(self) -> None:
+        """Remove what `claim` created."""
         if self.is_main:
-            with suppress(OSError):  # somebody else has put something there
-                for path in self._made:
+            with suppress(OSError):  # not empty any more
+                for path in self._created:
                     path.rmdir() if path != self._lock_path else path.unlink()
 
     def close(self) -> None:
         """Release the lock and the log."""
         if self._log_file is not None:
             _log.removeHandler(self._log_file)
-            with suppress(OSError):  # what a full disk refused until now
+            with suppress(OSError):  # the disk may be full
                 self._log_file.close()
         if self._lock is not None:
             _held.discard(_identity(self._lock_path))
             self._lock.close()
 
     def _take_lock(self) -> None:
-        # The kernel drops the lock when its holder dies, however it dies: there are no stale locks. A record lock, not
-        # flock: workers that are forked later do not hold it on.
+        # The kernel releases the lock when its holder dies: there are no stale locks. A record lock, not flock, which
+        # forked workers would keep.
         while True:
             if _identity(self._lock_path) in _held:
                 check_free(self.path)
@@ -175,10 +175,10 @@ class Run:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 lock.close()
-                if error.errno not in HELD:
+                if error.errno not in LOCKED:
                     raise
                 check_free(self.path)
-                continue  # its holder has just ended
+                continue  # the holder has just ended
             if _is_same_file(lock, self._lock_path):
                 break
             lock.close()  # its last holder removed it
@@ -192,8 +192,7 @@ class Run:
         """Merge `values` into `status.json`, atomically; `state` is running, finished, interrupted or failed.
 
         Raises:
-            RunFailed: `finished` cannot be written, or the metrics before it. Anything else on a full disk is a
-            warning.
+            RunFailed: `finished`, or the metrics before it, cannot be written. Other failures are warnings.
         """
         if not self.is_main:
             return
@@ -210,7 +209,7 @@ class Run:
         self._write(status, lambda: write_text(status, text), needed=needed)
 
     def log(self, event: str, *, step: int, epoch: float, **values: Any) -> None:
-        """Append one line to `metrics.jsonl`; on a full disk it waits in memory."""
+        """Append one line to `metrics.jsonl`; kept in memory while the disk is full."""
         if self.is_main:
             line = {"event": event, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values}
             self._write(self.metrics.path, lambda: self.metrics.append(line))
@@ -218,17 +217,17 @@ class Run:
                 listener(line)
 
     def metrics_size(self) -> int:
-        """Bytes of `metrics.jsonl` so far, all of them on the disk; a checkpoint remembers it."""
+        """Size of `metrics.jsonl` in bytes, flushed to disk; stored in checkpoints."""
         self._write(self.metrics.path, self.metrics.sync)
         return self.metrics.size
 
     def cut_metrics(self, size: int) -> None:
-        """Cut `metrics.jsonl` back to what a checkpoint remembers."""
+        """Truncate `metrics.jsonl` to the size stored in a checkpoint."""
         if self.is_main:
             self.metrics.cut(size)
 
     def _write(self, path: Path, action: Callable[[], None], *, needed: int | None = None) -> None:
-        """Write to `path`; a failure is a warning, one for all in a row, or with its bytes `needed` ends the run."""
+        """Write to `path`; failures in a row give one warning, or end the run if `needed` (bytes) is set."""
         try:
             action()
             self._failing.discard(path)
@@ -237,11 +236,11 @@ class Run:
                 raise RunFailed(describe_failure(path, error, needed)) from None
             if path not in self._failing:
                 self._failing.add(path)
-                _log.warning("%s: cannot be written: %s. The run goes on and tries again.", path, error.strerror)
+                _log.warning("%s: cannot be written: %s. The run continues and will retry.", path, error.strerror)
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """`environment.json` of the run directory at `path`; empty where there is none that can be read."""
+    """`environment.json` of the run directory at `path`; empty if missing or unreadable."""
     try:
         environment: dict[str, Any] = json.loads((path / "environment.json").read_text())
     except (OSError, ValueError):
@@ -250,10 +249,10 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """`status.json` of the run directory at `path`; empty where there is none.
+    """`status.json` of the run directory at `path`; empty if missing.
 
     Raises:
-        InputError: it is there and unreadable.
+        InputError: it is unreadable.
     """
     try:
         return read_json(path / "status.json") or {}
@@ -262,7 +261,7 @@ def read_status(path: Path) -> dict[str, Any]:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a run stands at `path` and has come to its end."""
+    """Whether there is a finished run at `path`."""
     return read_status(path).get("state") == "finished"
 
 
@@ -291,7 +290,7 @@ def check_free(path: Path) -> None:
 
 
 def holder_of(path: Path) -> str | None:
-    """Which process holds the run directory; None where none that lives does."""
+    """Which living process holds the lock of the run directory; None: none."""
     try:
         if _identity(path / ".lock") in _held:
             return f"this process, {os.getpid()}"
@@ -299,34 +298,34 @@ def holder_of(path: Path) -> str | None:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
-                return file.read() or "another process" if error.errno in HELD else None
+                return file.read() or "another process" if error.errno in LOCKED else None
     except OSError:
         pass
     return None
 
 
 def state_of(path: Path) -> str | None:
-    """The state of the run at `path` as it is: where nobody was left to write it, `running` is no longer true."""
+    """The actual state of the run at `path`: 'killed' if it is recorded as running but no process holds it."""
     state = read_status(path).get("state")
     return "killed" if state == "running" and holder_of(path) is None else state
 
 
 def check_new(path: Path) -> None:
-    """Raise InputError if a run, or anything else, already stands at `path`."""
+    """Raise InputError if there is a run, or anything else, at `path`."""
     check_free(path)
     if (state := state_of(path)) is not None:
         advice = "Choose" if state == "finished" else "Continue it with --resume auto, or choose"
         raise InputError(f"{path}: there is a run already, and it is {state}. {advice} another --out.")
-    # A run killed before its first status leaves a lock, a folder for checkpoints and half a status.
-    begun = {path / ".lock", path / "checkpoints", *path.glob(".*.tmp")}
+    # Left by a run that was killed before its first status.
+    leftovers = {path / ".lock", path / "checkpoints", *path.glob(".*.tmp")}
     if any((path / "checkpoints").glob("step_*")):
-        begun = set()
-    if path.exists() and (not path.is_dir() or any(child not in begun for child in path.iterdir())):
+        leftovers = set()
+    if path.exists() and (not path.is_dir() or any(child not in leftovers for child in path.iterdir())):
         raise InputError(f"{path}: exists and is no run directory. Choose another --out.")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Of a file on this machine, whatever its path; None where there is none."""
+    """Device and inode of a file; None if it does not exist."""
     with suppress(OSError):
         status = path.stat()
         return status.st_dev, status.st_ino
@@ -353,7 +352,7 @@ def check_resumable(path: Path, recipe: Recipe) -> None:
     if is_finished(path):
         raise InputError(f"{path}: this run is finished; there is nothing to resume. Choose another --out.")
     if not (path / "resolved.yaml").exists():
-        return  # killed before it had written down its recipe
+        return  # killed before it wrote its recipe
     before, after = read_recipe(path).flat(), recipe.flat()
     changes = [
         f"  {key}: {before.get(key, '(absent)')!r} -> {after.get(key, '(absent)')!r}"
@@ -369,7 +368,7 @@ def check_resumable(path: Path, recipe: Recipe) -> None:
 
 
 def newest_unfinished(recipe: Recipe) -> Path | None:
-    """The newest run directory under `runs/` that has this recipe's name and is not finished."""
+    """The newest unfinished run directory under `runs/` with this recipe's name."""
     named = re.compile(re.escape(recipe.name) + r"-\d{8}-\d{6}")
     candidates = [
         path
@@ -380,16 +379,16 @@ def newest_unfinished(recipe: Recipe) -> Path | None:
 
 
 def new_path(recipe: Recipe) -> Path:
-    """`runs/<name>-<time>`, where nothing is yet."""
+    """A new path `runs/<name>-<time>`."""
     while (path := RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}").exists():
-        time.sleep(0.1)  # another run of this name began in this second
+        time.sleep(0.1)  # another run of this name started in this second
     return path
 
 
 def describe_environment(
     *, num_processes: int, precision: str | None, device: torch.device, threads: int
 ) -> dict[str, Any]:
-    """What else a result depends on: versions, machine, processes, precision, commit."""
+    """Content of `environment.json`: versions, machine, processes, precision, commit."""
     packages = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
     return {
         "command": sys.argv,
@@ -403,12 +402,12 @@ def describe_environment(
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": threads,
-        "cores": os.cpu_count(),
+        "cores": cores(),
     }
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code runs from; None where it is installed otherwise, or git is not."""
+    """Git commit of the checkout that this code runs from; None without a checkout or git."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return None

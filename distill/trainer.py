@@ -22,7 +22,7 @@ from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
 from distill.evaluation import Classification
 from distill.files.digests import state_digest
-from distill.launching.processes import marking_process, on_main
+from distill.launching.processes import on_main, with_process_index
 from distill.launching.signals import StopRequest, deferred
 from distill.recipe import Recipe
 from distill.run import Run
@@ -172,7 +172,7 @@ class Trainer:
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
                 if epoch == unmixed:
                     self.accumulator.expect_compilation()
-                for micro_batches in self.accumulator.timed(marking_process(batches)):
+                for micro_batches in self.accumulator.timed(with_process_index(batches)):
                     if progress.step % self.steps_per_epoch == 0:
                         # Only the first sample of the global batch: it does not depend on the number of processes.
                         first = micro_batches[0].first()

@@ -25,7 +25,7 @@ from distill.data.randomness import keys
 from distill.data.stream import Draw, crop_box
 from distill.data.timm_sets import create
 from distill.errors import InputError
-from distill.launching.signals import outlive_one_sigterm
+from distill.launching.signals import ignore_first_sigterm
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
 from distill.registry import register
@@ -104,7 +104,7 @@ class SequentialDataset(Dataset):
             drop_last=True,
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=outlive_one_sigterm,
+            worker_init_fn=ignore_first_sigterm,
             generator=torch.Generator().manual_seed(seed),
         )
         batches = iter(loader)
@@ -133,7 +133,7 @@ class SequentialDataset(Dataset):
             decoder,
             batch_size=None,
             num_workers=min(self._workers, 1),
-            worker_init_fn=outlive_one_sigterm,
+            worker_init_fn=ignore_first_sigterm,
             generator=torch.Generator(),
         )
         samples = islice(loader, start, stop)

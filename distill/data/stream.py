@@ -20,7 +20,7 @@ from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
 from distill.data.images import Box, to_square
 from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
-from distill.launching.signals import outlive_one_sigterm
+from distill.launching.signals import ignore_first_sigterm
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
 
@@ -142,7 +142,7 @@ class StreamDataset(Dataset):
             persistent_workers=persistent and workers > 0,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
-            worker_init_fn=outlive_one_sigterm,
+            worker_init_fn=ignore_first_sigterm,
             generator=torch.Generator(),  # the loader draws a seed: not from the global state
         )
 

@@ -1,1 +1,1 @@
-"""Start-up of processes, signals, the other processes of a launch, exit codes and exit messages."""
+"""Process start-up, signals, watching of other ranks, exit codes and exit messages."""

@@ -1,4 +1,4 @@
-"""What a run changes of the process that it is part of, and how that is put back."""
+"""Restores the global state of the process after a run in Python."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data._utils import signal_handling
 
-from distill.launching.processes import free_memory_as_before
+from distill.launching.processes import restore_malloc
 
 _log = logging.getLogger("distill")
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Leave the process as it was, whether what is done within succeeds or fails: environment, log, random states,
-    torch's settings, accelerate's state, and a process group that was not there before.
+    """Restore on exit: environment, logging, random states, torch's settings, accelerate's state, the process group.
 
-    Within, torch has the settings of a fresh process, and reads no pickled code from files.
+    Within, torch has the default settings of a fresh process, and loads no pickled code.
     """
     with ExitStack() as stack:
         for save in (_logging, _random_states, _torch_settings, _processes, _child_signal):
@@ -41,8 +40,8 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Within, no weights file is run as code, whoever reads it: older releases of timm ask torch.load for more than
-    tensors. The environment is as before behind it.
+    """Force `torch.load(weights_only=True)` within, since older releases of timm ask for unsafe loading; restores the
+    environment.
     """
     before = dict(os.environ)
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
@@ -75,7 +74,7 @@ def _random_states() -> Callable[[], None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-        elif torch.cuda.is_initialized():  # as `torch.manual_seed` has it where CUDA starts after it
+        elif torch.cuda.is_initialized():  # as if CUDA had started after `torch.manual_seed`
             torch.cuda.manual_seed_all(torch.initial_seed())
 
     return restore
@@ -101,7 +100,7 @@ def _torch_settings() -> Callable[[], None]:
 
 
 def _child_signal() -> Callable[[], None]:
-    """torch's data loaders handle SIGCHLD from the first worker on."""
+    """SIGCHLD, whose handler torch's data loaders replace."""
     handler, is_set = signal.getsignal(signal.SIGCHLD), signal_handling._SIGCHLD_handler_set
 
     def restore() -> None:
@@ -124,6 +123,6 @@ def _processes() -> Callable[[], None]:
         for state, before in states:
             state.clear()
             state.update(before)
-        free_memory_as_before()
+        restore_malloc()
 
     return restore

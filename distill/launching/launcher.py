@@ -1,4 +1,4 @@
-"""What started this process: a person, or `accelerate launch` or torchrun; and the command that starts it again."""
+"""Whether a launcher (`accelerate launch`, torchrun) started this process, and the command to start it again."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Sequence
 
 
 def is_launched() -> bool:
-    """Whether `accelerate launch` or torchrun started this process: each sets a variable that nobody else does."""
+    """Whether `accelerate launch` or torchrun started this process: each sets its own environment variable."""
     return "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0 of its launch; known before torch is imported."""
+    """Whether this is process 0 of its launch; needs no torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def training_command(arguments: Sequence[str]) -> str:
-    """A line for a shell that trains with these arguments as this process does.
+    """The shell command that trains with these arguments in the way this process was started.
 
-    It is `distill train ARGUMENTS`, or `accelerate launch SCRIPT ARGUMENTS` if a launcher started this process. Named
-    are a number of processes other than one, a precision other than the default, and the CPU if it was asked for; other
-    options of a launcher (a configuration file, several machines) are the user's to repeat.
+    It is `distill train ARGUMENTS`, or `accelerate launch SCRIPT ARGUMENTS` if a launcher started this process. It
+    repeats the number of processes, the precision and the choice of a CPU where they are not the defaults, but no other
+    launcher options (a configuration file, several machines).
     """
     processes, precision = os.environ.get("WORLD_SIZE", "1"), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

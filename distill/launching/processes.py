@@ -1,4 +1,4 @@
-"""How a run is spread over devices, processes and threads: everything that asks accelerate."""
+"""Set-up of accelerate: devices, processes, precision and threads of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from distill.cores import share_of_cores
 from distill.errors import InputError, RunFailed
 from distill.launching.determinism import set_deterministic
-from distill.launching.ending import describe
+from distill.launching.exit_messages import describe
 from distill.launching.ranks import Ranks
 from distill.launching.signals import StopRequest
 from distill.recipe.schema import Recipe, Train
@@ -31,54 +31,51 @@ T = TypeVar("T")
 _log = logging.getLogger("distill")
 
 TIMEOUT = timedelta(hours=2)
-"""Of collective operations: packing data, or checking an export, on the main process may take longer than the usual ten
-minutes.
-"""
+"""Of collective operations: others wait while the main process packs data or checks an export."""
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-"""ACCELERATE_USE_..."""
-# Of mallopt(3), in glibc's malloc.h.
+"""Suffixes of ACCELERATE_USE_... variables that ask for sharded models."""
+# Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-_keeps = False
+_keeps_freed_memory = False
 _groups = itertools.count()
-"""Of the processes of this launch, one a run in Python."""
+"""Numbers the process groups of this process, one per run in Python."""
 
 
 def build_accelerator(train: Train, directory: Path) -> Accelerator:
     """The accelerator of one run, in the recipe's precision.
 
     Raises:
-        InputError: the precision does not exist on this device, or a tracker is not installed.
+        InputError: the device does not support the precision, or a tracker is not installed.
     """
     set_deterministic(train.deterministic)
-    # One launch may run several recipes (the teacher's, the student's) of different precision; the process group stays.
+    # Recipes of one launch (teacher's, student's) may differ in precision; the process group stays.
     AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(train.precision or "", train.precision)
     if precision == "fp16" and PartialState().device.type == "cpu":
         raise InputError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32.")
     for tracker in train.trackers:
         _require_tracker(tracker)
-    # Buffers need no broadcast in every forward pass: in training each process normalises by its own batch, and the
-    # main one's running statistics are the ones that are evaluated and saved. Gradients that live in the buckets are
-    # not copied there.
+    # No broadcast of buffers in every forward pass: in training each process normalises by its own batch, and the main
+    # process's running statistics are evaluated and saved. Gradients as bucket views save a copy.
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision=precision,
-        dynamo_backend="no",  # train.compile says what is compiled
+        dynamo_backend="no",  # see train.compile
         log_with=list(train.trackers) or None,
         project_dir=str(directory),
         kwargs_handlers=[parallel],
     )
-    # The loop divides by the accumulation itself; the environment must not make accelerate divide a second time.
+    # The loop divides by the accumulation steps itself; accelerate must not do so again.
     accelerator.gradient_accumulation_steps = 1
     return accelerator
 
 
 def with_precision(recipe: Recipe) -> Recipe:
-    """The recipe, with the precision that accelerate was launched with where it names none of its own, and fp32 in
-    place of bf16 on a CPU that would have to emulate it.
+    """The recipe with its precision resolved: by default the launcher's, and fp32 in place of bf16 on a CPU that would
+    have to emulate it.
 
     Raises:
-        InputError: accelerate was launched with a precision that a recipe does not have.
+        InputError: the launcher's precision is not supported.
     """
     precision = recipe.train.precision
     if precision is None:
@@ -95,22 +92,22 @@ def with_precision(recipe: Recipe) -> Recipe:
 
 @cache
 def _bf16_or_fp32() -> Literal["bf16", "fp32"]:
-    """Which of them this CPU is faster in; said once."""
+    """Whichever is faster on this CPU; logged once."""
     found = bf16_instructions()
     if found is None:
-        _log.info("precision: fp32 instead of bf16, for which this CPU has no instructions and would be slower")
+        _log.info("precision: fp32 instead of bf16, which is slower on this CPU, for lack of bf16 instructions")
         return "fp32"
-    _log.info("precision: bf16, for which this CPU has %s", found)
+    _log.info("precision: bf16, with this CPU's %s instructions", found)
     return "bf16"
 
 
 def bf16_instructions() -> str | None:
-    """What this CPU multiplies matrices of bf16 with; None: with fp32 instructions, after converting."""
+    """This CPU's instructions for bf16 matrix products; None: it has none, and computes in fp32."""
     if hasattr(torch.cpu, "get_capabilities"):
         known = torch.cpu.get_capabilities()
         return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16") if known.get(name)), None)
     if platform.machine() in ("aarch64", "arm64"):
-        # On x86 the same question is answered with yes where the conversion is fast enough to be correct.
+        # On x86 this is also true for CPUs that only emulate bf16.
         return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     if torch.cpu._is_amx_tile_supported():
         return "amx"
@@ -126,19 +123,18 @@ def _require_tracker(name: str) -> None:
 
 
 def start_processes() -> PartialState:
-    """Join the processes of this launch; to be called before anything else asks accelerate.
+    """Join the process group of this launch; call it before any other use of accelerate.
 
-    accelerate itself looks at ACCELERATE_USE_CPU only when an Accelerator is built, too late for a group of CPU
-    processes.
+    accelerate itself reads ACCELERATE_USE_CPU only when an Accelerator is built, too late for the process group.
 
     Raises:
-        InputError: the launch, or accelerate's configuration, asks for a model in shards.
+        InputError: accelerate is configured for sharded models.
     """
     for name in SHARDED:
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise InputError(
-                f"accelerate was told to use {name}, for models that do not fit one device. Each process here holds "
-                "the whole student: launch with --multi_gpu, or with a file of recipes/accelerate as --config_file."
+                f"accelerate: {name} is configured, for models that do not fit one device. Here each process holds the "
+                "whole student: launch with --multi_gpu, or with a file of recipes/accelerate as --config_file."
             )
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     options: dict[str, Any] = {}
@@ -153,52 +149,52 @@ def start_processes() -> PartialState:
 
 @cache
 def _launch_store() -> tuple[dist.Store, int, int]:
-    """The store of this launch, rank and number of processes. It outlives a process group: the next one has keys of its
-    own in it, and meets neither the addresses of the last one nor a store that ended with process 0's run.
+    """The key-value store of this launch, the rank and the number of processes. It outlives process groups, each of
+    which has its own key prefix.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     return store, rank, size
 
 
 def join_processes(stop: StopRequest) -> None:
-    """Have the processes of this launch stop together, and notice one another's end. Collective."""
+    """Let the processes of this launch stop together and watch one another. Collective."""
     if dist.is_initialized():
-        # On the host, so that asking never waits for the GPU.
+        # On the host, so that polling never synchronises with the GPU.
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
         stop.join(group, Ranks(group))
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep large blocks that are freed, where it is glibc's.
+    """Configure glibc's malloc, if it is in use, to keep large freed blocks.
 
-    By default their pages go back to the system and are zeroed again for the next step's activations: 125,000 to
+    By default their pages return to the system and are zeroed again for the next step's activations: 125,000 to
     135,000 page faults and 0.3 s of system time in a step of ViT-Tiny/4 at batch 128 in bf16, on 2 cores. Without them
-    a step takes 0.88 to 0.95 of the time (ViT-Tiny and Nano, fp32 and bf16); the peak of resident memory stays.
+    a step takes 0.88 to 0.95 of the time (ViT-Tiny and Nano, fp32 and bf16), at the same peak memory.
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
-        global _keeps
-        _keeps = True
+        global _keeps_freed_memory
+        _keeps_freed_memory = True
 
 
-def free_memory_as_before() -> None:
-    """Undo `keep_freed_memory`: as glibc has it in a process that has ever freed a block of 32 MiB."""
-    global _keeps
-    if _keeps:
+def restore_malloc() -> None:
+    """Undo `keep_freed_memory`, to glibc's thresholds after a block of 32 MiB has been freed."""
+    global _keeps_freed_memory
+    if _keeps_freed_memory:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 65536)
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**26)
         ctypes.CDLL(None).malloc_trim(0)
-        _keeps = False
+        _keeps_freed_memory = False
 
 
 def set_threads() -> int:
-    """Give this process its share of the machine's cores and return it.
+    """Set torch's threads to this process's share of the cores, and return it.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1, for a single process too.
+    `accelerate launch` sets OMP_NUM_THREADS=1, even for a single process.
     """
     threads = share_of_cores()
     torch.set_num_threads(threads)
@@ -206,11 +202,11 @@ def set_threads() -> int:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its result, or its failure, reaches every process. Collective.
+    """Run `action` on the main process and return its result on every process. Collective.
 
     Raises:
         InputError, RunFailed: those of `action`, on every process.
-        RunFailed: any other exception of `action`, by its type and text; the main process raises the exception itself.
+        RunFailed: for any other exception of `action`, which the main process raises itself.
     """
     state = PartialState()
     outcome: list = [None, None]
@@ -220,8 +216,8 @@ def on_main(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except Exception as error:
             failure = error
-            foreseen = isinstance(error, InputError | RunFailed)
-            outcome[1] = error if foreseen else RunFailed(f"process 0: {describe(error)}")
+            expected = isinstance(error, InputError | RunFailed)
+            outcome[1] = error if expected else RunFailed(f"process 0: {describe(error)}")
     if state.num_processes > 1:
         broadcast_object_list(outcome)
     result, problem = outcome
@@ -232,8 +228,8 @@ def on_main(action: Callable[[], T]) -> T:
     return result
 
 
-def marking_process(batches: Iterable[T]) -> Iterator[T]:
-    """The same batches; an InputError among them (an image that cannot be read) tells which process met it."""
+def with_process_index(batches: Iterable[T]) -> Iterator[T]:
+    """Yield the batches unchanged; set `process` on an InputError that reading them raises (a broken image)."""
     try:
         yield from batches
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The other processes of a launch: which have ended, and the exit messages of those that ended by themselves."""
+"""Detects which other processes of a launch have ended, and exchanges exit messages."""
 
 from __future__ import annotations
 
@@ -11,56 +11,58 @@ from contextlib import suppress
 import torch.distributed as dist
 
 from distill.errors import InputError, Interrupted, RunFailed
-from distill.launching.ending import LONGEST, describe
+from distill.launching.exit_messages import MAX_CHARACTERS, describe
 
 KINDS: dict[str, type[BaseException]] = {"interrupted": Interrupted, "input": InputError, "failed": RunFailed}
 
 
 class Ranks:
-    """Collective to build. The end of a process is seen on this machine only. Exit messages go through the key-value
-    store of the launch; unless torchrun keeps it, the store ends with process 0.
+    """The other processes of the launch; construction is collective.
+
+    Ended processes are detected on the same machine only. Exit messages go through the launch's key-value store, which
+    ends with process 0 unless torchrun hosts it.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        """`group` is on the host."""
+        """`group`: a CPU (gloo) group."""
         self._rank = dist.get_rank()
-        # A connection of its own: the thread that asks must not wait for what the main thread asks.
+        # A separate connection: the watching thread must not wait for the main thread's requests.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.delete_key(_key(self._rank))  # of an earlier run in this process
         own = (socket.gethostname(), _pid_namespace(), os.getpid())
         self._all = [own] * dist.get_world_size()
         dist.all_gather_object(self._all, own, group=group)
         self._handles: dict[int, int] = {}
-        """By rank, a descriptor that can be read once the process has ended."""
+        """Rank -> file descriptor that becomes readable when the process ends."""
         for rank, (*machine, pid) in enumerate(self._all):
             if rank != self._rank and machine == [*own[:2]] and hasattr(os, "pidfd_open"):
-                with suppress(OSError):  # an old kernel; or it has just ended, and its connections with it
+                with suppress(OSError):  # an old kernel, or the process has just ended
                     self._handles[rank] = os.pidfd_open(pid)
 
     def ended(self) -> list[int]:
-        """The ranks on this machine that have ended, for whatever reason."""
+        """Ranks on this machine that have ended."""
         return [rank for rank, handle in self._handles.items() if select.select([handle], [], [], 0)[0]]
 
     def exit_cause(self) -> BaseException | None:
-        """Why the others ended: a process that died without a message, else a failure, else an interruption; None where
-        none of that is known.
+        """Why the others ended: a process that died without a message, else a failure, else an interruption; None: not
+        known.
         """
-        ended, messages = self.ended(), self._messages()  # in this order: a process leaves its message, then ends
+        ended, messages = self.ended(), self._messages()  # in this order: a process writes its message, then ends
         for rank in ended:
             if rank not in messages:
                 host, _, pid = self._all[rank]
                 died = f"process {rank} died (pid {pid} on {host})"
                 return RunFailed(f"{died}: killed, out of memory, or crashed. The others stopped.")
-        # Without what others repeat of this process.
-        said = [(kind, text) for kind, text in messages.values() if not text.startswith(f"process {self._rank}:")]
-        said.sort(key=lambda message: message[0] == "interrupted")
-        return KINDS[said[0][0]](said[0][1]) if said else None
+        # Without messages that repeat this process's own.
+        others = [(kind, text) for kind, text in messages.values() if not text.startswith(f"process {self._rank}:")]
+        others.sort(key=lambda message: message[0] == "interrupted")
+        return KINDS[others[0][0]](others[0][1]) if others else None
 
-    def leave(self, error: BaseException) -> None:
-        """Leave an exit message for the others."""
+    def write_exit_message(self, error: BaseException) -> None:
+        """Store the exit message of this process for the others."""
         kind = next((kind for kind, class_ in KINDS.items() if isinstance(error, class_)), "failed")
-        foreseen = kind != "failed" or isinstance(error, RunFailed)
-        text = str(error) if foreseen else f"{describe(error)[:LONGEST]} (details in train.log)"
+        expected = kind != "failed" or isinstance(error, RunFailed)
+        text = str(error) if expected else f"{describe(error)[:MAX_CHARACTERS]} (details in train.log)"
         if kind != "interrupted" and not text.startswith("process "):
             text = f"process {self._rank}: {text}"
         with suppress(RuntimeError):
@@ -76,8 +78,8 @@ class Ranks:
         """Rank -> kind (a key of `KINDS`) and text."""
         others = [rank for rank in range(len(self._all)) if rank != self._rank]
         try:
-            left = [rank for rank in others if self._store.check([_key(rank)])]
-            return {rank: tuple(json.loads(self._store.get(_key(rank)))) for rank in left}
+            found = [rank for rank in others if self._store.check([_key(rank)])]
+            return {rank: tuple(json.loads(self._store.get(_key(rank)))) for rank in found}
         except RuntimeError:  # the store ended with process 0
             return {}
 
@@ -87,7 +89,7 @@ def _key(rank: int) -> str:
 
 
 def _pid_namespace() -> str:
-    """Process numbers are unique within a namespace; containers may share a host's name but not the namespace."""
+    """Process ids are unique within a namespace; containers may share a host name but not the namespace."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

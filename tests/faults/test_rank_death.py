@@ -63,23 +63,23 @@ def test_the_others_stop_and_say_who_died(
 
 
 def one_after_the_other() -> None:
-    """Process 0 dies in the first step, and process 2 leaves only when process 1 has said so and ended."""
-    rank, leave, signals.TO_END_STEP = int(os.environ["RANK"]), Ranks.leave, 2.0
+    """Process 0 dies in the first step, and process 2 ends only after process 1 has said so and ended."""
+    rank, write, signals.STEP_GRACE = int(os.environ["RANK"]), Ranks.write_exit_message, 2.0
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def wait_and_leave(ranks: Ranks, error: BaseException) -> None:
+    def wait_and_write(ranks: Ranks, error: BaseException) -> None:
         until = time.monotonic() + 60
         while len(ranks.ended()) < 2 and time.monotonic() < until:
             time.sleep(0.02)
         print("the others are gone")
-        leave(ranks, error)
+        write(ranks, error)
 
     if rank == 0:
         Trainer.train_step = die  # type: ignore[method-assign]
     if rank == 2:
-        Ranks.leave = wait_and_leave  # type: ignore[method-assign]
+        Ranks.write_exit_message = wait_and_write  # type: ignore[method-assign]
 
 
 def test_of_two_that_live_one_speaks(toy: Toy, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from distill import checkpoint
 from distill.errors import Interrupted
 from distill.launching import signals
-from distill.launching.ending import EXIT_INTERRUPTED
+from distill.launching.exit_messages import EXIT_INTERRUPTED
 from distill.launching.signals import StopRequest, deferred
 from distill.run import read_metrics, read_status
 from tests.conftest import Counted, Toy
@@ -159,13 +159,13 @@ def interrupted_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
         assert stop.reason() == "SIGINT"
-        time.sleep(2 * signals.REPEATED)
+        time.sleep(2 * signals.DUPLICATE_WINDOW)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
 
 def test_a_process_that_goes_on_has_its_handlers_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "REPEATED", 0.2)
+    monkeypatch.setattr(signals, "DUPLICATE_WINDOW", 0.2)
     Context().run(stop_and_go_on)  # without the request of a command that an earlier test ran in this process
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from distill.data.packed import open_packed
-from distill.launching.ending import EXIT_INTERRUPTED
+from distill.launching.exit_messages import EXIT_INTERRUPTED
 from distill.run import read_metrics, read_status
 from tests.conftest import Counted, Toy, environment
 from tests.faults.launched import COMMANDS

@@ -1,6 +1,4 @@
-"""The exit code of a command that trains, and its exit message: at most five lines that say what happened, what is
-saved and how to continue.
-"""
+"""Exit codes and exit messages of training commands: what happened, what is saved and how to continue."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from pathlib import Path
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.launching.launcher import training_command
 
-# 0 is done, 2 is bad input (argparse's own code for it), and 75 is EX_TEMPFAIL of sysexits.h: try again, with --resume.
+# 0: finished. 2: argparse's code for bad input. 75: EX_TEMPFAIL of sysexits.h, try again with --resume.
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
-LONGEST = 500
-"""Characters shown of an unexpected error; the log has all of it."""
+MAX_CHARACTERS = 500
+"""Of an unexpected error; the log has all of it."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -30,11 +28,11 @@ def exit_code(error: BaseException) -> int:
 def exit_message(
     error: BaseException, directories: Sequence[Path], arguments: Sequence[str], resuming: Sequence[str]
 ) -> str:
-    """The exit message.
+    """The exit message, of at most five lines.
 
     Args:
-        directories: of the runs that had begun: first the one that was asked for, last the one within it (its
-            teacher's, its control's) that ended.
+        directories: of the runs that had begun: first the requested one, last the one that ended (perhaps that of a
+            teacher or control within it).
         arguments: those of `distill train`.
         resuming: the same without --out and --resume.
     """
@@ -46,25 +44,25 @@ def exit_message(
     elif isinstance(error, InputError | RunFailed):
         lines = [f"failed: {error}"]
     elif begun:
-        lines = [f"failed: {describe(error)[:LONGEST]}", f"details: {begun[-1] / 'train.log'}"]
+        lines = [f"failed: {describe(error)[:MAX_CHARACTERS]}", f"details: {begun[-1] / 'train.log'}"]
     else:
         return "".join(traceback.format_exception(error)).rstrip()
     if not begun:
-        return "\n".join([*lines, "safe: nothing was begun", f"again: {training_command(arguments)}"])
+        return "\n".join([*lines, "safe: nothing was started", f"again: {training_command(arguments)}"])
     if json.loads((begun[0] / "status.json").read_text(encoding="utf-8")).get("state") == "finished":
         report = shlex.join(["distill", "compare", str(begun[0]), "--out", str(begun[0] / "report.html")])
         return "\n".join(
             [*lines, f"safe: the run is finished; only its report is missing: {begun[0]}", f"report: {report}"]
         )
     newest = newest_checkpoint(begun)
-    safe = "no step is saved yet; the run starts anew" if newest is None else f"all up to {newest}"
+    safe = "no step is saved yet; the run starts over" if newest is None else f"all up to {newest}"
     command = training_command([*resuming, "--resume", str(begun[0])])
     return "\n".join([*lines, f"safe: {safe}", f"continue: {command}"])
 
 
 def write_interruption(error: Interrupted, directory: Path) -> None:
-    """Create the run directory of a run that a signal stopped before it began, so that it can be resumed like any
-    other. An existing directory is left as it is.
+    """Create the run directory of a run that was interrupted before it began, so that `--resume` works; an existing
+    directory is not changed.
     """
     with suppress(OSError):
         directory.mkdir(parents=True)
@@ -73,7 +71,7 @@ def write_interruption(error: Interrupted, directory: Path) -> None:
 
 
 def newest_checkpoint(directories: Sequence[Path]) -> Path | None:
-    """The checkpoint that these runs or their controls wrote last."""
+    """The newest checkpoint of these runs and their controls."""
     found: list[tuple[int, Path]] = []
     for directory in directories:
         for path in (*directory.glob("checkpoints/step_*"), *directory.glob("control/checkpoints/step_*")):
