@@ -61,7 +61,7 @@ def test_a_precision_that_no_recipe_has(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("instructions", "precision", "said"),
-    [("amx_bf16", "bf16", "bf16, for which this CPU has amx_bf16"), (None, "fp32", "fp32 instead of bf16")],
+    [("amx_bf16", "bf16", "bf16, with this CPU's amx_bf16 instructions"), (None, "fp32", "fp32 instead of bf16")],
 )
 @pytest.mark.parametrize("where", ["recipe", "launcher"])
 def test_bf16_on_a_cpu_is_for_those_that_have_it(

@@ -122,7 +122,7 @@ def test_bf16_runs_on_the_cpu(toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = launch(2, toy.recipe, "--out", out, "train.precision=bf16", "train.max_steps=3", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    chosen, why = ("bf16", "for which this CPU has") if bf16_instructions() else ("fp32", "instead of bf16")
+    chosen, why = ("bf16", "with this CPU's") if bf16_instructions() else ("fp32", "instead of bf16")
     assert json.loads((out / "environment.json").read_text())["precision"] == chosen
     assert f"precision: {chosen}" in result.stdout + result.stderr
     assert (result.stdout + result.stderr).count(why) == 1, "one process speaks"
