@@ -81,6 +81,7 @@ def test_all_that_was_measured_is_in_the_table() -> None:
     assert rows[0][2] == "top-3 %"
     assert "10 test images of cifar10" in text
     assert "trained on the same batches without the teacher" in text
+    assert "The control" not in render(replace(CARD, results=RESULTS[:-1]), build())
 
 
 def test_before_the_test_set_is_read_there_is_no_table() -> None:

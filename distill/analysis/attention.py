@@ -32,9 +32,9 @@ class Seen:
     side: int
     patches: Tensor
     """float32 [depth, B, T, side, side]: the weight that each patch has in a token's answer."""
-    areas: dict[int, tuple[Tensor, Tensor]]
-    """By block with areas: which patches the strongest areas cover, bool [B, T, strongest, side, side], and their
-    weights [B, T, strongest], in falling order; of areas that cover more than one token only."""
+    areas: dict[int, Tensor]
+    """By block with areas: which patches the strongest ones cover, bool [B, T, strongest, side, side], the strongest
+    first; of areas that cover more than one token only."""
     cosines: tuple[float, ...]
     """Between class and distillation token, mean over all images: before the first block, then after each. Empty where
     there are no such tokens."""
@@ -72,8 +72,7 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
         shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
         patches.append((weights @ shares)[..., prefix:].float().cpu())
         if len(covered) > covered.shape[1]:
-            masks, strongest = _strongest(weights, covered)
-            areas[index] = (masks[..., prefix:].unflatten(-1, (side, side)), strongest)
+            areas[index] = _strongest(weights, covered)[..., prefix:].unflatten(-1, (side, side))
     return Seen(
         tokens=TOKENS[:prefix] or ("mean of all patches",),
         side=side,
@@ -95,12 +94,13 @@ def attention_maps(attention: Attention | AttentionKind, tokens: Tensor, *, quer
     return AttentionMaps(weights, torch.eye(count, device=tokens.device))
 
 
-def _strongest(weights: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
-    """Of weights [B, T, areas] and coverage [areas, tokens]: tokens and weights of the strongest areas, those of one
-    token left out."""
-    several = covered.sum(1) > 1
-    best = weights[..., several].topk(min(STRONGEST, int(several.sum())), dim=-1)
-    return (covered[several][best.indices] > 0).cpu(), best.values.float().cpu()
+def _strongest(weights: Tensor, covered: Tensor) -> Tensor:
+    """Of weights [B, T, areas] and coverage [areas, tokens]: the tokens of the strongest areas, those of one token left
+    out; bool [B, T, strongest, tokens].
+    """
+    several = covered[covered.sum(1) > 1]
+    best = weights[..., covered.sum(1) > 1].topk(min(STRONGEST, len(several)), dim=-1)
+    return (several[best.indices] > 0).cpu()
 
 
 def _cosines(streams: list[Any]) -> tuple[float, ...]:

@@ -11,22 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.analysis.energy import EnergyMeter
 from distill.flops import count_flops
 
 ROUNDS = 5
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 WORK_OF_A_BATCH = {"cpu": 4e9, "cuda": 5e12}
 """FLOPs of the batch at which images per second are measured, at most; it has 8 images at least."""
-ENERGY_SECONDS = 1.5
-"""Of passes between two readings of the counter of energy."""
 SINGLES = 5
 """Images one at a time in every round."""
 
 
 def measure_costs(models: Mapping[str, nn.Module], image: Tensor) -> dict[str, dict[str, Any]]:
-    """By model: FLOPs of an image, bytes of its weights in memory, images per second, seconds for a single image, and
-    joules for an image where the GPU counts them.
+    """By model: FLOPs of an image, bytes of its weights in memory, images per second, seconds for a single image.
 
     Speeds are medians of five rounds in which the models take turns, every second round backwards; float32, eager. The
     image, [1, C, H, W], is on their device already.
@@ -45,7 +41,6 @@ def measure_costs(models: Mapping[str, nn.Module], image: Tensor) -> dict[str, d
                 if turn >= 0:
                     rates[name].append(len(batch) / one_batch)
                     latencies[name].append(single)
-        joules = {name: _joules(model, batch) for name, model in models.items()}
     return {
         name: {
             "flops": flops[name],
@@ -53,22 +48,9 @@ def measure_costs(models: Mapping[str, nn.Module], image: Tensor) -> dict[str, d
             "images_per_second": median(rates[name]),
             "latency_seconds": median(latencies[name]),
             "batch": len(batch),
-            **({} if joules[name] is None else {"joules_per_image": joules[name]}),
         }
         for name, model in models.items()
     }
-
-
-def _joules(model: nn.Module, batch: Tensor) -> float | None:
-    """Of an image, over passes that last much longer than the counter takes to move (tens of milliseconds)."""
-    meter, began, images = EnergyMeter(batch.device), time.perf_counter(), 0
-    if meter.last is None:
-        return None
-    while time.perf_counter() - began < ENERGY_SECONDS:
-        _seconds(model, batch, 1)
-        images += len(batch)
-    energy = meter.take().get("energy")
-    return None if energy is None else energy / images
 
 
 def _seconds(model: nn.Module, images: Tensor, times: int) -> float:

@@ -95,7 +95,6 @@ def analyse(
         values: dict[str, Any] = {
             "format": FORMAT,
             "data": dataset.info.digest,
-            "classes": list(dataset.info.class_names),
             "device": device.type,
             "costs": costs,
             "robustness": _robustness(answers, of(corrupted), labels[corrupted], torch.tensor(corrupted), device),
@@ -108,8 +107,7 @@ def analyse(
                 "attention.images": _thumbnails(of(drawn)),
                 "attention.patches": seen.patches.half(),
             }
-            for block, (masks, weights) in seen.areas.items():
-                tensors |= {f"attention.areas.{block}": masks, f"attention.area_weights.{block}": weights}
+            tensors |= {f"attention.areas.{block}": masks for block, masks in seen.areas.items()}
         metadata = {"format": FORMAT, "data": dataset.info.digest, CHECKSUM: ""}
         try:
             write_tensors(folder / f"{NAME}.safetensors", tensors, metadata)

@@ -49,7 +49,8 @@ STYLE = {
 
 DENSE = 40
 """Marks of a line from which on they are there to be pointed at, but not to be seen."""
-LONG_LABEL = 20
+LEGEND_WIDTH = 58
+"""Characters, eight of them for a mark."""
 LEGEND_LINE = 0.21
 """Inches."""
 
@@ -83,7 +84,7 @@ class Chart:
         """Below the axes, where it hides nothing; none for a single line."""
         handles, labels = self.axes.get_legend_handles_labels()
         if len(labels) > 1:
-            columns = 1 if max(map(len, labels)) > LONG_LABEL else min(3, len(labels))
+            columns = max(1, LEGEND_WIDTH // (8 + max(map(len, labels))))
             width, height = self.figure.get_size_inches()
             self.figure.set_size_inches(width, height + LEGEND_LINE * math.ceil(len(labels) / columns))
             with mpl.rc_context(STYLE):

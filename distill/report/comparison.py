@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,6 @@ class Comparison:
             "images_per_second": ("images_per_second", 1.0),
             "latency_ms": ("latency_seconds", 1e3),
             "megabytes": ("bytes", 1e-6),
-            "joules_per_image": ("joules_per_image", 1.0),
         }
         known = {name: unit * measured[key] if key in measured else None for name, (key, unit) in units.items()}
         return {"parameters": row.parameters, **known}
@@ -163,9 +162,14 @@ def compare(runs: Sequence[Path]) -> Comparison:
     first, *others = [files for run in named.values() for _, files in run.models]
     for other in others:
         _same_test_set(first, other)
+    rows: list[Row] = []
+    for row in (row for name, run in named.items() for row in _rows(name, run)):
+        # A teacher that several runs have is one row.
+        if row.model != "teacher" or not any(np.array_equal(row.logits, other.logits) for other in rows):
+            rows.append(row)
     return Comparison(
         runs=named,
-        rows=tuple(_without_shared_teachers(row for name, run in named.items() for row in _rows(name, run))),
+        rows=tuple(rows),
         curves=curves_of(named),
         warnings=tuple(
             f"{name}: the checkpoint was chosen on the test set (data.select_on: test). The figures on that same "
@@ -194,17 +198,6 @@ def _same_test_set(one: RunFiles, other: RunFiles) -> None:
         one.predictions.labels, other.predictions.labels
     ):
         raise InputError(f"{one.path} and {other.path} were evaluated on different test sets and cannot be compared.")
-
-
-def _without_shared_teachers(rows: Iterable[Row]) -> Iterator[Row]:
-    """A teacher that several runs have is one row."""
-    seen: list[Floats] = []
-    for row in rows:
-        if row.model == "teacher":
-            if any(np.array_equal(row.logits, logits) for logits in seen):
-                continue
-            seen.append(row.logits)
-        yield row
 
 
 def _rows(name: str, run: RunFiles) -> Iterator[Row]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,23 +53,38 @@ class Metrics(NamedTuple):
     agreements: int | None = None
 
 
+def read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors and metadata of a run's .safetensors file.
+
+    Raises:
+        InputError: it is missing or cannot be read.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}. Write it again with `distill evaluate`.") from None
+
+
+def check_whole(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise InputError unless the file is what was written."""
+    if not has_right_checksum(path, metadata):
+        raise InputError(f"{path}: not what was written (SHA-256 differs). Write it again with `distill evaluate`.")
+
+
 def read_predictions(path: Path) -> Predictions:
     """Read and check the file that evaluation wrote.
 
     Raises:
         InputError: it is missing or damaged, its shapes do not fit, a label is no class, or a logit is no number.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-            metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read: {error}. Write it again with `distill evaluate`.") from None
+    tensors, metadata = read_arrays(path)
     # Those that evaluation wrote all have a checksum, and the digest of the data.
-    if {CHECKSUM, "data"} & metadata.keys() and not has_right_checksum(path, metadata):
-        raise InputError(f"{path}: not what was written (SHA-256 differs). Write it again with `distill evaluate`.")
+    if {CHECKSUM, "data"} & metadata.keys():
+        check_whole(path, metadata)
     absent = [name for name in ("labels", "student.fused") if name not in tensors]
     if absent:
         raise InputError(f"{path}: holds no {' and no '.join(absent)}; it is no file of predictions.")

@@ -104,35 +104,13 @@ class Wall:
 
 
 @dataclass(frozen=True)
-class Box:
-    """An area over the patches, in units of patches."""
-
-    left: int
-    top: int
-    width: int
-    height: int
-    weight: float
-
-
-@dataclass(frozen=True)
-class View:
-    """One picture as one token of one block sees it."""
-
-    title: str
-    source: str
-    boxes: Sequence[Box]
-
-
-@dataclass(frozen=True)
 class Attention:
-    """Pictures under the attention of the prefix tokens: rows of views by picture and token."""
+    """Pictures as each token of each block sees them."""
 
     name: str
     title: str
-    grid: tuple[int, int]
-    """Patches (height, width)."""
-    pictures: Sequence[tuple[str, str, Sequence[tuple[str, Sequence[View]]]]]
-    """(data: address, caption, [(token, its views by block)])."""
+    pictures: Sequence[tuple[str, str, Sequence[tuple[str, Sequence[tuple[str, str]]]]]]
+    """(data: address, caption, [(token, [(block, data: address)])])."""
     kind = "attention"
 
 

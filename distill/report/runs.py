@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
-from distill.files.checksum import has_right_checksum
 from distill.files.metrics import read_lines
 from distill.files.text import read_json
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
 from distill.registry import check_available
-from distill.report.metrics import Predictions, read_predictions
+from distill.report.metrics import Predictions, check_whole, read_arrays, read_predictions
 
 Record = Mapping[str, Any]
 ANALYSIS = "analysis"
@@ -166,14 +164,8 @@ def _read_analysis(path: Path, data_digest: str | None) -> Analysis | None:
     values, file = read_json(path / f"{ANALYSIS}.json"), path / f"{ANALYSIS}.safetensors"
     if values is None or not file.exists() or values.get("format") != ANALYSIS_FORMAT:
         return None
-    try:
-        with safe_open(file, framework="np") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (a file is no mapping)
-            metadata = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read: {error}. Write it again with `distill evaluate {path}`.") from None
-    if not has_right_checksum(file, metadata):
-        raise InputError(f"{file}: not what was written (SHA-256 differs). Write it with `distill evaluate {path}`.")
+    tensors, metadata = read_arrays(file)
+    check_whole(file, metadata)
     if data_digest not in (None, values.get("data")) or metadata.get("data") != values.get("data"):
         raise InputError(f"{path / ANALYSIS}.json: made on other data. Write it again with `distill evaluate {path}`.")
     return Analysis(values, tensors)

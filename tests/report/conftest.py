@@ -77,7 +77,7 @@ def write_analysis(path: Path, draw: np.random.Generator, outputs: Sequence[str]
         mask = torch.zeros(2, 2, 2, 4, 4, dtype=torch.bool)
         mask[..., 0, 0, :2] = True  # a box
         mask[..., 1, 1, 3] = mask[..., 1, 2, 0] = True  # a run that goes around the end of a row
-        tensors |= {"attention.areas.0": mask, "attention.area_weights.0": torch.full((2, 2, 2), 0.125)}
+        tensors["attention.areas.0"] = mask
     write_tensors(path / "analysis.safetensors", tensors, {"format": "1", "data": data, CHECKSUM: ""})
     (path / "analysis.json").write_text(json.dumps(values))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from distill.report.charts import Chart
 from distill.report.comparison import Comparison
-from distill.report.page import Attention, Box, Part, Plot, Section, View
+from distill.report.page import Attention, Part, Plot, Section
 from distill.report.runs import Analysis, RunFiles
 from distill.report.sections.pictures import to_png
 
@@ -20,6 +22,8 @@ PIXELS = 64
 """Of a view's side, about."""
 GLOW = np.array([255, 176, 0])
 """Where a token looks."""
+OUTLINE = np.array([86, 180, 233])
+"""Of an area."""
 
 
 def build(comparison: Comparison) -> Section | None:
@@ -70,48 +74,36 @@ def _chart(comparison: Comparison, cosines: list[dict[str, Any]]) -> Chart:
 def _attention(name: str, title: str, run: RunFiles, analysis: Analysis) -> Attention:
     tensors, tokens = analysis.tensors, analysis.values["tokens"].get("names", TOKENS)
     patches = tensors["attention.patches"].astype(np.float64)  # [depth, images, tokens, H, W]
-    depth, _, count, height, width = patches.shape
-
-    def view(image: NDArray[Any], block: int, index: int, token: int) -> View:
-        boxes = []
-        if f"attention.areas.{block}" in tensors:
-            masks, weights = (tensors[f"attention.{key}.{block}"][index, token] for key in ("areas", "area_weights"))
-            boxes = [box for mask, weight in zip(masks, weights, strict=True) for box in _boxes(mask, float(weight))]
-        return View(f"block {block + 1}", to_png(_glowing(image, patches[block, index, token])), boxes)
-
     pictures = []
     places, images = tensors["attention.indices"].tolist(), tensors["attention.images"]
     for index, (place, image) in enumerate(zip(places, images, strict=True)):
-        rows = [(tokens[token], [view(image, block, index, token) for block in range(depth)]) for token in range(count)]
+        rows = []
+        for token in range(patches.shape[2]):
+            views = []
+            for block, weights in enumerate(patches[:, index, token]):
+                areas = tensors.get(f"attention.areas.{block}")
+                masks = [] if areas is None else areas[index, token]
+                views.append((f"block {block + 1}", to_png(_view(image, weights, masks))))
+            rows.append((tokens[token], views))
         label = run.class_names[int(run.predictions.labels[place])]
         pictures.append((to_png(image), f"{label} (test image {place})", rows))
-    return Attention(name, title, (height, width), pictures)
+    return Attention(name, title, pictures)
 
 
-def _glowing(image: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
-    """The picture in grey, uint8 [3, S, S], glowing in proportion to the patches' weights [H, W] over the largest."""
+def _view(image: NDArray[Any], weights: NDArray[Any], areas: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """The picture in grey, uint8 [3, S, S], glowing in proportion to the patches' weights [H, W] over the largest, with
+    the outlines of areas, bool [H, W] each.
+    """
     times = max(1, round(PIXELS / max(image.shape[1:])))
     grey = image[:3].mean(0).repeat(times, 0).repeat(times, 1)
-    shares = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
-    share = 0.75 * np.asarray(shares.resize(grey.shape[::-1], Image.Resampling.NEAREST))[..., None]
-    mixed = 0.75 * grey[..., None] * (1 - share) + share * GLOW
+
+    def enlarged(values: NDArray[Any]) -> NDArray[Any]:
+        found = Image.fromarray(values.astype(np.float32)).resize(grey.shape[::-1], Image.Resampling.NEAREST)
+        return np.asarray(found)
+
+    share = 0.75 * enlarged(weights / max(weights.max(), 1e-12))
+    mixed = 0.75 * (grey * (1 - share))[..., None] + share[..., None] * GLOW
+    for area in areas:
+        inside = enlarged(area) > 0
+        mixed[inside & ~binary_erosion(inside)] = OUTLINE
     return mixed.clip(0, 255).astype(np.uint8).transpose(2, 0, 1)
-
-
-def _boxes(mask: NDArray[Any], weight: float) -> list[Box]:
-    """An area as one box, or one for each row that a run of tokens goes through; none where it covers no patch."""
-    rows, columns = np.nonzero(mask)
-    if not len(rows):
-        return []
-    is_box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) == len(rows)
-    parts = [rows >= 0] if is_box else [rows == row for row in np.unique(rows)]
-    return [
-        Box(
-            left=int(columns[part].min()),
-            top=int(rows[part].min()),
-            width=int(np.ptp(columns[part])) + 1,
-            height=int(np.ptp(rows[part])) + 1,
-            weight=weight,
-        )
-        for part in parts
-    ]
