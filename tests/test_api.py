@@ -462,14 +462,14 @@ GREY = Image.new("L", (8, 8))
         ({"train": split(8)}, "the test split is missing"),
         ({"train": split(8), "test": split(8), "dev": split(8)}, "no split 'dev'"),
         (7, "data: int; give data="),
-        ({"train": split(8), "test": Listed(pictures(split(8)))}, "tensors for train alone"),
+        ({"train": split(8), "test": Listed(pictures(split(8)))}, "tensors for train only"),
         ({"train": (split(8)[0] / 255, split(8)[1]), "test": split(8)}, r"train\.images is float32 .* not uint8"),
         ({"train": split(8), "test": (split(8)[0][:7], split(8)[1])}, r"test\.labels is int64 \[8\], not int64 \[7\]"),
         ({"train": split(3), "test": split(8)}, "class '3' has no training image"),
         ({"train": split(8), "test": split(8), "classes": "abc"}, "label 3 in train.labels is out of range"),
-        ((Listed([]), Listed(pictures(split(8)))), "train is no map-style Dataset with images"),
+        ((Listed([]), Listed(pictures(split(8)))), "train is no map-style Dataset, or is empty"),
         ((iter(()), iter(())), "train is no map-style Dataset"),
-        ((Listed([(torch.rand(3, 8, 8), 0)] * 4),) * 2, r"holds torch.float32 \[3, 8, 8\] where an image belongs"),
+        ((Listed([(torch.rand(3, 8, 8), 0)] * 4),) * 2, r"holds torch.float32 \[3, 8, 8\] instead of an image"),
         ((Listed([GREY] * 4),) * 2, r"train\[0\] cannot be read as \(image, label\)"),
         ((Listed([(GREY, "cat")] * 4),) * 2, "has the label 'cat'; labels are whole numbers"),
         ((Listed([(GREY, 0)] * 4),) * 2, "at least two different ones are needed"),
@@ -488,7 +488,7 @@ def test_a_dataset_that_draws_or_contradicts_itself_is_refused() -> None:
             return torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), index % 4
 
     given = {"teacher": (network(), CONTRACT)}
-    with pytest.raises(distill.InputError, match=r"train\[0\] is not the same when it is read again"):
+    with pytest.raises(distill.InputError, match=r"train\[0\] differs when it is read again"):
         distill.train(RECIPE, data=(Drawing(range(8)), Drawing(range(8))), **given)
     lying = Listed(pictures(split(96)), targets=[0] * 48 + [1] * 48)
     overrides = ["data.stream=true", "data.workers=0"]
@@ -532,7 +532,7 @@ def test_the_name_python_needs_python_code(command: Any, tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text("data: {name: python}\nteacher: {model: python}\n")
     refused = command("train", "recipe.yaml")
     assert refused.returncode == 2
-    assert "data.name: 'python' stands for data that Python code hands over" in refused.stderr
+    assert "data.name: 'python' needs data from Python code" in refused.stderr
     with pytest.raises(distill.InputError, match=r"teacher\.model: 'python' stands for a module"):
         distill.train("recipe.yaml", overrides=["data.resolution=8", "student.patch_size=4"], data=held())
 

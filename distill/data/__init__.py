@@ -1,7 +1,7 @@
 """Data: images in [0, 1], in batches that are pure functions of (seed, epoch, sample index).
 
-`open_dataset` finds, downloads, packs and checks; a `Dataset` yields augmented training batches and plain evaluation
-batches on its device. What is small is held there as uint8; the rest is streamed from disk.
+`open_dataset` finds, downloads, packs and checks the data; a `Dataset` yields augmented training batches and plain
+evaluation batches on its device. Small data are held there as uint8; large data are streamed from disk.
 """
 
 from distill.data.batches import Batch, BatchPlan

@@ -1,4 +1,4 @@
-"""The augmentation of a batch, on the device its images are on, one draw per sample."""
+"""Batched augmentation on the device, with independent random draws per sample."""
 
 from __future__ import annotations
 
@@ -39,21 +39,18 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class Augmenter:
-    """Raw images -> augmented images and soft targets, as `spec` says; a pure function of (seed, epoch, sample
-    indices, view).
+    """Raw images -> augmented images and soft targets; a pure function of (seed, epoch, sample indices, view).
 
-    What happens to a sample depends on its own index and, when pairs are mixed, on that of the pair's first sample:
-    never on the batch around it. Order: pad-and-crop or random resized crop, flip, RandAugment or TrivialAugment,
-    colour jitter, erasing, mixup or CutMix. `mean` and `std` (per channel, of images in [0, 1]) shape the noise of the
-    erasing; `mean` is also what rotations, shears and translations uncover. `cropped`: the images come out of a random
-    resized crop already.
+    A sample's result depends on its own index and, when pairs are mixed, on that of the pair's first sample, not on the
+    rest of the batch. Order: pad-and-crop or random resized crop, flip, RandAugment or TrivialAugment, colour jitter,
+    erasing, mixup or CutMix. `mean` and `std` (per channel, of images in [0, 1]) define the noise of erasing; `mean` is
+    also the fill colour of moves (rotation, shear, translation). `cropped`: images are random resized crops already.
 
-    Where operations are drawn, they come in the order drawn, on uint8, but all that moves the pixels of a sample is one
-    resampling, in the place of its last move. Three things follow that timm has not. Of two moves, the second brings
-    back what the first pushed out of the frame, where timm has the fill colour. A colour operation between two moves
-    sees the image before the first. And after a random resized crop, which is part of the resampling, all colour
-    operations come after all moves: equalize, autocontrast, contrast and sharpness see the moved image with what the
-    move uncovered, which keeps its colour no longer.
+    Operations are applied in the order drawn, on uint8, but all moves of a sample are one resampling, at the position
+    of its last move. Three differences to timm follow. The second of two moves can bring back what the first moved out
+    of the frame, where timm has the fill colour. A colour operation between two moves sees the image before the first.
+    After a random resized crop, which is part of the resampling, all colour operations come after all moves, and also
+    change the fill colour.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class Augmenter:
         self._mixup = beta_table(spec.mixup).to(device) if spec.mixup else None
         self._cutmix = beta_table(spec.cutmix).to(device) if spec.cutmix else None
         normal = normal_table(NOISE_BITS)
-        # What is N(0, 1) for a model that normalises by the data's statistics, as far as [0, 1] has room for it.
+        # N(0, 1) after normalisation by the data's statistics, clamped to [0, 1].
         self._noise = torch.stack([(m + s * normal).clamp(0.0, 1.0) for m, s in zip(mean, std, strict=True)]).to(device)
         self._rows: dict[str, slice] = {}
         self._names: list[str] = []
@@ -88,7 +85,7 @@ class Augmenter:
         self._name("sample", SAMPLE_DRAWS, when=self.paired)
         self._name("pair", PAIR_DRAWS, when=self.paired)
         self._keys: tuple[tuple[int, int], list[Tensor]] | None = None
-        self._places = torch.empty(0, 0, dtype=torch.int64, device=device)
+        self._position_hashes = torch.empty(0, 0, dtype=torch.int64, device=device)
 
     def _name(self, group: str, draws: Sequence[str], when: bool) -> None:
         if when:
@@ -99,7 +96,7 @@ class Augmenter:
         if self._keys is None or self._keys[0] != (seed, epoch):
             self._keys = (seed, epoch), []
         of_views = self._keys[1]
-        while len(of_views) <= view:  # each view draws under names of its own; the first under the plain ones
+        while len(of_views) <= view:  # each view has its own draws; view 0 has the plain names
             suffix = f"/view{len(of_views)}" if of_views else ""
             of_views.append(keys(seed, epoch, [name + suffix for name in self._names], self.device))
         return of_views[view]
@@ -114,7 +111,7 @@ class Augmenter:
         return self._augment(self._epoch_keys(seed, epoch, view), images, labels, indices, mixing)
 
     def compile(self) -> None:
-        """From the next call on with a few kernels in place of hundreds: for a GPU, and batches of one size."""
+        """Compile from the next call on, to fuse hundreds of kernels; for a GPU and batches of one size."""
         self._augment = torch.compile(self._augment, dynamic=False)  # type: ignore[method-assign]
 
     def _augment(
@@ -148,7 +145,7 @@ class Augmenter:
         return floats, targets
 
     def _boxes(self, hashed: Tensor, images: Tensor) -> Boxes:
-        """What is cut out of each image; with padding, also from the black around it."""
+        """The crop box of each image; with padding it may begin outside."""
         if self._crop is not None:
             drawn, (height, width) = hashed[self._rows["resized-crop"]], images.shape[2:]
             return crop_boxes(drawn, height, width, self._crop.scale, self._crop.ratio)
@@ -159,7 +156,7 @@ class Augmenter:
         return boxes
 
     def _operated(self, images: Tensor, boxes: Boxes, flip: Tensor | None, hashed: Tensor) -> Tensor:
-        """Crop, flip and the operations drawn: uint8 [B, C, H, W] -> the same, not in place."""
+        """Crop, flip and drawn operations: uint8 [B, C, H, W] -> the same, not in place."""
         layers, moves, moving = self._operations.draw(hashed)
         resampled = partial(resample, fill=self._fill)
         if self._crop is not None:
@@ -167,7 +164,7 @@ class Augmenter:
             moved = moves if flip is None else mirror(moves, flip, images.shape[3])
             update(result, None, resampled, images, moved, *boxes)
         else:
-            # Whole pixels are gathered: nothing is resampled yet.
+            # A shift by whole pixels: no resampling yet.
             result = shift_and_flip(images, boxes, self.spec.crop_padding, flip)
             result = result.clone() if result is images else result
             before, layers = around_moves(layers)
@@ -194,22 +191,22 @@ class Augmenter:
         return torch.where(mask, self._pixels(hashed, images.shape), images)
 
     def _prepare_noise(self, channels: int, height: int, width: int) -> None:
-        """Make the hashed places of `_pixels`, [channels / 3, H * W], outside of what is compiled: inductor computes
-        what it makes of an index itself in 32 bits on a GPU, where this product overflows.
+        """Compute the position hashes of `_pixels`, [channels / 3, H * W], outside of the compiled code: inductor does
+        index arithmetic in 32 bits on a GPU, where this product overflows.
         """
         groups, pixels = -(-channels // 3), height * width
-        if self._places.shape != (groups, pixels):
+        if self._position_hashes.shape != (groups, pixels):
             first = 3 * torch.arange(groups, device=self.device)[:, None]
-            self._places = (torch.arange(pixels, device=self.device) + first * pixels) * GOLDEN & MASK
+            self._position_hashes = (torch.arange(pixels, device=self.device) + first * pixels) * GOLDEN & MASK
 
     def _pixels(self, hashed: Tensor, shape: torch.Size) -> Tensor:
-        """Noise for every pixel, float32 of `shape` in [0, 1]. One 32-bit hash of (sample, place) serves three
+        """Noise for every pixel, float32 of `shape` in [0, 1]. One 32-bit hash of (sample, position) is used for three
         channels, 10 bits each.
         """
         batch, channels, height, width = shape
         noise = torch.empty(shape, device=hashed.device)
         for first in range(0, channels, 3):
-            words = mix((hashed[:, None] + self._places[first // 3]) & MASK)
+            words = mix((hashed[:, None] + self._position_hashes[first // 3]) & MASK)
             for channel in range(first, min(first + 3, channels)):
                 entries = (words >> (NOISE_BITS * (channel - first))) & ((1 << NOISE_BITS) - 1)
                 values = self._noise[channel].index_select(0, entries.view(-1))

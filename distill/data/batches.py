@@ -1,4 +1,4 @@
-"""Which samples make up which batch on which process."""
+"""Batches, and the assignment of samples to batches and processes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Batch(NamedTuple):
     indices: Tensor
     """int64 [B], positions in the training split."""
     views: tuple[Tensor, ...] = ()
-    """Further views of the same samples, each like `images`, from the second on."""
+    """Views 1, 2, ... of the same samples, each like `images`."""
 
     def first(self) -> Batch:
-        """The batch of its first sample alone, in one view."""
+        """A batch of only its first sample, in view 0."""
         return Batch(self.images[:1], self.targets[:1], self.labels[:1], self.indices[:1])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what the student is about to see: indices, pixels and targets."""
+        """SHA-256 (hex) of indices, pixels and targets."""
         digest = hashlib.sha256()
         for part in (self.indices, self.images, self.targets):
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Global batch s of epoch e is order(e)[s * batch_size : (s + 1) * batch_size]; a process has a contiguous share
-    of it, cut into `accumulation` contiguous micro-batches. `seed` is that of the order and the augmentation.
+    """Global batch s of epoch e is order(e)[s * batch_size : (s + 1) * batch_size]; each process takes a contiguous
+    part of it, in `accumulation` contiguous micro-batches. `seed`: of order and augmentation.
     """
 
     seed: int
@@ -68,15 +68,13 @@ class BatchPlan:
         return self.batch_size // (self.num_processes * self.accumulation)
 
     def check(self, num_samples: int, paired: bool) -> None:
-        """InputError naming train.batch_size where there is no whole batch, or (paired: mixup, CutMix) an uneven
-        micro-batch.
-        """
+        """Raise InputError if the split is smaller than a batch, or (paired: mixup, CutMix) micro-batches are odd."""
         if paired:
             self._divide(2, " of pairs (mixup and cutmix mix two by two)")
         self.steps_per_epoch(num_samples)
 
     def steps_per_epoch(self, num_samples: int) -> int:
-        """Optimizer steps in an epoch; an incomplete last batch is dropped. InputError if there is not even one."""
+        """Optimizer steps per epoch, without an incomplete last batch; raises InputError if there are none."""
         if num_samples < self.batch_size:
             raise InputError(
                 f"train.batch_size: {self.batch_size} is more than the {num_samples} images of the training split; "
@@ -85,9 +83,7 @@ class BatchPlan:
         return num_samples // self.batch_size
 
     def slices(self, step: int) -> list[slice]:
-        """Where the micro-batches of this process lie in the order of the epoch, for the epoch's optimizer step
-        `step`.
-        """
+        """Positions of this process's micro-batches in the epoch's order, for optimizer step `step` of the epoch."""
         size = self.micro_batch
         start = step * self.batch_size + self.process_index * self.accumulation * size
         return [slice(start + part * size, start + (part + 1) * size) for part in range(self.accumulation)]

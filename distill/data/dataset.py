@@ -1,4 +1,4 @@
-"""What the trainer sees of the data, wherever they come from; and the data that are held in memory."""
+"""The dataset interface of the trainer, and datasets held in memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,20 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of the data without looking at them."""
+    """Metadata of a dataset."""
 
     name: str
     class_names: tuple[str, ...]
     channels: int
     mean: tuple[float, ...]
-    """Per channel, of images in [0, 1]: exact over the training split where it is held in memory, ImageNet's for
-    streams.
-    """
+    """Per channel, of images in [0, 1]: exact over a training split in memory, ImageNet's for streams."""
     std: tuple[float, ...]
     digest: str
     """SHA-256 (hex) that identifies the data."""
     sizes: dict[str, int]
-    """Images in 'train', 'validation' (0 where there is none) and 'test'."""
+    """Images in 'train', 'validation' (0: no such split) and 'test'."""
     left_out: tuple[str, ...] = ()
-    """Files that are there and not used, as the recipe allows: each with the reason."""
+    """Files that are not used (`data.skip_unreadable`), each with the reason."""
 
     @property
     def num_classes(self) -> int:
@@ -64,23 +62,23 @@ class Dataset(ABC):
         )
 
     def set_views(self, views: int) -> None:
-        """Let training batches have so many augmented views of each image.
+        """Set the number of augmented views of each training image.
 
         Raises:
-            InputError: images come cropped already, once for all views.
+            InputError: the images are cropped before, once for all views.
         """
         if views > 1 and self._cropped:
             raise InputError(
-                "data.augment.random_resized_crop: a stream crops an image once, and a method wants "
-                f"{views} views of it. Set data.stream=false, or crop by data.augment.crop_padding."
+                "data.augment.random_resized_crop: a stream crops each image once, and a method needs "
+                f"{views} views of it. Set data.stream=false, or use data.augment.crop_padding."
             )
         self.views = views
 
     def training_batches(self, plan: BatchPlan, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of the epoch, from `first_step` (counted within the epoch) on.
+        """Yield the micro-batches of each optimizer step, from `first_step` of the epoch on.
 
-        Order and augmentation are functions of (plan.seed, epoch, index, view). Raises InputError at the call, not at
-        the first batch, if the plan does not fit the data.
+        Order and augmentation are functions of (plan.seed, epoch, index, view). Raises InputError at once, not at the
+        first batch, if the plan does not fit the data.
         """
         plan.check(self.info.sizes["train"], self.augmenter.paired)
         return self._augmented(plan, epoch, first_step)
@@ -99,23 +97,23 @@ class Dataset(ABC):
 
     @abstractmethod
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
-        """The same before augmentation."""
+        """As `training_batches`, before augmentation."""
 
     @abstractmethod
     def evaluation_batches(
         self, split: Split, start: int, stop: int, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images start .. stop - 1 of a split (less where it ends before), in file order, unaugmented: float32 [B, C,
-        H, W] in [0, 1] and labels int64 [B], on the device.
+        """Images start .. stop - 1 of a split (or to its end), in file order, unaugmented: float32 [B, C, H, W] in
+        [0, 1] and labels int64 [B], on the device.
         """
 
     @abstractmethod
     def labels(self, split: Split) -> Tensor:
-        """int64 [size of the split], on the CPU, in file order; empty for a split that there is not."""
+        """int64 [size of the split], on the CPU, in file order; empty if there is no such split."""
 
 
 class ResidentSplit(NamedTuple):
-    """Tensors as they are in the file (perhaps memory-mapped), and which rows make up the split (None: all)."""
+    """Tensors as in the file (perhaps memory-mapped), and the rows that make up the split (None: all)."""
 
     images: Tensor
     labels: Tensor
@@ -127,7 +125,7 @@ class ResidentSplit(NamedTuple):
 
 
 class ResidentDataset(Dataset):
-    """uint8 tensors held once on the device. Rows of splits are indices into them: nothing is copied on a CPU."""
+    """uint8 tensors on the device; splits are row indices into them, without copies."""
 
     def __init__(
         self, info: DatasetInfo, spec: Data, device: torch.device, splits: Mapping[Split, ResidentSplit]
@@ -135,7 +133,7 @@ class ResidentDataset(Dataset):
         super().__init__(info, spec, device, cropped=False)
         moved: dict[int, Tensor] = {}
 
-        def on_device(tensor: Tensor) -> Tensor:  # the tensors that train and validation share must not move twice
+        def on_device(tensor: Tensor) -> Tensor:  # train and validation share tensors: move them once
             if id(tensor) not in moved:
                 moved[id(tensor)] = tensor.to(device)
             return moved[id(tensor)]

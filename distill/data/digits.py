@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that ship with scikit-learn."""
+"""scikit-learn's 1,797 handwritten digits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ class Options(Data):
 class Digits(DataReader):
     @classmethod
     def read(cls, options: Data) -> Packed:
-        """[N, 1, 8, 8], values 0 .. 16 spread over 0 .. 255. Every fifth image of each class, in file order, is test;
-        the others are train.
-        """
+        """[N, 1, 8, 8], values 0 .. 16 scaled to 0 .. 255. Every fifth image of each class, in file order, is test."""
         from sklearn.datasets import load_digits
 
         bunch = load_digits()

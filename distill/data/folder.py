@@ -1,12 +1,11 @@
 """Image folders: root/train/<class>/..., and root/val (or validation) and root/test likewise.
 
 Classes are the folders of train, sorted by name; files are ordered by class, then by path; links are followed, hidden
-files passed over. Where there is only one of val and test, as in ImageNet's layout, it is the test split, and
-validation is held out of train.
+files ignored. With only one of val and test, as in ImageNet's layout, it is the test split, and validation is held out
+of train.
 
-What is no image, or cannot be read, is refused by name. Where the recipe allows to leave it out, what is left out is
-found once, by decoding everything, and written down beside the data: a function of the files, so that batches are the
-same for any number of processes and after a resumption.
+Files that are no images or cannot be read are errors. With `data.skip_unreadable` they are found once, by decoding all
+files, and recorded beside the data, so that batches are the same for any number of processes and on resume.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from distill.registry import register
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 LAYOUT = "an image folder is train/<class>/*.png and test/<class>/*.png (or val/<class>/*.png), in PNG, JPEG, WebP, ..."
 
-REMEDY = "take it out of the data or set data.skip_unreadable=true"
+REMEDY = "remove it from the data or set data.skip_unreadable=true"
 UNREADABLE = "unreadable.json"
 
 
@@ -71,9 +70,7 @@ class FolderReader(DataReader):
 
 
 class ImageFiles:
-    """Labelled image files, opened by row. Paths are kept as one array: worker processes share it instead of copying
-    it bit by bit.
-    """
+    """Labelled image files by row. Paths are one array, which forked workers share without copying."""
 
     def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
         self.root = root
@@ -87,12 +84,12 @@ class ImageFiles:
         return self.root / os.fsdecode(bytes(self._paths[row]))
 
     def without(self, rows: Sequence[int]) -> ImageFiles:
-        """The same less these rows."""
+        """A copy without these rows."""
         kept = np.setdiff1d(np.arange(len(self)), rows)
         return ImageFiles(self.root, [os.fsdecode(path) for path in self._paths[kept]], self.labels[kept].tolist())
 
     def load(self, row: int, mode: str | None) -> Image.Image:
-        """Decoded; InputError naming the file if that is impossible."""
+        """The decoded image; raises InputError naming the file if it cannot be decoded."""
         path = self.path(row)
         return decode(path, str(path), mode)
 
@@ -102,10 +99,10 @@ class Folder:
     root: Path
     class_names: tuple[str, ...]
     splits: dict[str, ImageFiles]
-    places: dict[str, Path]
+    folders: dict[str, Path]
     """The folder of each split."""
     left_out: tuple[str, ...] = ()
-    """Paths under root of what is there and not used."""
+    """Files that are not used, with the reasons."""
 
     @property
     def mode(self) -> str:
@@ -119,9 +116,7 @@ class Folder:
         return sum(len(files) for files in self.splits.values())
 
     def digest(self, contents: bool) -> str:
-        """SHA-256 (hex) over all paths; with `contents` over sizes and times of change too, which costs a look at
-        each file.
-        """
+        """SHA-256 (hex) over all paths; with `contents` also over sizes and modification times (one stat per file)."""
         state = hashlib.sha256()
         for split, files in self.splits.items():
             for row in range(len(files)):
@@ -137,10 +132,10 @@ class Folder:
 
 
 def scan(root: Path, *, skip: bool = False) -> Folder:
-    """List an image folder; with `skip`, less what is no image by its name or cannot be reached.
+    """List an image folder; `skip`: leave out files whose name is no image's or that cannot be reached.
 
     Raises:
-        InputError: it is no image folder, or (without `skip`) has such things in it.
+        InputError: it is no image folder, or (without `skip`) contains such files.
     """
     try:
         return _scan(root, skip)
@@ -164,19 +159,19 @@ def _scan(root: Path, skip: bool) -> Folder:
             f"data.root: {found['train']} has {len(class_names)} class folder(s), at least two are needed; {LAYOUT}"
         )
     left_out: list[str] = []
-    places = {name: folder for name, folder in folders.items() if folder is not None}
-    splits = {name: _list(root, folder, class_names, left_out) for name, folder in places.items()}
+    present = {name: folder for name, folder in folders.items() if folder is not None}
+    splits = {name: _list(root, folder, class_names, left_out) for name, folder in present.items()}
     if left_out and not skip:
         raise InputError(f"data.root: {left_out[0]}; {REMEDY}")
-    return _checked(Folder(root, class_names, splits, places, tuple(left_out)), skip=skip)
+    return _checked(Folder(root, class_names, splits, present, tuple(left_out)), skip=skip)
 
 
 def _checked(folder: Folder, *, skip: bool) -> Folder:
-    """InputError where a class has no image; with `skip` that is borne outside of train."""
+    """Raise InputError if a class has no image; with `skip` only in train."""
     for split, files in folder.splits.items():
         counts = torch.bincount(files.labels, minlength=len(folder.class_names)).tolist()
         if 0 in counts and (split == "train" or not skip or not len(files)):
-            empty = folder.places[split] / folder.class_names[counts.index(0)]
+            empty = folder.folders[split] / folder.class_names[counts.index(0)]
             raise InputError(f"data.root: {empty} holds no image; every class of train has some in every split")
     return folder
 
@@ -186,21 +181,21 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _list(root: Path, folder: Path, class_names: tuple[str, ...], left_out: list[str]) -> ImageFiles:
-    """The images of a split; what else is there is appended to `left_out`, as path and reason."""
+    """The images of a split; other files are appended to `left_out`, as path and reason."""
     if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
         raise InputError(
             f"data.root: {folder / unknown[0]} is a class that the train folder does not have; remove or rename it"
         )
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.is_dir() and os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            left_out.append(f"{entry.path}: stands in no class's folder")
+            left_out.append(f"{entry.path}: is in no class folder")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        place = folder / name
-        found = list(_under(place)) if place.is_dir() else []
-        if place.is_symlink() and _is_within(folder, place):
-            found = [(str(place), "links to a folder that it stands in")]
+        class_folder = folder / name
+        found = list(_under(class_folder)) if class_folder.is_dir() else []
+        if class_folder.is_symlink() and _is_within(folder, class_folder):
+            found = [(str(class_folder), "links to a folder that contains it")]
         left_out += [f"{path}: {reason}" for path, reason in found if reason]
         files = sorted(os.path.relpath(path, root) for path, reason in found if not reason)
         paths += files
@@ -209,7 +204,7 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...], left_out: list
 
 
 def _under(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """Everything under a folder but what is hidden: path, and why it cannot be used, if so."""
+    """All non-hidden files under a folder: path, and why it cannot be used (empty: it can)."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -221,13 +216,13 @@ def _under(folder: str | Path) -> Iterator[tuple[str, str]]:
         try:
             if entry.is_dir():
                 if entry.is_symlink() and _is_within(folder, entry.path):
-                    yield entry.path, "links to a folder that it stands in"
+                    yield entry.path, "links to a folder that contains it"
                 else:
                     yield from _under(entry.path)
             elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
                 yield entry.path, "is no image by its name"
             else:
-                yield entry.path, "" if entry.is_file() else "is no file, or a link to none"
+                yield entry.path, "" if entry.is_file() else "is no file, or a broken link"
         except OSError as error:
             yield entry.path, f"cannot be read ({error.strerror})"
 
@@ -239,21 +234,21 @@ def _is_within(path: str | Path, folder: str | Path) -> bool:
 
 
 def check_quickly(folder: Folder) -> None:
-    """InputError for the first file that is empty, cannot be opened or does not begin like an image.
+    """Raise InputError for the first file that is empty, cannot be opened or has no image header.
 
-    Looks at the beginning of each: 13,000 images a second on two cores, where 550 (JPEG, 500 x 375) can be decoded.
+    Reads headers only: 13,000 images a second on two cores, where 550 (JPEG, 500 x 375) can be decoded.
     """
     for split, row, reason in _faults(folder, lambda files, row: header_fault(files.path(row))):
         raise InputError(f"{folder.splits[split].path(row)}: {reason}; {REMEDY}")
 
 
 def without_unreadable(folder: Folder) -> Folder:
-    """The folder less the images that cannot be decoded: found by decoding all, once for these very files."""
+    """The folder without images that cannot be decoded; all are decoded once, until files change."""
     source, record = folder.digest(contents=True), folder.root / UNREADABLE
     faults = _read_record(record, source)
     if faults is None:
         faults = [list(fault) for fault in _faults(folder, _decoding_fault)]
-        with suppress(OSError):  # where it cannot be kept, each process finds out for itself
+        with suppress(OSError):  # not writable: each process decodes for itself
             write_text(record, json.dumps({"source": source, "faults": faults, "sha256": _digest(source, faults)}))
     splits = {
         name: files.without([row for split, row, _ in faults if split == name]) for name, files in folder.splits.items()
@@ -263,7 +258,7 @@ def without_unreadable(folder: Folder) -> Folder:
 
 
 def _read_record(path: Path, source: str) -> list[Any] | None:
-    """What was found for the files that `source` is the digest of; None where that is not known."""
+    """The recorded faults of the files with digest `source`; None: no valid record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record["faults"] if record["sha256"] == _digest(source, record["faults"]) else None
@@ -284,8 +279,8 @@ def _decoding_fault(files: ImageFiles, row: int) -> str | None:
 
 
 def _faults(folder: Folder, look: Callable[[ImageFiles, int], str | None]) -> Iterator[tuple[str, int, str]]:
-    """Split, row and reason, in order, of every file in which `look` finds a fault."""
-    pool = ThreadPoolExecutor()  # PIL decodes without holding Python's lock
+    """Split, row and reason, in order, of every file for which `look` returns a fault."""
+    pool = ThreadPoolExecutor()  # PIL releases the GIL while decoding
     try:
         for split, files in folder.splits.items():
 
@@ -300,11 +295,8 @@ def _faults(folder: Folder, look: Callable[[ImageFiles, int], str | None]) -> It
 
 
 def open_folder(folder: Folder, resolution: int) -> Packed:
-    """The folder's images at one size (shorter side resized, centre cut out) from
-    `<root>/packed-<resolution>.safetensors`.
-
-    The file carries the digest of the folder it was made of; it is made where it is missing or where the folder has
-    changed since.
+    """The folder's images at one size (shorter side resized, centre cropped), from
+    `<root>/packed-<resolution>.safetensors`, which is written if it is missing or the folder has changed.
     """
     path = folder.root / f"packed-{resolution}.safetensors"
     source = folder.digest(contents=True)
@@ -321,7 +313,7 @@ def open_folder(folder: Folder, resolution: int) -> Packed:
 def _pack(folder: Folder, path: Path, resolution: int, source: str) -> None:
     mode = folder.mode
     tensors: dict[str, Tensor] = {}
-    with ThreadPoolExecutor() as pool:  # PIL decodes and resizes without holding Python's lock
+    with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
         for split, files in folder.splits.items():
             images = torch.empty(len(files), 1 if mode == "L" else 3, resolution, resolution, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Boxes and crops, per sample and batched: what moves pixels in the augmentation."""
+"""Random boxes, crops and flips, batched with one box per sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOX_DRAWS = tuple(
     + [f"ratio{attempt}" for attempt in range(ATTEMPTS)]
     + ["top", "left"]
 )
-# Named in full, because two places draw these boxes: the device for images in memory, decoding workers for streams.
+# Full names, because these boxes are drawn on the device for data in memory, and in decoding workers for streams.
 RESIZED_CROP_DRAWS = tuple(f"resized-crop/{draw}" for draw in BOX_DRAWS)
 
 
@@ -34,12 +34,11 @@ class Boxes(NamedTuple):
 def random_boxes(
     hashed: Tensor, height: int, width: int, *, area: Sequence[float], ratio: Sequence[float], smaller_by: int = 0
 ) -> tuple[Boxes, Tensor]:
-    """One box a sample of random area and aspect ratio, and whether one was found, bool [B].
+    """One box per sample of random area and aspect ratio, and whether one was found, bool [B].
 
-    The share of the image's area is uniform in `area`, width over height log-uniform in `ratio`; the first of ten
-    attempts that fits (each side at least `smaller_by` short of the image's) counts, at a uniform place, as in Szegedy
-    et al. 2015 and torchvision's RandomResizedCrop. Where none fits the box is meaningless. `hashed`: [len(BOX_DRAWS),
-    B].
+    The fraction of the image's area is uniform in `area`, width over height log-uniform in `ratio`; the first of ten
+    attempts that fits (each side at least `smaller_by` smaller than the image's) is placed uniformly, as in Szegedy et
+    al. 2015 and torchvision's RandomResizedCrop. If none fits, the box is meaningless. `hashed`: [len(BOX_DRAWS), B].
     """
     area_share = area[0] + uniform(hashed[:ATTEMPTS]) * (area[1] - area[0])
     log_ratio = math.log(ratio[0]) + uniform(hashed[ATTEMPTS : 2 * ATTEMPTS]) * math.log(ratio[1] / ratio[0])
@@ -55,9 +54,7 @@ def random_boxes(
 
 
 def crop_boxes(hashed: Tensor, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Boxes:
-    """Boxes of a random resized crop, [B] each; a sample without a fitting box gets the largest central one of an
-    allowed ratio.
-    """
+    """Boxes of a random resized crop, [B] each; without a fitting box, the largest central one of an allowed ratio."""
     boxes, found = random_boxes(hashed, height, width, area=scale, ratio=ratio)
     whole = width / height
     if whole < ratio[0]:
@@ -80,11 +77,10 @@ def inside(boxes: Boxes, height: int, width: int) -> Tensor:
 
 
 def shift_and_flip(images: Tensor, boxes: Boxes, padding: int, flip: Tensor | None) -> Tensor:
-    """Cut boxes of the images' own size out of the images zero-padded on each side, then mirror where `flip`; all
-    exact.
+    """Crop boxes of the images' own size from the zero-padded images, then mirror where `flip`; exact.
 
-    Images [B, C, H, W] of any dtype; boxes begin at -padding .. padding; flip bool [B] or None. One gather does both:
-    cheapest on uint8, before the conversion to floats.
+    Images [B, C, H, W] of any dtype; boxes begin at -padding .. padding; flip bool [B] or None. A single gather,
+    cheapest on uint8.
     """
     if not padding and flip is None:
         return images
@@ -102,7 +98,7 @@ def shift_and_flip(images: Tensor, boxes: Boxes, padding: int, flip: Tensor | No
 
 
 def whole(images: Tensor) -> Boxes:
-    """The whole of each image [B, C, H, W]."""
+    """Boxes that cover images [B, C, H, W]."""
     start = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     return Boxes(start, start, start + images.shape[2], start + images.shape[3])
 
@@ -111,9 +107,8 @@ def resized_crop(images: Tensor, boxes: Boxes, flip: Tensor | None) -> Tensor:
     """Each sample's box, resized bilinearly to the size of the images, then mirrored where `flip` (bool [B] or None):
     float32 [B, C, H, W] -> the same.
 
-    A box is never larger than the image, so nothing shrinks and antialiasing has nothing to do. Coordinates are
-    clamped to the box before sampling: no pixel outside it has a say, as when it is cut out first (torchvision's
-    resized_crop; equal to 1e-5).
+    A box is never larger than the image, so no antialiasing is needed. Coordinates are clamped to the box before
+    sampling, so pixels outside it have no influence, as in torchvision's resized_crop (equal to 1e-5).
     """
     height, width = images.shape[-2:]
 

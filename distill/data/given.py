@@ -1,4 +1,4 @@
-"""Data that Python code hands over: tensors, or map-style torch Datasets of (image, label)."""
+"""Data given as Python objects: tensors, or map-style torch Datasets of (image, label)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distill.errors import InputError
 
 SPLIT_NAMES = ("train", "validation", "test")
 PROBES = 16
-"""Items of each split that are read twice, and whose pixels are part of a stream's digest."""
+"""Items of each split that are read twice as a check, and whose pixels are part of a stream's digest."""
 FORMS = (
     "give data={'train': ..., 'test': ...} (perhaps with 'validation', and 'classes', their names) or (train, test), "
     "each a map-style torch Dataset of (PIL image or uint8 tensor, label), or a pair of tensors: images uint8 "
@@ -30,38 +30,38 @@ FORMS = (
 
 
 class DatasetReader:
-    """A split in a torch Dataset: images by row, as PIL's, and all labels."""
+    """A split of a torch Dataset: PIL images by row, and all labels."""
 
     def __init__(self, split: str, dataset: Any) -> None:
         self.split, self._dataset = split, dataset
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
-            raise InputError(f"data: {split} is no map-style Dataset with images in it; {FORMS}.")
+            raise InputError(f"data: {split} is no map-style Dataset, or is empty; {FORMS}.")
         for row in self.probes():
             (one, label), (other, label_again) = self.item(row), self.item(row)
             if label != label_again or one.mode != other.mode or one.tobytes() != other.tobytes():
                 raise InputError(
-                    f"data: {split}[{row}] is not the same when it is read again. Leave random transforms out of the "
-                    "Dataset: data.augment in the recipe has them."
+                    f"data: {split}[{row}] differs when it is read again. Leave random transforms out of the Dataset: "
+                    "data.augment in the recipe has them."
                 )
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def probes(self) -> list[int]:
-        """Some rows, spread over the split."""
+        """Some rows, evenly spaced over the split."""
         return sorted(set(np.linspace(0, len(self) - 1, PROBES).astype(int).tolist()))
 
     def item(self, row: int) -> tuple[Image.Image, int]:
         """Image and label.
 
         Raises:
-            InputError: it cannot be read, or is something else.
+            InputError: it cannot be read, or has another type.
         """
         where = f"data: {self.split}[{row}]"
         try:
             image, label = self._dataset[row]
             if isinstance(image, Image.Image):
-                image.load()  # PIL reads a file when it is first needed
+                image.load()  # PIL reads files lazily
         except Exception as error:  # the Dataset is the caller's code
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise InputError(f"{where} cannot be read as (image, label) ({reason}).") from error
@@ -74,7 +74,7 @@ class DatasetReader:
         return as_mode(_as_image(image, where), where, None), number
 
     def load(self, row: int, mode: str | None) -> Image.Image:
-        """The image in PIL mode `mode` (None: the one it has)."""
+        """The image in PIL mode `mode` (None: its own)."""
         image, label = self.item(row)
         if label != self.labels[row]:
             raise InputError(
@@ -84,7 +84,7 @@ class DatasetReader:
 
     @cached_property
     def labels(self) -> Tensor:
-        """int64 [N], from the attribute `targets` that torchvision's have, or else by reading all items."""
+        """int64 [N], from the attribute `targets` as in torchvision, or else by reading all items."""
         if getattr(self._dataset, "target_transform", None) is None:
             with suppress(TypeError, ValueError, RuntimeError):
                 targets = torch.as_tensor(getattr(self._dataset, "targets", None), dtype=torch.int64)
@@ -94,7 +94,7 @@ class DatasetReader:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What torchvision's Datasets have as `classes`; empty where there is no such thing."""
+        """The attribute `classes`, as in torchvision; empty if there is none."""
         dataset = self._dataset
         while isinstance(dataset, torch_data.Subset):
             dataset = dataset.dataset
@@ -110,27 +110,27 @@ def _as_image(image: Any, where: str) -> Image.Image:
         return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
     raise InputError(
-        f"{where} holds {kind} where an image belongs: PIL's, or uint8 [C, H, W] of 1 or 3 channels. Leave ToTensor, "
+        f"{where} holds {kind} instead of an image: PIL's, or uint8 [C, H, W] of 1 or 3 channels. Leave ToTensor, "
         "normalisation and augmentation out of the Dataset: the recipe has them."
     )
 
 
 @dataclass(frozen=True)
 class GivenData:
-    """What was handed over, by split: tensors as {"images", "labels"}, or Datasets."""
+    """The given data, by split: tensors or Datasets."""
 
     tensors: Mapping[str, Tensor]
-    """`train.images`, `train.labels` and so on, as in a packed file; empty where Datasets were given."""
+    """`train.images`, `train.labels` and so on, as in a packed file; empty if Datasets were given."""
     readers: Mapping[str, DatasetReader]
     class_names: tuple[str, ...]
-    """Empty where they were not given; then classes are named by their numbers."""
+    """Empty if not given; then classes are named by their numbers."""
 
     @classmethod
     def of(cls, data: Any) -> GivenData:
-        """Check what a caller gave as `data=`.
+        """Check the argument `data=`.
 
         Raises:
-            InputError: it is none of the forms that there are.
+            InputError: it has none of the supported forms.
         """
         if isinstance(data, Sequence) and len(data) == 2 and not any(isinstance(part, Tensor) for part in data):
             data = {"train": data[0], "test": data[1]}
@@ -144,7 +144,7 @@ class GivenData:
         pairs = {name: split for name, split in splits.items() if isinstance(split, Sequence)}
         names = tuple(str(name) for name in data.get("classes") or ())
         if pairs and len(pairs) < len(splits):
-            raise InputError(f"data: tensors for {', '.join(pairs)} alone; give all splits alike; {FORMS}.")
+            raise InputError(f"data: tensors for {', '.join(pairs)} only; give all splits in the same form; {FORMS}.")
         if not pairs:
             readers = {name: DatasetReader(name, split) for name, split in splits.items()}
             return cls({}, readers, names or readers["train"].class_names)
@@ -169,11 +169,11 @@ class GivenData:
         return common_mode(train.item(row)[0] for row in range(min(PROBES, len(train))))
 
     def pack(self, resolution: int) -> Packed:
-        """All of it in memory, checked as a packed file is; images from Datasets are resized to `resolution`, as those
-        of an image folder are.
+        """All data in memory, checked like a packed file; images from Datasets are resized to `resolution`, like those
+        of an image folder.
 
         Raises:
-            InputError: something is wrong with an image, a label or a split.
+            InputError: an image, a label or a split is invalid.
         """
         tensors = dict(self.tensors or self._read(resolution))
         labels = [tensors[key] for key in tensors if key.endswith(".labels")]
@@ -197,7 +197,7 @@ class GivenData:
             yield f"{name}.labels", labels
 
     def digest_of_stream(self) -> str:
-        """SHA-256 (hex) over all labels and, since reading all images takes long, some of the images."""
+        """SHA-256 (hex) over all labels and some of the images, since reading all of them takes long."""
         state = hashlib.sha256()
         for name, reader in self.readers.items():
             state.update(f"{name}\0{sha256(reader.labels)}\0".encode())
@@ -207,12 +207,12 @@ class GivenData:
         return state.hexdigest()
 
     def names_of_stream(self) -> tuple[str, ...]:
-        """The classes' names, their numbers where none were given."""
+        """Class names, by default their numbers."""
         return self.class_names or _numbers([reader.labels for reader in self.readers.values()])
 
 
 def _numbers(labels: Sequence[Tensor]) -> tuple[str, ...]:
-    """Names for classes that have none; nothing where the labels make no sense."""
+    """Default class names; placeholders if the labels are invalid."""
     if not all(len(part) and not part.is_floating_point() for part in labels):
         return ("0", "1")
     return tuple(map(str, range(1 + max(int(part.max()) for part in labels))))

@@ -1,4 +1,4 @@
-"""Holding out part of the training set for validation."""
+"""Stratified hold-out of part of the training set for validation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from distill.errors import InputError
 def hold_out(labels: Tensor, amount: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and rows to validate on, int64, each in file order.
 
-    `labels` int64 [N]; `amount` a share (below 1) or a count. Stratified: classes give in proportion to their size,
-    the remainder to the largest fractions, so that the total is exact; within a class the smallest hashes of (seed,
-    row) go. A function of the seed and the labels alone. InputError where a class would lose its last training image
-    or nothing would be held out.
+    `labels` int64 [N]; `amount` a fraction (below 1) or a count. Stratified: quotas are proportional to class sizes,
+    rounded by largest remainder to the exact total; within a class the rows with the smallest hash of (seed, row). A
+    function of seed and labels only. InputError if a class would keep no training image or nothing would be held out.
     """
     count = round(amount * len(labels)) if amount < 1 else int(amount)
     sizes = torch.bincount(labels)

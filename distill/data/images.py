@@ -1,4 +1,4 @@
-"""Image files -> uint8 tensors of one size: what decoding workers and the packing of a folder do."""
+"""Decoding and resizing of image files to uint8 tensors of one size."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr
 
 REMEDY = "replace it or take it out of the data, or, in an image folder, set data.skip_unreadable=true"
 LONGEST = 1000
-"""Times the shorter side: resizing that to the resolution would make the longer one more than memory holds."""
+"""Largest aspect ratio: beyond it, an image resized by its shorter side may not fit the memory."""
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
 
 
 def decode(file: str | Path | IO[bytes], name: str, mode: str | None) -> Image.Image:
-    """A decoded image in PIL mode `mode` ('L' or 'RGB'; None: the one it has). InputError naming it if it cannot be
+    """The image in PIL mode `mode` ('L' or 'RGB'; None: its own); raises InputError naming it if it cannot be
     decoded.
     """
     try:
         image = Image.open(file)
         image.load()
-    except Exception as error:  # besides OSError, broken files bring PIL to anything from SyntaxError to ValueError
+    except Exception as error:  # for broken files PIL raises OSError, SyntaxError, ValueError and others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: cannot be decoded as an image ({reason}); {REMEDY}") from None
     return as_mode(image, name, mode)
 
 
 def as_mode(image: Image.Image, name: str, mode: str | None) -> Image.Image:
-    """A decoded image in PIL mode `mode` (None: the one it has). InputError naming it if it is no use."""
+    """A decoded image in PIL mode `mode` (None: its own); raises InputError naming it if it is unusable."""
     if (misfit := _misfit(image)) is not None:
         raise InputError(f"{name}: {misfit}; {REMEDY}")
     return image if mode is None or image.mode == mode else image.convert(mode)
 
 
 def _misfit(image: Image.Image) -> str | None:
-    """What makes an image no use, though it can be decoded."""
+    """Why a decoded image is unusable, if it is."""
     if max(image.size) > LONGEST * min(image.size):
         return f"{image.width} x {image.height} pixels are no picture"
     if image.mode not in EIGHT_BIT_MODES:
@@ -54,7 +54,7 @@ def _misfit(image: Image.Image) -> str | None:
 
 
 def header_fault(path: Path) -> str | None:
-    """What is wrong with a file that does not begin like an image; None where it does."""
+    """What is wrong with a file's image header; None: nothing."""
     try:
         if not path.stat().st_size:
             return "is empty"
@@ -72,10 +72,10 @@ def common_mode(images: Iterable[Image.Image]) -> str:
 
 
 def to_square(image: Image.Image, resolution: int, box: Box | None) -> Tensor:
-    """uint8 [C, resolution, resolution]: the box cut out and resized; without one, the shorter side resized, then the
-    centre cut out.
+    """uint8 [C, resolution, resolution]: the box cropped and resized; without a box, the shorter side resized, then a
+    centre crop.
 
-    Bicubic with antialiasing, as DeiT does; an image that has the size already is left as it is.
+    Bicubic with antialiasing, as in DeiT; an image that has the size already is not changed.
     """
     if box is not None:
         top, left, height, width = box

@@ -1,4 +1,4 @@
-"""Several processes of a run find the same file missing: one makes it, the others wait."""
+"""A lock for files that several processes may want to create: one does, the others wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.errors import InputError
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Holds a lock file beside `path`, whose folder is made where missing. The system releases it when its holder
+    """Hold a lock file beside `path`, whose folder is created if missing. The kernel releases it when its holder
     dies.
     """
     lock_path = path.parent / f".{path.name}.lock"
@@ -21,7 +21,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         lock, made_folder = _acquire(lock_path)
     except OSError as error:
         raise InputError(
-            f"{path}: no such file, and it cannot be made there ({error.strerror}); put it there or set data.root to a "
+            f"{path}: no such file, and it cannot be created ({error.strerror}); put it there or set data.root to a "
             "writable folder"
         ) from None
     try:
@@ -34,13 +34,13 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> tuple[int, bool]:
-    """The lock's file descriptor, and whether its folder had to be made."""
+    """The lock's file descriptor, and whether its folder was created."""
     while True:
         made_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # While we waited, its last holder may have removed the file: then what we hold is not what others see.
+        # The last holder may have removed the file while we waited; then others see another file than ours.
         try:
             current = path.stat().st_ino
         except FileNotFoundError:

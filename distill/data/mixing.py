@@ -1,4 +1,4 @@
-"""Mixup and CutMix of the pairs (2k, 2k+1) of a batch."""
+"""Mixup and CutMix of sample pairs (2k, 2k + 1) of a batch."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def mix_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Mix every sample with its neighbour; images float32 [B, C, H, W] and targets float32 [B, K] -> the same.
 
-    mixup (Zhang et al. 2018): own * lambda + partner * (1 - lambda), lambda drawn per sample. CutMix (Yun et al.
-    2019): both of a pair swap one box; lambda is the exact share of pixels that are left. A pair is mixed at all with
-    `probability`, and then by CutMix with probability `switch` where both are on. `mixup`, `cutmix`: their tables of
-    Beta quantiles (`beta_table`), None is off. `sample_hashes` [1, B], `pair_hashes` [5, B/2] in the order of
-    SAMPLE_DRAWS and PAIR_DRAWS.
+    Mixup (Zhang et al. 2018): own * lambda + partner * (1 - lambda), lambda drawn per sample. CutMix (Yun et al.
+    2019): the two swap one box; lambda is the exact fraction of remaining pixels. A pair is mixed with `probability`;
+    if both are on, by CutMix with probability `switch`. `mixup`, `cutmix`: tables of Beta quantiles (`beta_table`);
+    None: off. `sample_hashes` [1, B], `pair_hashes` [5, B/2] in the order of SAMPLE_DRAWS and PAIR_DRAWS.
     """
     height, width = images.shape[-2:]
     pairs = pair_hashes.shape[1]

@@ -1,4 +1,4 @@
-"""From a recipe's data section to the dataset: the reader of its name is found, and opens it."""
+"""Opens the dataset of a recipe's data section with the reader of its name."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from distill.inputs import IMAGENET_MEAN, IMAGENET_STD
 from distill.recipe import Data, reader_names, reader_of
 
 RESIDENT_LIMIT = 4 << 30
-"""Bytes of pixels, above which data.stream=null streams."""
+"""Bytes of pixels above which data are streamed if data.stream is null."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a reader opens its data with, and the two kinds of dataset that it makes of them."""
+    """Arguments of a reader, and constructors for the two kinds of dataset."""
 
     spec: Data
     seed: int
-    """Chooses the validation split."""
+    """Of the validation split."""
     device: torch.device
     process_index: int
     workers: int
     """Decoding processes of a stream."""
     given: GivenData | None
-    """What the name 'python' stands for."""
+    """The data of the name 'python'."""
 
     @property
     def root(self) -> Path:
         return Path(self.spec.root)
 
     def streams(self, num_images: int) -> bool:
-        """Whether so many images are streamed: as data.stream says, or because they are too many to hold."""
+        """Whether to stream: as data.stream says, or by the number of images."""
         if self.spec.stream is None:
             return num_images * 3 * self.spec.resolution**2 > RESIDENT_LIMIT
         return self.spec.stream
 
     def must_stream(self) -> None:
-        """InputError where the recipe wants data held in memory that can only be streamed."""
+        """Raise InputError if the recipe asks to hold the data in memory."""
         if self.spec.stream is False:
             raise InputError(f"data.stream: '{self.spec.name}' can only be streamed; set data.stream to null or true")
 
     def resident(self, packed: Packed) -> ResidentDataset:
-        """A dataset held in memory, with its own mean and deviation per channel."""
+        """A dataset in memory, with its own mean and standard deviation per channel."""
         tensors = packed.tensors
         labels = {
             split: tensors[f"{split}.labels"]
@@ -94,12 +94,12 @@ class Opening:
         mode: str | None = None,
         name: str | None = None,
     ) -> StreamDataset:
-        """A dataset decoded as it is read, with ImageNet's mean and deviation.
+        """A dataset decoded on the fly, with ImageNet's mean and standard deviation.
 
         Args:
             readers: 'train', 'test' and perhaps 'validation'.
-            content: changes with the data.
-            mode: of the images, 'L' or 'RGB'; None: 'L' if the first of them all are.
+            content: a string that changes with the data, for their digest.
+            mode: of the images, 'L' or 'RGB'; None: 'L' if the first ones are.
             name: of the data; None: as in the recipe.
         """
         labels = {split: reader.labels for split, reader in readers.items()}
@@ -129,13 +129,13 @@ class Opening:
         content: str,
         name: str | None = None,
     ) -> DatasetInfo:
-        """Of streamed data; see `stream`."""
+        """Metadata of streamed data; see `stream`."""
         grey = channels == 1
         return DatasetInfo(
             name=name or self.spec.name,
             class_names=class_names,
             channels=channels,
-            # One number for greyscale: the channels' mean, as an adapter that repeats the channel would see on average.
+            # For greyscale the mean over ImageNet's channels.
             mean=(sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN,
             std=(sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD,
             digest=hashlib.sha256("\n".join([content, *class_names]).encode()).hexdigest(),
@@ -144,17 +144,17 @@ class Opening:
 
 
 class DataReader:
-    """Reads the data that a recipe's `data.name` stands for: `read` for what is held in memory, or `open` for all else.
+    """Reads the data of a recipe's `data.name`. Override `read` for data in memory, else `open`.
 
-    `options` below are those that it registers: the recipe's data section, with keys of its own if it adds any.
+    `options`: of the registered class, the recipe's data section with the reader's own keys.
     """
 
     @classmethod
     def open(cls, options: Any, opening: Opening) -> Dataset:
-        """The dataset. Any number of processes may open the same data at once.
+        """The dataset. Several processes may open the same data at once.
 
         Raises:
-            InputError: naming the key or the file, for whatever is wrong with them.
+            InputError: names the invalid key or file.
         """
         if options.stream:
             raise InputError(
@@ -177,19 +177,18 @@ def open_dataset(
     process_index: int = 0,
     given: GivenData | None = None,
 ) -> Dataset:
-    """The dataset that `spec` names, for one process, on its device; downloaded and packed first where that is
-    needed.
+    """The dataset of `spec` for one process, on its device; downloaded and packed first if needed.
 
-    `seed` chooses the validation split; `given` is what the name 'python' stands for. Any number of processes may open
-    the same data at once. InputError, naming the key or the file, for whatever is wrong with them.
+    `seed`: of the validation split; `given`: the data of the name 'python'. Several processes may open the same data at
+    once. Raises InputError naming the invalid key or file.
     """
     if (reader := reader_of(spec.name)) is None:
         names = reader_names()
         near = difflib.get_close_matches(spec.name, names, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise InputError(
-            f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, where / ends the beginning of a "
-            "name of timm's and .safetensors the name of a packed file; what a plugin brings needs --plugin"
+            f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, where a final / is a prefix of "
+            "timm's names and .safetensors the suffix of a packed file; a plugin's dataset needs --plugin"
         )
     if spec.skip_unreadable and reader != "folder":
         raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
@@ -200,7 +199,7 @@ def open_dataset(
 
 
 def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:
-    """For each split of the run: the split of the source that it is taken from, and which rows of it (None: all)."""
+    """Split of the run -> split of the source, and its rows (None: all)."""
     rows: dict[Split, tuple[str, Tensor | None]] = {"train": ("train", None), "test": ("test", None)}
     if spec.validation and spec.select_on == "validation":
         if "validation" in labels:
@@ -212,8 +211,8 @@ def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple
 
 
 def channel_statistics(split: ResidentSplit, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and (population) deviation per channel of a split's images in [0, 1], exact: from whole numbers, by
-    counting values.
+    """Mean and (population) standard deviation per channel of a split's images in [0, 1], exact: from integer counts
+    of pixel values.
     """
     channels = split.images.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.int64)

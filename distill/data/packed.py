@@ -1,9 +1,9 @@
-"""The packed file: a whole small dataset in one .safetensors.
+"""Packed files: a small dataset in one .safetensors file.
 
 Tensors `train.images` uint8 [N, C, H, W] and `train.labels` int64 [N], the same for `test` and, optionally,
 `validation`. Metadata: `name`, `classes` (a JSON list of their names, in the order of the labels) and
-`sha256/<tensor>`, the digest of a tensor's bytes. Those that are written here have a seal besides, for the rest of the
-file, and say so in `layout`.
+`sha256/<tensor>`, the digest of a tensor's bytes. Files written here also have a checksum of the whole file, and say so
+in `layout`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distill.files.tensors import write_tensors
 
 
 class Expected(NamedTuple):
-    """What a known dataset must look like."""
+    """Class count, split sizes and image shape of a known dataset."""
 
     classes: int
     train: int
@@ -50,9 +50,7 @@ class Packed:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the digests of all tensors and the class names: the same for the same content, whatever the
-        file's name.
-        """
+        """SHA-256 over the digests of all tensors and the class names; independent of the file's name."""
         parts = [
             f"{key}={self.metadata.get(f'sha256/{key}') or sha256(self.tensors[key])}" for key in sorted(self.tensors)
         ]
@@ -72,16 +70,16 @@ def write_packed(
     tensors: Mapping[str, Tensor],
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a packed file, with the digest of each tensor, and that of the file, in its metadata."""
+    """Write a packed file, with digests of the tensors and of the file in its metadata."""
     metadata = {"name": name, "classes": json.dumps(list(class_names)), "layout": LAYOUT, CHECKSUM: "", **(extra or {})}
     write_tensors(path, tensors, metadata | {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 
 
 def open_packed(path: Path, expected: Expected | None = None) -> Packed:
-    """Open a packed file and check all of it: keys, shapes, dtypes, counts, labels, classes and digests.
+    """Open a packed file and check keys, shapes, dtypes, counts, labels, classes and digests.
 
-    Reads every byte once (about 0.1 s for CIFAR-10); tensors stay memory-mapped. InputError names the file and the
-    first thing that is wrong with it.
+    Reads every byte once (about 0.1 s for CIFAR-10); tensors stay memory-mapped. Raises InputError with the file and
+    its first problem.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -91,7 +89,7 @@ def open_packed(path: Path, expected: Expected | None = None) -> Packed:
         raise InputError(f"{path}: no such file; put the packed data there, or change data.root or data.name") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: cannot be read as .safetensors ({error}); it is cut short or something else; delete it and "
+            f"{path}: cannot be read as .safetensors ({error}); it is truncated or has another format; delete it and "
             "get it again"
         ) from None
     class_names = _class_names(metadata)
@@ -109,7 +107,7 @@ def problems_of(
     *,
     is_whole: bool,
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong and what to do, first things first; whoever reads on after the first may trip over it."""
+    """Problems and remedies, in order; reading on after the first one may raise."""
     get_again = "delete the file and get it again"
     splits = [split for split in SPLIT_NAMES if split != "validation" or "validation.images" in tensors]
     if set(tensors) != {f"{split}.{part}" for split in splits for part in ("images", "labels")}:
@@ -130,7 +128,7 @@ def problems_of(
             yield f"{split}.labels is {_describe(labels)}, not int64 [{len(images)}] like its images", PACK_AGAIN
         shape = tuple(tensors["train.images"].shape[1:]) if expected is None else expected.shape
         if images.shape[1:] != shape:
-            yield f"{split}.images has images of {list(images.shape[1:])} where {list(shape)} belongs", get_again
+            yield f"{split}.images has images of {list(images.shape[1:])} instead of {list(shape)}", get_again
         count = {"train": expected.train, "test": expected.test}.get(split) if expected is not None else None
         if count is not None and len(images) != count:
             yield f"has {len(images)} images in '{split}' where this dataset has {count}", get_again
@@ -160,7 +158,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The names, or none where they are missing or make no sense."""
+    """The class names; empty if they are missing or invalid."""
     try:
         names = json.loads(metadata.get("classes", "null"))
     except (ValueError, RecursionError):

@@ -1,9 +1,9 @@
-"""Operations on the colours of uint8 images, another one for each sample of a batch.
+"""Colour operations on uint8 images, with a different operation for each sample of a batch.
 
-What depends on a pixel's own value alone is a table of 256 entries a channel, whatever the operation, and takes one
-look-up; saturation and sharpness are one blend. Results are PIL's own (ImageOps, ImageEnhance), byte for byte, but for
-autocontrast, where PIL's floating-point table is now and then one level short of the exact quotient, and for hue, which
-PIL takes through 8-bit HSV; here it is within one level of torchvision's on tensors.
+Pointwise operations are look-up tables of 256 entries per channel; saturation and sharpness are blends. Results equal
+PIL's (ImageOps, ImageEnhance) byte for byte, except autocontrast, where PIL's floating-point table is sometimes one
+level below the exact quotient, and hue, which PIL computes in 8-bit HSV; here it is within one level of torchvision's
+on tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LUMA = (19595, 38470, 7471)  # of R, G and B in 2**-16, as in PIL
 
 
 def apply(images: Tensor, layer: Layer) -> None:
-    """Each sample's operation with its argument, in place on uint8 [B, C, H, W]."""
+    """Apply each sample's operation, in place on uint8 [B, C, H, W]."""
     operation, argument, possible = layer
     if not possible.isdisjoint(TABLES):
         wanted = (operation >= TABLES.start) & (operation < TABLES.stop)
@@ -33,7 +33,7 @@ def apply(images: Tensor, layer: Layer) -> None:
 
 
 def _blend(degenerate: Tensor, values: Tensor, factor: Tensor) -> Tensor:
-    """uint8: from `degenerate` (factor 0) over `values` (1) to beyond them, cut off at black and white, as in PIL."""
+    """uint8: `degenerate` at factor 0, `values` at 1, extrapolated beyond and clamped, as in PIL."""
     return (degenerate + factor * (values - degenerate)).clamp_(0, 255).to(torch.uint8)
 
 
@@ -43,7 +43,7 @@ def _through_tables(images: Tensor, operation: Tensor, argument: Tensor) -> Tens
 
 
 def tables(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
-    """uint8 [B, C, 256]: what each value becomes; for an operation that is no table, the value itself."""
+    """uint8 [B, C, 256]: the look-up table; the identity for other operations."""
 
     def given(which: Operation, otherwise: float) -> Tensor:
         return torch.where(operation == which.value, argument, otherwise)[:, None]
@@ -74,14 +74,14 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _mean_grey(images: Tensor) -> Tensor:
-    """float32 [B], whole numbers: the mean of the grey image, rounded."""
+    """float32 [B]: the mean of the grey image, rounded to an integer."""
     pixels = images[0, 0].numel()
     return ((2 * _grey(images).sum((1, 2, 3)) + pixels) // (2 * pixels)).float()
 
 
 def _stretched(images: Tensor) -> Tensor:
-    """Tables of autocontrast: each channel's range to 0 .. 255; a channel of one value is left as it is."""
-    # Not of uint8, of which torch 2.15, compiling for a CPU, takes every minimum to be 0.
+    """Tables of autocontrast: each channel's range to 0 .. 255; unchanged for a channel of one value."""
+    # Not on uint8: torch 2.15's compiled CPU code returns 0 for its minimum.
     low, high = torch.aminmax(images.flatten(2).int(), dim=2, keepdim=True)
     level = torch.arange(256, device=images.device, dtype=torch.int32)
     table = (level - low).clamp_(min=0) * 255 // (high - low).clamp_(min=1)
@@ -89,7 +89,7 @@ def _stretched(images: Tensor) -> Tensor:
 
 
 def _equalized(images: Tensor) -> Tensor:
-    """Tables of histogram equalization; a channel with too few pixels beside its brightest value is left as it is."""
+    """Tables of histogram equalization; unchanged for a channel with too few pixels below its brightest value."""
     entries = images.flatten(2).long()
     histogram = torch.zeros((*images.shape[:2], 256), dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, entries, torch.ones_like(entries))
@@ -102,16 +102,16 @@ def _equalized(images: Tensor) -> Tensor:
 
 
 def _blended(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
-    """Colour balance between the grey image and this one, or sharpness between the smoothed image and this one."""
+    """Saturation (blend with the grey image) or sharpness (blend with the smoothed image)."""
     values = images.float()
-    # An image that is not RGB has no colour to change.
+    # Saturation does not change images that are not RGB.
     degenerate = _grey(images).float().repeat(1, 3, 1, 1) if images.shape[1] == 3 else values.clone()
     update(degenerate, operation == Operation.SHARPNESS.value, _smooth, values)
     return _blend(degenerate, values, argument[:, None, None, None])
 
 
 def _smooth(values: Tensor) -> Tensor:
-    """PIL's ImageFilter.SMOOTH, a mean with the pixel itself counted five times, rounded; the border is kept."""
+    """PIL's ImageFilter.SMOOTH: a 3x3 mean with centre weight 5, rounded; the border is unchanged."""
     sums = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
     sums = sums[..., :-2] + sums[..., 1:-1] + sums[..., 2:]
     smooth = values.clone()
@@ -120,9 +120,9 @@ def _smooth(values: Tensor) -> Tensor:
 
 
 def _shift_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """RGB images with the hue turned by `turn` circles (-1/2 to 1/2); saturation and value (of HSV) stay.
+    """RGB images with the hue shifted by `turn` circles (-1/2 to 1/2), at the same saturation and value (HSV).
 
-    All hues are counted in sixths of a circle times the pixel's chroma, so that nothing is divided.
+    Hues are in units of sixths of a circle times the pixel's chroma, which avoids division.
     """
     red, green, blue = images.float().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)

@@ -1,7 +1,7 @@
-"""Which operation a sample gets, and how strongly: RandAugment, TrivialAugment and colour jitter.
+"""RandAugment, TrivialAugment and colour jitter: random operations and their magnitudes per sample.
 
-A policy is a table of equally likely cells, each an operation with its argument, so that one hash draws both, and all
-of the arithmetic from magnitudes to arguments is done once, in float64 on the CPU, alike for every device.
+A policy is a table of equally likely entries (operation, argument), so that one hash draws both; arguments are computed
+once, in float64 on the CPU, and are the same on every device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from distill.recipe.schema import Augment, ColorJitter, RandAugment
 
 MAGNITUDE_BITS = 10
 FACTOR_BITS = 12
-# Arguments are multiples of 2**-ARGUMENT_BITS, turns of the hue of 2**-TURN_BITS: with grey levels of 8 bits all
-# arithmetic on them is exact in float32, whichever way a device or a compiler goes about it.
+# Arguments are multiples of 2**-ARGUMENT_BITS, hue shifts of 2**-TURN_BITS: with 8-bit grey levels all arithmetic is
+# exact in float32 on every device and compiler.
 ARGUMENT_BITS, TURN_BITS = 15, 12
 
 
 class Operation(IntEnum):
-    """With what its argument means; those that need none ignore it."""
+    """Operations, with the meaning of their arguments, if any."""
 
     IDENTITY = 0
     SHEAR_X = 1  # x of the image = x + argument * y, about the top left corner
@@ -37,8 +37,8 @@ class Operation(IntEnum):
     ROTATE = 5  # degrees, counter-clockwise, about the centre
     INVERT = 6
     POSTERIZE = 7  # bits kept, 1 to 8
-    SOLARIZE = 8  # values from here on are inverted, 0 to 256
-    SOLARIZE_ADD = 9  # is added to values below 128
+    SOLARIZE = 8  # threshold, 0 to 256
+    SOLARIZE_ADD = 9  # added to values below 128
     BRIGHTNESS = 10  # this and the next: 0 is black (the mean grey), 1 the image
     CONTRAST = 11
     AUTOCONTRAST = 12
@@ -62,8 +62,8 @@ class Layer(NamedTuple):
 
 
 def around_moves(layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
-    """What comes before the last move of each sample, and what comes after it, with the identity in place of the rest;
-    the moves themselves are in either.
+    """The layers before, and those after, the last move of each sample; the identity replaces the others. Moves may be
+    in both.
     """
     before: list[Layer] = []
     after: list[Layer] = []
@@ -82,7 +82,7 @@ def around_moves(layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
 
 
 class Policy(NamedTuple):
-    """N equally likely cells, and after them the identity: [N + 1] each, and [N + 1, 2, 3] moves (`affine`)."""
+    """N equally likely entries followed by the identity: [N + 1] each, and moves [N + 1, 2, 3] (see `affine`)."""
 
     operations: Tensor
     arguments: Tensor
@@ -93,8 +93,8 @@ class Policy(NamedTuple):
         return Policy(self.operations.to(device), self.arguments.to(device), self.moves.to(device), self.possible)
 
     def draw(self, hashed: Tensor, probability: float) -> tuple[list[Layer], Tensor]:
-        """L layers and their moves [L, B, 2, 3] from hashes [2 * L, B]: of each layer's cell, and of whether it comes
-        to pass.
+        """L layers and their moves [L, B, 2, 3] from hashes [2 * L, B]: of each layer's entry, and of whether it is
+        applied.
         """
         identity = len(self.operations) - 1
         cells = torch.where(uniform(hashed[1::2]) < probability, integers(hashed[::2], identity), identity)
@@ -103,12 +103,11 @@ class Policy(NamedTuple):
 
 
 def rand_augment(spec: RandAugment, height: int, width: int) -> Policy:
-    """One layer of RandAugment (Cubuk et al. 2020) as timm's `rand-m{magnitude}-mstd{magnitude_std}-inc1` has it.
+    """One layer of RandAugment (Cubuk et al. 2020), as timm's `rand-m{magnitude}-mstd{magnitude_std}-inc1`.
 
-    The 15 operations and their ranges are those of timm's "increasing" set. The magnitude is normal, cut off to
-    0 .. 10, from 2**MAGNITUDE_BITS quantiles. Two things differ: posterize keeps at least one bit (timm's magnitude
-    10 keeps none, which Pillow 13 refuses with an error), and images are resampled bilinearly (timm takes bilinear or
-    bicubic by chance, or what its `interpolation` says).
+    The 15 operations and their ranges are those of timm's "increasing" set. The magnitude is normal, clipped to
+    0 .. 10, from 2**MAGNITUDE_BITS quantiles. Two differences: posterize keeps at least one bit (timm keeps none at
+    magnitude 10, an error in Pillow 13), and resampling is bilinear (timm's default is randomly bilinear or bicubic).
     """
     normal = normal_table(MAGNITUDE_BITS).double().numpy()
     share = np.clip(spec.magnitude + spec.magnitude_std * normal, 0.0, 10.0) / 10.0
@@ -138,9 +137,7 @@ def rand_augment(spec: RandAugment, height: int, width: int) -> Policy:
 
 
 def trivial_augment(height: int, width: int) -> Policy:
-    """The one layer of TrivialAugment (Müller and Hutter 2021) with the ranges and 31 magnitudes of torchvision's
-    TrivialAugmentWide.
-    """
+    """TrivialAugment (Müller and Hutter 2021), one layer, with the ranges of torchvision's TrivialAugmentWide."""
     share = torch.linspace(0.0, 1.0, 31, dtype=torch.float64).numpy()
     signed, share = np.concatenate([share, -share]), np.concatenate([share, share])
     pixels = np.trunc(32.0 * signed)
@@ -166,7 +163,7 @@ def trivial_augment(height: int, width: int) -> Policy:
     )
 
 
-# Where in the matrix the argument stands.
+# Index of the argument in the matrix.
 _ENTRIES = {
     Operation.SHEAR_X: (0, 1),
     Operation.SHEAR_Y: (1, 0),
@@ -176,7 +173,7 @@ _ENTRIES = {
 
 
 def _policy(arguments: Mapping[Operation, np.ndarray | None], height: int, width: int) -> Policy:
-    """All operations equally likely, and the arguments of each; all arrays are of one size."""
+    """Equally likely operations with their arguments; all arrays have one size."""
     (count,) = {len(values) for values in arguments.values() if values is not None}
     columns = [np.zeros(count) if values is None else values for values in arguments.values()]
     moves = [matrices(operation, column, height, width) for operation, column in zip(arguments, columns, strict=True)]
@@ -195,7 +192,7 @@ def _rounded(values: np.ndarray, bits: int) -> Tensor:
 
 
 def matrices(operation: Operation, arguments: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float64 [N, 2, 3]: from places of the result to those of the image; the identity for what moves nothing."""
+    """float64 [N, 2, 3]: output -> input coordinates; the identity for colour operations."""
     result = np.tile(np.eye(2, 3), (len(arguments), 1, 1))
     if operation in _ENTRIES:
         result[(slice(None), *_ENTRIES[operation])] = arguments
@@ -217,7 +214,7 @@ JITTERED = {
 
 
 class Jitter(NamedTuple):
-    """The K operations of a colour jitter, int64 [K], all their orders [K!, K], float32 [K, 2**FACTOR_BITS] factors."""
+    """The K operations of a colour jitter, int64 [K], their orders [K!, K], factors float32 [K, 2**FACTOR_BITS]."""
 
     operations: Tensor
     orders: Tensor
@@ -235,8 +232,8 @@ class Jitter(NamedTuple):
 
 
 def color_jitter(spec: ColorJitter) -> Jitter:
-    """As torchvision's ColorJitter: factors uniform in [max(0, 1 - x), 1 + x], for hue in [-x, x], the operations in
-    an order of each sample's own.
+    """As torchvision's ColorJitter: factors uniform in [max(0, 1 - x), 1 + x], for hue in [-x, x], in random order per
+    sample.
     """
     on = {operation: getattr(spec, name) for operation, name in JITTERED.items() if getattr(spec, name)}
     middles = (np.arange(1 << FACTOR_BITS) + 0.5) / (1 << FACTOR_BITS)
@@ -254,9 +251,7 @@ def color_jitter(spec: ColorJitter) -> Jitter:
 
 
 class Operations:
-    """The operations that a recipe's `augment` section asks for, layer by layer; `draws` are the names of its draws,
-    none where it asks for none.
-    """
+    """The random operations of a recipe's `augment` section; `draws`: names of their draws, or empty."""
 
     def __init__(self, spec: Augment, device: torch.device) -> None:
         self.spec, self.device = spec, device
@@ -265,33 +260,33 @@ class Operations:
         self._jitter = None if jitter is None or not any(dict(jitter).values()) else color_jitter(jitter).to(device)
         self._size: tuple[int, int] | None = None
         self._policy: Policy | None = None
-        self._still = fixed(np.eye(2, 3)).to(device)
+        self._identity = fixed(np.eye(2, 3)).to(device)
         self.draws = [f"policy/{layer}{draw}" for layer in range(self._layers) for draw in ("", "/whether")]
         if self._jitter is not None:
             self.draws += ["color-jitter/order"]
             self.draws += [f"color-jitter/{name}" for key, name in JITTERED.items() if key in self._jitter.possible]
 
     def prepare(self, height: int, width: int) -> None:
-        """Make the tables for images of this size; copies to the device."""
+        """Compute the tables for images of this size; copies to the device."""
         if self._layers and self._size != (height, width):
             spec = self.spec.rand_augment
             policy = trivial_augment(height, width) if spec is None else rand_augment(spec, height, width)
             self._size, self._policy = (height, width), policy.to(self.device)
 
     def draw(self, hashed: Tensor) -> tuple[list[Layer], Tensor, Tensor | None]:
-        """What happens to a batch of images of the size prepared for, from hashes [len(draws), B].
+        """Draw from hashes [len(draws), B], for images of the prepared size.
 
-        The layers in their order; all their moves in one, [B, 2, 3]; and which samples move, bool [B] (None: none, for
-        nothing that moves is asked for).
+        Returns:
+            The layers in order; their composed moves [B, 2, 3]; which samples move, bool [B] (None: no policy).
         """
         layers: list[Layer] = []
-        moves, moving = self._still.expand(hashed.shape[1], -1, -1), None
+        moves, moving = self._identity.expand(hashed.shape[1], -1, -1), None
         if self._layers:
             probability = 1.0 if self.spec.rand_augment is None else self.spec.rand_augment.probability
-            assert self._policy is not None, "prepare comes first"
+            assert self._policy is not None, "call prepare first"
             layers, each = self._policy.draw(hashed[: 2 * self._layers], probability)
             moves = compose(each)
-            moving = (moves != self._still).flatten(1).any(1)
+            moving = (moves != self._identity).flatten(1).any(1)
         if self._jitter is not None:
             layers += self._jitter.draw(hashed[2 * self._layers :])
         return layers, moves, moving

@@ -1,4 +1,4 @@
-"""Data that Python code hands over as `distill.train(..., data=...)`; see distill.data.given."""
+"""The dataset `python`: data given as `distill.train(..., data=...)`; see distill.data.given."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Given(DataReader):
         given = opening.given
         if given is None:
             raise InputError(
-                f"data.name: '{options.name}' stands for data that Python code hands over. Give them: "
-                "distill.train(..., data=...), or name other data."
+                f"data.name: '{options.name}' needs data from Python code: distill.train(..., data=...). Or name other "
+                "data."
             )
         if options.stream and not given.readers:
             raise InputError("data.stream: tensors are held in memory; set data.stream to null or false")

@@ -1,9 +1,8 @@
-"""Randomness as a function: a stateless hash of (seed, epoch, name of the draw, sample index).
+"""Stateless randomness: a hash of (seed, epoch, name of the draw, sample index).
 
-Nothing here has a state, so nothing has to be saved, and whoever asks for the draws of a sample gets the same ones, on
-every process, in every micro-batch and on every device. The hash is integer arithmetic only: a 32-bit finalizer (the
-two-round xor-shift-multiply of C. Wellons' hash-prospector) applied twice, each time with its own word of key. For one
-key it is a bijection of the index, so an epoch's order has no ties.
+A sample's draws are the same on every process and device and in every micro-batch, and there is no state to save. The
+hash is integer arithmetic: a 32-bit finalizer (the two-round xor-shift-multiply of C. Wellons' hash-prospector) applied
+twice, each time with its own key word. For one key it is a bijection of the index, so an epoch's order has no ties.
 
 All hashes are int64 tensors with values in [0, 2**32).
 """
@@ -19,13 +18,13 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-# Both below 2**31, so that the product with a 32-bit value stays in an int64: no reliance on overflow.
+# Below 2**31, so that products with 32-bit values do not overflow an int64.
 MULTIPLIER_1, MULTIPLIER_2 = 0x21F0AAAD, 0x735A2D97
 GOLDEN = 0x9E3779B9
 
 
 def mix(value: Tensor) -> Tensor:
-    """A bijection of [0, 2**32) in which every input bit flips every output bit about half of the time."""
+    """A bijection of [0, 2**32) in which every input bit flips every output bit with probability about 1/2."""
     value = ((value ^ (value >> 16)) * MULTIPLIER_1) & MASK
     value = ((value ^ (value >> 15)) * MULTIPLIER_2) & MASK
     return value ^ (value >> 15)
@@ -38,9 +37,9 @@ def _mix_int(value: int) -> int:
 
 
 def keys(seed: int, epoch: int, names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-    """[len(names), 2]: the key of each named draw; a name's key does not depend on the other names asked for.
+    """[len(names), 2]: the key of each named draw, independent of the other names.
 
-    Copies to the device, which stalls CUDA for a moment: once an epoch, not in every batch.
+    Copies to the device, which synchronises CUDA: call it once an epoch, not in every batch.
     """
     rows = []
     for name in names:
@@ -72,15 +71,13 @@ def integers(hashed: Tensor, bound: Tensor | int) -> Tensor:
 
 
 def look_up(table: Tensor, hashed: Tensor) -> Tensor:
-    """Draws by inversion, any shape: entry number (upper bits of the hash) of a table of 2**n quantiles."""
+    """Inverse transform sampling, any shape: the upper bits of the hash index a table of 2**n quantiles."""
     bits = table.numel().bit_length() - 1
     return table.index_select(0, (hashed >> (32 - bits)).reshape(-1)).view(hashed.shape)
 
 
 def permutation(seed: int, epoch: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """The order of an epoch, int64 [count]: the indices sorted by their hash (ties, which a bijection has not, by
-    index).
-    """
+    """The order of an epoch, int64 [count]: the indices sorted by their hash."""
     hashed = hashes(keys(seed, epoch, ["order"], device), torch.arange(count, device=device))[0]
     return torch.argsort(hashed, stable=True)
 
@@ -95,10 +92,9 @@ def normal_table(bits: int = 16) -> Tensor:
 def beta_table(alpha: float, bits: int = 12) -> Tensor:
     """float32 [2**bits] on the CPU, in [0, 1]: quantiles of Beta(alpha, alpha) at (k + 1/2) / 2**bits, for `look_up`.
 
-    A table rather than a rejection method, because a draw must be a function of one hash. The distribution is
-    symmetric: its lower half is integrated numerically over g in [0, 1] with x = g**q / 2, where q = max(1, 2 / alpha)
-    takes the pole at 0 away, and the upper half is its mirror image. Errors of the quantiles are below 1e-4 for alpha
-    from 0.05 to 100.
+    A table, because a draw must be a function of one hash. The distribution is symmetric: its lower half is integrated
+    numerically over g in [0, 1] with x = g**q / 2, where q = max(1, 2 / alpha) removes the pole at 0. Errors of the
+    quantiles are below 1e-4 for alpha from 0.05 to 100.
     """
     assert alpha > 0
     cells = 1 << 16

@@ -1,4 +1,4 @@
-"""Work on some samples of a batch only."""
+"""In-place updates of selected samples of a batch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Numbers of an argument that are worked on at once: on a CPU what its caches hold, elsewhere what keeps it busy without
-# much memory for what is in between.
+# Elements of an argument that are processed at once: what fits a CPU's caches; elsewhere, what keeps the device busy
+# without much memory for intermediate results.
 HOST_PART, DEVICE_PART = 1 << 20, 1 << 24
 
 
 def picks_rows(device: torch.device) -> bool:
-    """Whether asking which samples are wanted is free: on the CPU it is, a GPU would have to be waited for."""
+    """Whether to select rows: on a CPU it is cheap, on a GPU it would synchronise."""
     return device.type == "cpu"
 
 
 def update(values: Tensor, wanted: Tensor | None, function: Callable[..., Tensor], *arguments: Tensor) -> None:
     """values[wanted] = function(*arguments[wanted]), in place; `function` treats each row by itself.
 
-    wanted: bool [B]; None: all. On the CPU only the wanted rows are worked on. Elsewhere `function` sees all of them
-    (so it must bear with rows it is not meant for) and the others keep what they have, without a word to the host.
+    wanted: bool [B]; None: all. On a CPU only the wanted rows are computed. Elsewhere `function` is applied to all rows
+    (so it must accept unwanted ones) and the results are masked, without synchronising with the host.
     """
     picks = picks_rows(values.device)
     part_size = HOST_PART if picks else DEVICE_PART

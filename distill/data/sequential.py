@@ -1,8 +1,8 @@
-"""Streams that can only be read from front to back (timm's hfids/, tfds/ and wds/ readers).
+"""Sequential streams, without random access (timm's hfids/, tfds/ and wds/ readers).
 
-What holds of all other data does not hold here: the order is the reader's own (seeded, shuffled shards), it depends on
-the number of processes and workers, and a resume in mid-epoch reads and drops what came before. Draws of the
-augmentation are functions of the position in the epoch. Images that cannot be decoded are skipped by the reader.
+Unlike for all other data, the order is the reader's (seeded, shuffled shards) and depends on the number of processes
+and workers, and a resume within an epoch reads and drops the earlier images. Augmentation is a function of the position
+in the epoch. Images that cannot be decoded are skipped by the reader.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Decoder(torch_data.IterableDataset):
 
 
 class SequentialDataset(Dataset):
-    """`sources`: how timm names the splits that there are."""
+    """`sources`: split -> timm's name of it."""
 
     def __init__(
         self, info: DatasetInfo, spec: Data, device: torch.device, sources: dict[Split, str], *, workers: int
@@ -96,7 +96,7 @@ class SequentialDataset(Dataset):
             plan.process_index,
             plan.num_processes,
         )
-        # timm's readers shuffle with the seed that the loader gives its workers.
+        # timm's readers shuffle with the worker seeds of the loader.
         seed = int(keys(plan.seed, epoch, [f"reader/{plan.process_index}"])[0, 0])
         loader = torch_data.DataLoader(
             decoder,
@@ -112,8 +112,8 @@ class SequentialDataset(Dataset):
             micro_batches = list(islice(batches, plan.accumulation))
             if len(micro_batches) < plan.accumulation:
                 raise InputError(
-                    f"data.name: the reader of {self.info.name} ended in step {step} of the epoch, before the images "
-                    "that it announced; correct their number in its info file"
+                    f"data.name: the reader of {self.info.name} ended in step {step} of the epoch, with fewer images "
+                    "than it announced; correct their number in its info file"
                 )
             if step >= first_step:
                 positions = [torch.arange(part.start, part.stop) for part in plan.slices(step)]
@@ -142,7 +142,7 @@ class SequentialDataset(Dataset):
             yield to_float(images), torch.tensor([label for _, label in chunk], device=self.device)
 
     def labels(self, split: Split) -> Tensor:
-        """One pass over the split, the first time."""
+        """Reads the whole split the first time."""
         if split not in self._sources:
             return torch.empty(0, dtype=torch.int64)
         if split not in self._labels:
@@ -151,7 +151,7 @@ class SequentialDataset(Dataset):
 
 
 def _whole(spec: Data, split: str) -> Any:
-    """A split in the reader's order, all of it, whatever the number of processes."""
+    """The whole split in the reader's order, on every process."""
     source = create(spec.name, Path(spec.root), split)
     source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
     return source
@@ -162,15 +162,15 @@ def _read_labels(spec: Data, split: str) -> Tensor:
 
 
 @register("datasets", "sequential", Options)
-class FrontToBack(DataReader):
+class SequentialReader(DataReader):
     @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
-        """InputError where validation would have to be held out: there is no random access to hold out with."""
+        """Raises InputError if validation is to be held out, which needs random access."""
         opening.must_stream()
         if options.validation:
             raise InputError(
-                f"data.validation: '{options.name}' is read from front to back, so nothing can be held out of it; set "
-                "data.validation=0 (and data.select_on=test to choose checkpoints on its validation images)"
+                f"data.validation: '{options.name}' is read sequentially, so nothing can be held out of it; set "
+                "data.validation=0 (and data.select_on=test to select checkpoints on its validation images)"
             )
         sources: dict[Split, str] = {"train": "train", "test": "validation"}
         opened = {split: create(options.name, opening.root, name) for split, name in sources.items()}

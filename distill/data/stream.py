@@ -1,6 +1,4 @@
-"""Images that are decoded as they are needed, by worker processes; everything after the decoding happens on the
-device.
-"""
+"""Streamed data: worker processes decode images on demand; augmentation runs on the device."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ class Reader(Protocol):
 
 
 class StreamSplit(NamedTuple):
-    """A reader, and which of its rows make up the split (None: all)."""
+    """A reader, and its rows that make up the split (None: all)."""
 
     reader: Reader
     rows: Tensor | None
@@ -46,14 +44,14 @@ class StreamSplit(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What the crop of a training image is a function of, besides its index."""
+    """Arguments of a training image's random crop, besides its index."""
 
     seed: int
     epoch: int
 
 
 Request = tuple[list[int], Draw | None]
-"""The positions of a batch in its split, and the draw of its crops (None: the whole image, centred)."""
+"""The positions of a batch in its split, and the draw of its crops (None: centre crops)."""
 
 
 @lru_cache(maxsize=4)
@@ -62,7 +60,7 @@ def _crop_keys(draw: Draw) -> Tensor:
 
 
 def crop_box(image: Image.Image, index: int, draw: Draw, crop: RandomResizedCrop) -> Box:
-    """The box that a sample of this index gets: the same draws as for images in memory, on the image's own size."""
+    """The random crop of a sample: the draws of data in memory, applied to the image's own size."""
     hashed = hashes(_crop_keys(draw), torch.tensor([index]))
     top, left, height, width = (
         int(side) for side in crop_boxes(hashed, image.height, image.width, crop.scale, crop.ratio)
@@ -71,8 +69,9 @@ def crop_box(image: Image.Image, index: int, draw: Draw, crop: RandomResizedCrop
 
 
 class _Decoder(torch_data.Dataset):
-    """Runs in the workers: a request -> uint8 [B, C, R, R], labels and positions; a broken image comes back as the
-    error, not raised, because a worker's exception would reach the user wrapped in its stack trace.
+    """Runs in the workers: a request -> uint8 [B, C, R, R], labels and positions.
+
+    Returns errors of broken images instead of raising them, since the loader would add the worker's stack trace.
     """
 
     def __init__(self, split: StreamSplit, resolution: int, mode: str, crop: RandomResizedCrop | None) -> None:
@@ -94,7 +93,7 @@ class _Decoder(torch_data.Dataset):
 
 
 class _Requests(torch_data.Sampler):
-    """The requests of the epoch at hand; the loader's workers outlive the epochs, so it is changed in place."""
+    """The requests of the current epoch, replaced in place, since the loader's workers persist over epochs."""
 
     def __init__(self) -> None:
         self.iterator: Iterator[Request] = iter(())
@@ -111,9 +110,7 @@ def _training_requests(plan: BatchPlan, epoch: int, first_step: int, count: int)
 
 
 class StreamDataset(Dataset):
-    """Random access to images on disk. One iterator of training batches at a time: starting another ends the one
-    before.
-    """
+    """Random access to images on disk. Only one iterator of training batches at a time: a new one ends the previous."""
 
     def __init__(
         self,
@@ -136,14 +133,14 @@ class StreamDataset(Dataset):
     def _loader(self, split: Split, requests: object, workers: int, persistent: bool) -> torch_data.DataLoader:
         return torch_data.DataLoader(
             self._decoders[split],
-            batch_size=None,  # a request is a batch already
+            batch_size=None,  # each request is a batch
             sampler=requests,  # type: ignore[arg-type]
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
             worker_init_fn=ignore_first_sigterm,
-            generator=torch.Generator(),  # the loader draws a seed: not from the global state
+            generator=torch.Generator(),  # or the loader would draw its seed from the global state
         )
 
     def _decoded(self, loader: torch_data.DataLoader) -> Iterator[RawBatch]:

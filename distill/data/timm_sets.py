@@ -1,8 +1,7 @@
-"""Datasets by timm's names: hfds/... (random access), and hfids/, tfds/, wds/ (read from front to back).
+"""Datasets by timm's names: hfds/... (random access); helpers for hfids/, tfds/ and wds/ (sequential).
 
-The packages behind them (datasets, tensorflow-datasets, webdataset) are the user's to install. Splits are asked for by
-the names 'train', and 'test' or 'validation'; a test split without labels (as ImageNet's on the Hugging Face hub)
-gives way to validation.
+Users install the required packages (datasets, tensorflow-datasets, webdataset). The splits are 'train', and 'test' or
+'validation'; if the test split has no labels (ImageNet on the Hugging Face hub), validation is used.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Options(Data):
 
 
 @register("datasets", "timm_sets", Options)
-class RandomAccessSet(DataReader):
+class RandomAccessReader(DataReader):
     @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
         opening.must_stream()
@@ -41,7 +40,7 @@ class RandomAccessSet(DataReader):
 
 
 def create(name: str, root: Path, split: str, **arguments: Any) -> Any:
-    """timm's dataset. InputError where it, or the package behind it, is missing."""
+    """timm's dataset; raises InputError if it, or a package that it needs, is missing."""
     from timm.data import create_dataset
 
     try:
@@ -66,7 +65,7 @@ def _missing(name: str, error: Exception) -> InputError:
 
 
 class RandomAccess:
-    """A split with random access: labels at once, images by row."""
+    """A split with random access: all labels, and images by row."""
 
     def __init__(self, name: str, dataset: Any) -> None:
         self._name = name
@@ -79,13 +78,13 @@ class RandomAccess:
         return len(self.labels)
 
     def load(self, row: int, mode: str | None) -> Image.Image:
-        # timm's dataset puts the next image in the place of one that it cannot decode; its reader does not.
+        # timm's dataset replaces an image that it cannot decode by the next one; its reader does not.
         file, *_ = self._reader[row]
         return decode(file, f"{self._name}, image {row}", mode)
 
 
 def open_random_access(name: str, root: Path) -> dict[str, RandomAccess]:
-    """'train', 'test' and, where there are both in the source, 'validation'."""
+    """'train', 'test' and, if the source has both, 'validation'."""
     splits = {"train": RandomAccess(name, create(name, root, "train"))}
     problems = []
     for split in TEST_NAMES:

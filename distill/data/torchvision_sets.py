@@ -1,4 +1,4 @@
-"""Small torchvision classification sets, downloaded once, then packed; and any other packed file."""
+"""Small torchvision classification datasets, downloaded and packed once, and other packed files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Options(Data):
 
 
 class Known(NamedTuple):
-    """A torchvision class by name, how its two splits are asked for, and what comes out."""
+    """A torchvision class by name, the arguments of its two splits, and what they contain."""
 
     dataset: str
     train: dict[str, Any]
@@ -55,16 +55,14 @@ class PackedFile(DataReader):
         root = Path(options.root)
         if options.name in KNOWN:
             return open_known(options.name, root)
-        beside = root / options.name
-        path = beside if beside.exists() or not Path(options.name).exists() else Path(options.name)
+        in_root = root / options.name
+        path = in_root if in_root.exists() or not Path(options.name).exists() else Path(options.name)
         known = KNOWN.get(path.stem)
         return open_packed(path, known.expected if known is not None else None)
 
 
 def open_known(name: str, root: Path) -> Packed:
-    """The packed file `<root>/<name>.safetensors`; made first, from torchvision's files or download, where it is not
-    there.
-    """
+    """The packed file `<root>/<name>.safetensors`; if missing, it is made from torchvision's files or download."""
     path = root / f"{name}.safetensors"
     if not path.exists():
         with one_at_a_time(path):
@@ -84,7 +82,7 @@ def _pack(name: str, root: Path, path: Path) -> None:
         OSError,
         RuntimeError,
         HTTPException,
-    ) as error:  # what torchvision raises without network, or for damaged files
+    ) as error:  # without network, or for damaged files
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path}: no such file, and torchvision cannot download '{name}' ({reason}); put {path.name} (packed) or "
