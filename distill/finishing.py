@@ -47,8 +47,11 @@ class SelectedWeights:
         return cls(progress.step, "ema" if averaged else "raw")
 
 
-def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str]) -> None:
+def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], analysed: bool) -> None:
     """Export the chosen weights, and from the export write the predictions on the test set: its one reading.
+
+    Args:
+        analysed: whether to write what a report needs of the models, too.
 
     Raises:
         RunFailed: the checkpoint of the chosen weights is damaged, or there is no room for the files.
@@ -68,8 +71,9 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str]) ->
     predictions, labels = evaluator.predict(student, "test"), dataset.labels("test")
     on_main(lambda: write_predictions(run, predictions, labels, {"data": dataset.info.digest, **described}))
     on_main(lambda: describe_export(run.path))
-    validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
-    on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
+    if analysed:
+        validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
+        on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
     run.status(exported=asdict(chosen))
     epoch = chosen.step / trainer.steps_per_epoch
     tracking.test(chosen.step, epoch, chosen.weights, accuracies(predictions, labels))

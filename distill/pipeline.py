@@ -231,7 +231,9 @@ def _train(
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
-    finish(trainer, tracking, metadata)
+    # No report shows a teacher's own run.
+    analysed = shared.stop.runs[0] is directory or directory.path.name == "control"
+    finish(trainer, tracking, metadata, analysed)
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:

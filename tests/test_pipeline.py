@@ -243,6 +243,8 @@ def test_a_teachers_recipe_is_trained_once_and_again_when_it_changes(with_recipe
     (trained,) = teachers_runs()
     assert run.read_status(trained)["state"] == "finished"
     assert (trained / "recipe.yaml").read_text() == (tmp_path / "cnn.yaml").read_text()
+    assert (tmp_path / "one" / "analysis.json").exists()
+    assert not (trained / "analysis.json").exists(), "no report shows it"
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     go(with_recipe, tmp_path / "two", None)
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before

@@ -3,7 +3,7 @@
 Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", arXiv
 1903.12261. The parameters are those of CIFAR-10-C, made for 32 pixels. On larger images the blur's width, which is in
 pixels, grows with the shorter side over 32; all others are per pixel, or relative, and stay as they are. As there, the
-results are whole numbers of 0 to 255, cut off and not rounded. Noise is a function of the image's place in the test
+results are whole numbers of 0 to 255, cut off and not rounded. Noise is a function of the image's index in the test
 set: whoever corrupts it, on whatever device, gets the same.
 """
 
@@ -50,8 +50,7 @@ def gaussian_noise(images: Tensor, level: int, indices: Tensor) -> Tensor:
     values = images[0].numel()
     # Two-step hashing: a key for every image, then one draw for each of its values.
     seeds = hashes(keys(0, level, ["corruption/noise"], images.device), indices)[0]
-    places = torch.arange(values, device=images.device)
-    drawn = hashes(torch.stack([seeds, seeds ^ 0x5BD1E995], 1), places)
+    drawn = hashes(torch.stack([seeds, seeds ^ 0x5BD1E995], 1), torch.arange(values, device=images.device))
     noise = look_up(normal_table().to(images.device), drawn).view(images.shape)
     return _whole(_fractions(images) + NOISE[level] * noise)
 

@@ -44,6 +44,8 @@ time of an epoch."""
 PIXELS_AT_ONCE = 2**22
 """Values of images that are corrupted, and held as noise, at a time."""
 KEPT_BYTES = 2**29
+Answers = Callable[[Tensor], dict[str, Tensor]]
+"""Pixels in [0, 1], [B, C, H, W] -> logits [B, classes] by output."""
 _log = logging.getLogger("distill")
 
 
@@ -77,12 +79,12 @@ def analyse(
         corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
         _log.info("analysis for the report: %d images under %d corruptions", len(corrupted), len(CORRUPTIONS))
         drawn = (shown[:DRAWN] + looked_at)[:DRAWN]
-        places = sorted({*shown, *looked_at, *corrupted})
-        images = _take(dataset, places)
-        row = {place: index for index, place in enumerate(places)}
+        indices = sorted({*shown, *looked_at, *corrupted})
+        images = _take(dataset, indices)
+        row = {index: number for number, index in enumerate(indices)}
 
         def of(chosen: list[int]) -> Tensor:
-            return images[[row[place] for place in chosen]]
+            return images[[row[index] for index in chosen]]
 
         tensors: dict[str, Tensor] = {}
         if validation:
@@ -134,18 +136,19 @@ def _how_many(dataset: Dataset, pixels: int) -> int:
 
 
 def _stratified(labels: Tensor, count: int) -> list[int]:
-    """Up to `count` places of the test set, as many of each class as of any other where there are; the same always, and
+    """Indices of up to `count` test images, as many of each class as of any other where there are; the same always, and
     the first of more are the ones of fewer."""
     known, taken, turns = labels.tolist(), Counter[int](), {}
-    for place in permutation(0, 0, len(labels)).tolist():
-        turns[place] = taken[known[place]]
-        taken[known[place]] += 1
+    for index in permutation(0, 0, len(labels)).tolist():
+        turns[index] = taken[known[index]]
+        taken[known[index]] += 1
     return sorted(turns, key=turns.__getitem__)[:count]
 
 
 def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[int]:
-    """Places where student and teacher decide otherwise, the surest first, in turns of: the teacher is right, the
-    student is, neither."""
+    """Indices of test images where student and teacher decide otherwise, the surest first, in turns of: the teacher is
+    right, the student is, neither.
+    """
     if "teacher" not in predictions:
         return []
     student, teacher = (predictions[name].softmax(1) for name in ("student.fused", "teacher"))
@@ -157,14 +160,14 @@ def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[in
     groups.append(differ & ~groups[0] & ~groups[1])
     order = weight.argsort(descending=True, stable=True)
     turns = zip_longest(*(order[group[order]].tolist() for group in groups))
-    return [place for turn in turns for place in turn if place is not None][:PICTURES]
+    return [index for turn in turns for index in turn if index is not None][:PICTURES]
 
 
-def _take(dataset: Dataset, places: list[int]) -> Tensor:
-    """Test images at these places, which rise: uint8 [n, C, H, W] on the CPU, in one reading of the split."""
-    wanted, batch_size, parts = torch.tensor(places), 256, []
-    start = places[0]
-    for images, _ in dataset.evaluation_batches("test", start, places[-1] + 1, batch_size):
+def _take(dataset: Dataset, indices: list[int]) -> Tensor:
+    """Test images of these indices, which rise: uint8 [n, C, H, W] on the CPU, in one reading of the split."""
+    wanted, batch_size, parts = torch.tensor(indices), 256, []
+    start = indices[0]
+    for images, _ in dataset.evaluation_batches("test", start, indices[-1] + 1, batch_size):
         here = wanted[(wanted >= start) & (wanted < start + len(images))] - start
         parts.append((images[here.to(images.device)] * 255).round().to(torch.uint8).cpu())
         start += len(images)
@@ -172,7 +175,7 @@ def _take(dataset: Dataset, places: list[int]) -> Tensor:
 
 
 def _robustness(
-    answers: Callable[[Tensor], dict[str, Tensor]], images: Tensor, labels: Tensor, places: Tensor, device: torch.device
+    answers: Answers, images: Tensor, labels: Tensor, indices: Tensor, device: torch.device
 ) -> dict[str, Any]:
     """Correct answers by corruption and output: a list over severities, the first being that of the images as they
     are."""
@@ -181,7 +184,7 @@ def _robustness(
     def count(change: Callable[[Tensor, Tensor], Tensor]) -> Counter[str]:
         counts = Counter[str]()
         for part in torch.arange(len(images)).split(max(1, min(256, PIXELS_AT_ONCE // images[0].numel()))):
-            pixels = change(images[part].to(device), places[part].to(device)) / 255
+            pixels = change(images[part].to(device), indices[part].to(device)) / 255
             for key, logits in answers(pixels).items():
                 counts[key] += int((logits.argmax(1).cpu() == labels[part]).sum())
         return counts

@@ -1,1 +1,1 @@
-"""A student as it leaves the house: timm folder, model card, ONNX, and what reads them."""
+"""Exported students: timm folder, model card, ONNX, and what reads them."""

@@ -61,7 +61,7 @@ def write_export(
 ) -> None:
     """Write the student's weights, as they are, to `folder`, replacing an earlier export there.
 
-    The folder appears complete or not at all: it is written beside its place, reloaded in a fresh process, compared
+    The folder appears complete or not at all: it is written beside where it goes, reloaded in a fresh process, compared
     with the student (weights to the bit, logits to 1e-6, those of ONNX to 1e-4) and then renamed.
 
     Args:
@@ -170,7 +170,7 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
 
 def _compare_with_reloaded(student: Student, folder: Path) -> None:
     # The fresh process finds this project where this one did, runs on the CPU, and is no rank of anything.
-    roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    roots = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots)), "CUDA_VISIBLE_DEVICES": ""}
     command = "import sys; from distill.exports.folder import reload; reload(*sys.argv[1:])"
     arguments = [str(folder), str(torch.get_num_threads()), *registry.plugins()]

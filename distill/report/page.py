@@ -90,7 +90,7 @@ class Picture:
     """Of each model: its name, its answer, the probability in percent, and whether it is right."""
     group: str
     number: int
-    """Its place in the test set."""
+    """Its index in the test set."""
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def most_confused(matrix: Confusion, number: int) -> list[Pair]:
     """The largest counts beside the diagonal, by falling count, then by class; none of 0."""
     mistakes = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:number]
-    pairs = [Pair(int(place) // len(matrix), int(place) % len(matrix), int(mistakes.flat[place])) for place in order]
-    return [pair for pair in pairs if pair.images]
+    pairs = zip(*np.unravel_index(order, matrix.shape), mistakes.flat[order], strict=True)
+    return [Pair(*map(int, pair)) for pair in pairs if pair[2]]
 
 
 def build(comparison: Comparison) -> Section | None:

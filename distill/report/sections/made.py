@@ -78,8 +78,8 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
 def command_line(words: list[str]) -> str:
     """What a person types for these arguments of a process, to begin and not to resume."""
     if "--resume" in words[:-1]:
-        place = words.index("--resume")
-        words = words[:place] + words[place + 2 :]
+        at = words.index("--resume")
+        words = words[:at] + words[at + 2 :]
     if words[0].endswith("train.py"):
         words = ["accelerate", "launch", "distill/train.py", *words[1:]]
     elif words[0].endswith(("/distill", "cli.py")):

@@ -27,18 +27,18 @@ def build(comparison: Comparison) -> Section | None:
             continue
         control = comparison.row(name, "control")
         models = [student, teacher] if control is None else [student, teacher, control]
-        places = run.analysis.tensors["pictures.indices"].tolist()
-        probabilities = [(row.model, softmax(row.logits[places].astype(np.float64), axis=1)) for row in models]
+        numbers = run.analysis.tensors["pictures.indices"].tolist()
+        probabilities = [(row.model, softmax(row.logits[numbers].astype(np.float64), axis=1)) for row in models]
         pictures = []
-        for index, (place, image) in enumerate(zip(places, run.analysis.tensors["pictures.images"], strict=True)):
-            label = int(comparison.labels[place])
+        for index, (number, image) in enumerate(zip(numbers, run.analysis.tensors["pictures.images"], strict=True)):
+            label = int(comparison.labels[number])
             decided = [(model, values[index], int(values[index].argmax())) for model, values in probabilities]
             answers = [
                 (model, run.class_names[answer], 100 * float(values[answer]), answer == label)
                 for model, values, answer in decided
             ]
             group = GROUPS[0] if answers[1][3] else GROUPS[1] if answers[0][3] else GROUPS[2]
-            pictures.append(Picture(to_png(image), run.class_names[label], answers, group, place))
+            pictures.append(Picture(to_png(image), run.class_names[label], answers, group, number))
         walls.append(Wall(f"wall-{len(walls)}", GROUPS, pictures))
         differ = int((student.logits.argmax(1) != teacher.logits.argmax(1)).sum())
         counts = {group: sum(picture.group == group for picture in pictures) for group in GROUPS}

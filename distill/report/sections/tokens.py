@@ -75,8 +75,8 @@ def _attention(name: str, title: str, run: RunFiles, analysis: Analysis) -> Atte
     tensors, tokens = analysis.tensors, analysis.values["tokens"].get("names", TOKENS)
     patches = tensors["attention.patches"].astype(np.float64)  # [depth, images, tokens, H, W]
     pictures = []
-    places, images = tensors["attention.indices"].tolist(), tensors["attention.images"]
-    for index, (place, image) in enumerate(zip(places, images, strict=True)):
+    numbers, images = tensors["attention.indices"].tolist(), tensors["attention.images"]
+    for index, (number, image) in enumerate(zip(numbers, images, strict=True)):
         rows = []
         for token in range(patches.shape[2]):
             views = []
@@ -85,8 +85,8 @@ def _attention(name: str, title: str, run: RunFiles, analysis: Analysis) -> Atte
                 masks = [] if areas is None else areas[index, token]
                 views.append((f"block {block + 1}", to_png(_view(image, weights, masks))))
             rows.append((tokens[token], views))
-        label = run.class_names[int(run.predictions.labels[place])]
-        pictures.append((to_png(image), f"{label} (test image {place})", rows))
+        label = run.class_names[int(run.predictions.labels[number])]
+        pictures.append((to_png(image), f"{label} (test image {number})", rows))
     return Attention(name, title, pictures)
 
 
