@@ -70,7 +70,8 @@ def predict(
     if accelerator.num_processes > 1:
         outputs = [_gather(output, share, accelerator) for output in _same_outputs(outputs, accelerator)]
     outputs = [output[:size].cpu() for output in outputs]
-    assert all(len(output) == size for output in outputs), f"{split}: saw {[len(o) for o in outputs]} of {size} samples"
+    if any(len(output) != size for output in outputs):
+        raise RunFailed(f"evaluation: the {split} split gave {[len(output) for output in outputs]} of {size} samples")
     return outputs
 
 
