@@ -1,6 +1,6 @@
 """Teachers: frozen networks with their own input contract.
 
-Listing the zoo needs no torch, so what does need it is imported when it is first used.
+Listing the zoo needs no torch, so modules that need it are imported on first use.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teachers.preflight import judge, judge_features
+    from teachers.preflight import check_accuracy, check_features
     from teachers.teacher import Ensemble, Teacher, load_teacher
     from teachers.zoo import ZOO, ZooEntry
 
-_HOMES = {
+_MODULES = {
     "ZOO": "zoo",
     "ZooEntry": "zoo",
     "Ensemble": "teacher",
     "Teacher": "teacher",
     "load_teacher": "teacher",
-    "judge": "preflight",
-    "judge_features": "preflight",
+    "check_accuracy": "preflight",
+    "check_features": "preflight",
 }
 
-__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "judge", "judge_features", "load_teacher"]
+__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "check_accuracy", "check_features", "load_teacher"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'teachers' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"teachers.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"teachers.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Preflight: is the teacher, fed the very way it will be used, as good as it should be, or at least alive?"""
+"""Preflight checks of a teacher's accuracy and outputs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from distill.errors import InputError
 from teachers.teacher import Teacher
 
 SAME = 1e-5
-"""Largest difference between outputs that count as the same, as a share of the largest output."""
+"""Outputs count as the same up to this difference, relative to the largest output."""
 
 
-def judge(teacher: Teacher, labels: Tensor, logits: Tensor, *, min_accuracy: float | None) -> float:
-    """The accuracy (0 to 1) of the teacher's `logits` if it is at least `min_accuracy`; None: well above chance.
+def check_accuracy(teacher: Teacher, labels: Tensor, logits: Tensor, *, min_accuracy: float | None) -> float:
+    """The accuracy (0 to 1) of the teacher's `logits`, which has to reach `min_accuracy`; None: well above chance.
 
-    Chance is the share of the largest class, or 1 / classes if that is more. Well above is twice 1 / classes, or five
-    standard deviations above chance where that is more, but never beyond half of the way from chance to perfect.
+    Chance is the fraction of the largest class, or 1 / classes if that is more. Well above is 2 / classes, or five
+    standard deviations above chance if that is more, but at most halfway from chance to perfect.
 
     Args:
         labels: int64 [N].
-        logits: [N, classes], what the teacher says to the N images.
+        logits: [N, classes], of the N images.
 
     Raises:
         InputError: the teacher is worse; the message names the likely causes.
@@ -37,22 +37,24 @@ def judge(teacher: Teacher, labels: Tensor, logits: Tensor, *, min_accuracy: flo
         f"another normalisation or size than in its training (it gets {teacher.contract}; set teacher.mean, std, size)",
         "weights of another model or data set (teacher.weights), or barely trained ones",
     ]
-    by_best_names = int(counts.amax(0).sum()) / total
-    order = f"its classes in another order than the data's (renaming its answers would give {by_best_names:.2%})"
-    causes.insert(0 if by_best_names >= max(required, (1 + accuracy) / 2) else 2, order)
-    answer, share = int(counts.sum(0).argmax()), float(counts.sum(0).max()) / total
+    by_best_order = int(counts.amax(0).sum()) / total
+    order = f"its classes in another order than the data's (with renamed classes it would reach {by_best_order:.2%})"
+    causes.insert(0 if by_best_order >= max(required, (1 + accuracy) / 2) else 2, order)
+    predicted, share = int(counts.sum(0).argmax()), float(counts.sum(0).max()) / total
     if share > 0.9:
-        causes.insert(0, f"it says class {answer} to {share:.0%} of the images, which means unusable inputs or weights")
+        causes.insert(
+            0, f"it predicts class {predicted} for {share:.0%} of the images, which means unusable inputs or weights"
+        )
     raise InputError(
         f"teacher {teacher.name}: {accuracy:.2%} accuracy on {total} images, below the required {required:.2%} "
         f"(teacher.min_accuracy{' by default: well above chance' if min_accuracy is None else ''}). "
         f"Likely causes: {'; '.join(f'({n}) {cause}' for n, cause in enumerate(causes, 1))}. "
-        "If it really is no better, set teacher.min_accuracy lower."
+        "If it really is no better, lower teacher.min_accuracy."
     )
 
 
-def judge_features(teacher: Teacher, outputs: Tensor) -> None:
-    """Check what can be checked of a teacher without a classifier: its outputs [N, features] on N images.
+def check_features(teacher: Teacher, outputs: Tensor) -> None:
+    """Check the outputs [N, features] of a teacher without a classifier on N images.
 
     Raises:
         InputError: they are not finite, or the same for all images; the message names the likely causes.
@@ -72,7 +74,7 @@ def judge_features(teacher: Teacher, outputs: Tensor) -> None:
 
 
 def _confusion(labels: Tensor, logits: Tensor) -> Tensor:
-    """Counts int64 [classes, classes], row: label, column: answer."""
+    """Confusion matrix int64 [classes, classes], rows: labels, columns: predictions."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 

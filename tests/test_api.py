@@ -533,7 +533,7 @@ def test_the_name_python_needs_python_code(command: Any, tmp_path: Path) -> None
     refused = command("train", "recipe.yaml")
     assert refused.returncode == 2
     assert "data.name: 'python' needs data from Python code" in refused.stderr
-    with pytest.raises(distill.InputError, match=r"teacher\.model: 'python' stands for a module"):
+    with pytest.raises(distill.InputError, match=r"teacher\.model: 'python' needs a module"):
         distill.train("recipe.yaml", overrides=["data.resolution=8", "student.patch_size=4"], data=held())
 
 

@@ -114,10 +114,10 @@ def test_a_replay_has_the_losses_bit_for_bit_and_asks_no_teacher(
     assert hits(tmp_path / "recorded") == [0.0] * 8
     (file,) = files()
     assert [message for message in caplog.messages if message.startswith("teacher cache")] == [
-        f"teacher cache: taking 0.0 MB for {file}",
+        f"teacher cache: allocating 0.0 MB for {file}",
         f"teacher cache: {file} has about 0 % of this run",
     ]
-    assert f"taking 0.0 MB for {file}" in (tmp_path / "recorded" / "train.log").read_text()
+    assert f"allocating 0.0 MB for {file}" in (tmp_path / "recorded" / "train.log").read_text()
     assert file.stat().st_size == 2 * 96 * (4 + 2 * 4)
     assert sorted(child.name for child in file.parent.iterdir()) == [f"{file.stem}.json", file.name]
 
@@ -490,7 +490,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_half_file(
     monkeypatch.setattr(os, "posix_fallocate", fill_up, raising=False)
     file, logits = full
     longer = LogitFile(file.path, "key", epochs=7, samples=100, classes=CLASSES)
-    with pytest.raises(InputError, match=r"b\.logits of 12,600 bytes cannot be made \(No space left on device\)"):
+    with pytest.raises(InputError, match=r"b\.logits of 12,600 bytes cannot be created \(No space left on device\)"):
         longer.make("")
     assert file.path.stat().st_size == file.size
     assert found_in(file, logits).all()
@@ -510,7 +510,7 @@ def test_a_folder_that_cannot_be_written_serves_what_it_has(
     again.open()
     assert found_in(again, logits).all()
     longer = LogitFile(file.path, "key", epochs=5, samples=100, classes=CLASSES)
-    with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"cannot be created \(Permission denied\)"):
         longer.make("")
 
 

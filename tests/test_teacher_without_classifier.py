@@ -17,7 +17,7 @@ import teachers.sources
 from distill import run
 from distill.errors import InputError
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract
-from teachers import Teacher, judge_features, load_teacher
+from teachers import Teacher, check_features, load_teacher
 from tests.conftest import Toy
 from tests.test_resume import trace, train_lines
 from tests.warm import launch
@@ -138,8 +138,8 @@ def test_features_that_the_network_does_not_pool() -> None:
     teacher = Teacher("conv", network, InputContract(IMAGENET_MEAN, IMAGENET_STD, 8), 0)
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(teacher(images), network(teacher.adapter(images)).mean((2, 3)).detach())
-    judge_features(teacher, teacher(images))
+    check_features(teacher, teacher(images))
     with pytest.raises(InputError, match=r"not finite on 50\.00% of 2 images"):
-        judge_features(teacher, torch.tensor([[0.0, float("inf")], [1.0, 2.0]]))
+        check_features(teacher, torch.tensor([[0.0, float("inf")], [1.0, 2.0]]))
     with pytest.raises(InputError, match="the same on all 3 images"):
-        judge_features(teacher, torch.tensor([[1.0, 2.0]]).expand(3, -1))
+        check_features(teacher, torch.tensor([[1.0, 2.0]]).expand(3, -1))

@@ -1,1 +1,1 @@
-"""Distillation methods, one a file: its options, its formula and its paper. `base.py` says what a method is given."""
+"""Distillation methods, one per file. `base.py` has the interface."""

@@ -19,27 +19,27 @@ from distill.registry import register
 class Options(MapsOptions):
     method: Literal["attention_transfer"] = Field(
         "attention_transfer",
-        description="Where all maps, spread evenly over the blocks, are strong (Zagoruyko and Komodakis 2017).",
+        description="Spatial attention of all maps, spread evenly over the blocks (Zagoruyko and Komodakis 2017).",
     )
     weight: Weight = weight(1000.0)
-    power: float = Field(2.0, ge=1.0, description="Of the absolute values that are averaged over the channels.")
+    power: float = Field(2.0, ge=1.0, description="Exponent of the absolute values before the mean over channels.")
 
 
 def attention_transfer(student_map: Tensor, teacher_map: Tensor, power: float) -> Tensor:
     """mean((Q_student - Q_teacher)^2) over samples and positions, in float32, where Q [B, h w] is the mean over
     channels of |map|^power, each sample's divided by its L2 norm.
 
-    As in the published code. The paper's equation 2 has the norm of the difference, not squared, and half of it: it
-    does not become smaller with the number of positions.
+    As in the published code. The paper's equation 2 has half the norm of the difference, not squared, which does not
+    decrease with the number of positions.
 
     Args:
         student_map: [B, C, h, w].
         teacher_map: [B, any number of channels, H, W], resized to h, w.
-        power: 1 or more; larger looks only where the maps are largest.
+        power: 1 or more; larger values emphasise the largest activations.
 
     Returns:
-        A scalar from 0 to 2 / (h w), and 0 when both look at the same places. A factor on all of a sample's map changes
-        nothing, nor does the order or the sign of channels.
+        A scalar from 0 to 2 / (h w), 0 for equal attention. Invariant to a factor on a sample's map, and to the order
+        and sign of channels.
     """
     height, width = student_map.shape[2:]
     teacher_map = resize(at_least_float32(teacher_map.detach()), (height, width))
@@ -48,7 +48,7 @@ def attention_transfer(student_map: Tensor, teacher_map: Tensor, power: float) -
 
 def _attention(maps: Tensor, power: float) -> Tensor:
     maps = at_least_float32(maps).flatten(2)
-    # A factor changes neither the result nor its gradient, and powers of numbers up to 1 do not overflow.
+    # The scale changes neither result nor gradient, and powers of numbers up to 1 do not overflow.
     peak = maps.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
     return F.normalize((maps / peak).abs().pow(power).mean(dim=1), dim=1)
 

@@ -1,4 +1,4 @@
-"""What every distillation method is given and gives, and what methods on logits and on feature maps share."""
+"""Base classes of distillation methods, and their inputs."""
 
 from __future__ import annotations
 
@@ -15,48 +15,47 @@ from distill.options import MapsOptions, MethodOptions
 
 
 class StepInputs(NamedTuple):
-    """What a step has for its methods; view 0 is the one that labels and metrics are about."""
+    """Inputs of methods in a step; labels and metrics refer to view 0."""
 
     student: Sequence[Features]
     """By view."""
     teacher: Sequence[Features]
-    """By view; empty without a teacher. No gradient flows into it."""
+    """By view, without gradients; empty without a teacher."""
     targets: Tensor
     """[B, classes], rows summing to 1 (soft where images were mixed), not smoothed."""
     indices: Tensor
     """int64 [B], positions of the samples in the training split."""
     progress: float
-    """Share of the run that is done, 0 to 1."""
+    """Fraction of the run that is done, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of student and teacher, as far as methods depend on them."""
+    """Shapes of student and teacher that methods depend on."""
 
     student_channels: Sequence[int] = ()
-    """Of the student's map after each block."""
+    """Of the student's map after each block or stage."""
     teacher_channels: Mapping[str, int] = field(default_factory=dict)
     """Of the teacher's maps by name."""
     stages: Sequence[str] = ()
-    """Names of the teacher's own stages among them, from the first to the last."""
+    """The teacher's default maps, first to last."""
     num_classes: int = 0
 
 
 class Method(nn.Module):
     """One distillation loss: an unweighted scalar of a step.
 
-    It may own parameters, which are trained along with the student and never exported, and buffers (a queue, a
-    centre), which checkpoints keep. `forward` changes no buffer: `after_step` does, and leaves no trace of a step that
-    was skipped.
+    It may have parameters, which are trained along with the student and never exported, and buffers (a queue, a
+    centre), which checkpoints keep. Buffers are updated in `after_step`, not in `forward`, and not for skipped steps.
     """
 
     blocks: tuple[int, ...] = ()
-    """Blocks of the student whose maps it looks at."""
+    """Blocks of the student whose maps it needs."""
     maps: tuple[str, ...] = ()
-    """Names of the teacher's maps that it looks at."""
+    """Names of the teacher's maps that it needs."""
 
     def __init__(self, options: MethodOptions, shapes: Shapes) -> None:
-        """Raises ValueError for options that these shapes rule out; the message names those that there are."""
+        """Raises ValueError for options that do not fit these shapes."""
         super().__init__()
         self.options = options
         self.arguments = options.arguments()
@@ -66,13 +65,13 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, step: StepInputs, skipped: Tensor) -> None:
-        """Update buffers once the weights have been, in place; where `skipped` (bool [], on the device) they stay as
-        they are: `buffer.copy_(torch.where(skipped, buffer, new))`.
+        """Update buffers in place after the optimizer step, unless it was `skipped` (bool [], on the device):
+        `buffer.copy_(torch.where(skipped, buffer, new))`.
         """
 
 
 class LogitsMethod(Method):
-    """Compares the logits of the head that the teacher teaches, the distillation head where there is one."""
+    """Compares the logits of the student's distillation head, else of its only head, with the teacher's."""
 
     def forward(self, step: StepInputs) -> Tensor:
         student, teacher = step.student[0].logits, step.teacher[0].logits
@@ -84,7 +83,7 @@ class LogitsMethod(Method):
 
 
 class MapsMethod(Method):
-    """The mean over pairs of a student's block and a teacher's map."""
+    """The mean over pairs of a student block and a teacher map."""
 
     def __init__(self, options: MapsOptions, shapes: Shapes) -> None:
         super().__init__(options, shapes)
@@ -99,5 +98,5 @@ class MapsMethod(Method):
         return torch.stack(losses).mean()
 
     def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
-        """[B, C, h, w] and [B, D, H, W] of the pair of that number -> a scalar."""
+        """[B, C, h, w] and [B, D, H, W] of pair number `pair` -> a scalar."""
         raise NotImplementedError

@@ -31,9 +31,8 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, inter: float, intra: fl
     samples; intra-class is the same over the samples of a class, the mean over classes. Unlike in soft distillation
     the student need not match the teacher's probabilities, only their proportions.
 
-    As in the published code 1e-8 is added to the product of the norms in a correlation: it is 0 where there is no
-    variance, and less than it should be where there is next to none. So in a batch of one, whose classes do not vary,
-    the intra-class part is the constant 1, without gradient.
+    As in the published code 1e-8 is added to the product of the norms in a correlation, which becomes 0 without
+    variance and too small with very little. In a batch of one the intra-class part is the constant 1, without gradient.
 
     Args:
         student_logits, teacher_logits: [B, classes].
@@ -41,8 +40,8 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, inter: float, intra: fl
         temperature: above 0.
 
     Returns:
-        A scalar from 0 to 2 T^2 (inter + intra). It is 0 when the two outputs are identical (unless nearly constant).
-        A constant added to all of a sample's logits changes nothing, nor does the order of the samples.
+        A scalar from 0 to 2 T^2 (inter + intra), 0 for identical outputs (unless nearly constant). Invariant to a
+        constant added to a sample's logits, and to the order of samples.
     """
     student = F.softmax(at_least_float32(student_logits) / temperature, dim=1)
     teacher = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)

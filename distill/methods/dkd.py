@@ -30,11 +30,11 @@ def dkd(
     """T^2 (alpha TCKD + beta NCKD), the mean over samples, in float32.
 
     With p = softmax(logits / T) and the label t, TCKD is KL(teacher || student) of the two outcomes (p_t, 1 - p_t),
-    and NCKD is the same of the other classes among themselves, p_i / (1 - p_t) for i != t. Soft distillation is
-    TCKD + (1 - teacher's p_t) NCKD: it hardly tells of the other classes where the teacher is sure.
+    and NCKD is that of the other classes among themselves, p_i / (1 - p_t) for i != t. Soft distillation is
+    TCKD + (1 - teacher's p_t) NCKD, in which the other classes hardly count if the teacher is confident.
 
-    A sample mixed of two labels (mixup, cutmix) has the mean of the losses with either label as t, weighted by their
-    shares; the paper knows only samples of one label, whose loss is the paper's.
+    The loss of a sample with two mixed labels (mixup, cutmix) is the mean of the losses with either label as t,
+    weighted by their proportions; the paper has samples of one label only.
 
     Args:
         student_logits, teacher_logits: [B, classes], two classes or more.
@@ -43,8 +43,7 @@ def dkd(
         temperature: above 0.
 
     Returns:
-        A scalar, 0 or more, and 0 when the two outputs are identical. A constant added to all of a sample's logits
-        changes nothing.
+        A scalar, 0 or more, 0 for identical outputs. Invariant to a constant added to a sample's logits.
     """
     student = at_least_float32(student_logits) / temperature
     teacher = at_least_float32(teacher_logits.detach()) / temperature
@@ -64,7 +63,7 @@ def _decoupled(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor,
     pairs = []
     for logits in (student, teacher):
         others = logits.gather(1, other)
-        # p_t is the sigmoid of this margin, of which both p_t and 1 - p_t have exact logarithms however sure p_t is.
+        # p_t is the sigmoid of this margin, so log p_t and log(1 - p_t) are exact even for p_t close to 0 or 1.
         margin = logits.gather(1, label[:, None]) - others.logsumexp(dim=1, keepdim=True)
         pairs.append((F.logsigmoid(torch.cat([margin, -margin], dim=1)), F.log_softmax(others, dim=1)))
     tckd, nckd = (

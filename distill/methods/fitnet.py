@@ -38,12 +38,11 @@ class Fitnet(MapsMethod):
 class Hint(nn.Module):
     """mean((regressor(student_map) - teacher_map)^2), over all elements, in float32.
 
-    The paper has half the sum over the elements, which grows with the maps. Its regressor is a convolution as large as
-    brings the student's grid to the teacher's; here the teacher's map is resized and the regressor, 1x1, learns only
-    which channels answer to which.
+    The paper has half the sum over the elements, which grows with the maps. Its regressor is a convolution whose kernel
+    maps the student's grid to the teacher's; here the teacher's map is resized and the regressor is a 1x1 convolution.
 
     Args:
-        student_channels, teacher_channels: of the maps to come. The regressor is learned along with the student.
+        student_channels, teacher_channels: of the maps. The regressor is trained along with the student.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -51,9 +50,7 @@ class Hint(nn.Module):
         self.regressor = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """[B, student_channels, h, w], [B, teacher_channels, H, W] -> a scalar, 0 or more, and 0 when the regressor
-        makes the teacher's map of the student's.
-        """
+        """[B, student_channels, h, w], [B, teacher_channels, H, W] -> a scalar, 0 or more."""
         height, width = student_map.shape[2:]
         hint = resize(at_least_float32(teacher_map.detach()), (height, width))
         guess: Tensor = self.regressor(at_least_float32(student_map))

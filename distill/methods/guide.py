@@ -21,8 +21,8 @@ from distill.registry import register
 class Options(MapsOptions):
     method: Literal["guide"] = Field(
         "guide",
-        description="Locality guidance (Li et al. 2022): a projection of the tokens meets all maps of the teacher, "
-        "spread evenly over the blocks.",
+        description="Locality guidance (Li et al. 2022): projected tokens regress all maps of the teacher, spread "
+        "evenly over the blocks.",
     )
     weight: Weight = weight(WeightSchedule(start=2.5, end=0.0, until=0.7))
 
@@ -40,10 +40,10 @@ class Guide(MapsMethod):
 
 
 class Guidance(nn.Module):
-    """mean((P S - standardise(resize(T)))^2), P a linear projection of the student's tokens S to as many channels as T.
+    """mean((P S - standardise(resize(T)))^2), P a linear projection of the student's tokens S to the channels of T.
 
-    A teacher's channels differ in scale by orders of magnitude, so each gets mean 0 and variance 1 over the batch and
-    the grid; the batch is the micro-batch of all processes.
+    A teacher's channels differ in scale by orders of magnitude, so each is standardised over the grid and the
+    micro-batches of all processes.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -51,7 +51,7 @@ class Guidance(nn.Module):
         self.projection = nn.Conv2d(student_channels, teacher_channels, 1)
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """A scalar, 0 or more, in float32, 1 where the projection says nothing.
+        """A scalar, 0 or more, in float32; 1 for a projection to zeros.
 
         Args:
             student_map: [B, D, H, W], tokens on the patch grid.
@@ -62,8 +62,8 @@ class Guidance(nn.Module):
 
 
 def standardise(maps: Tensor) -> Tensor:
-    """[B, C, H, W] with mean 0 and variance 1 per channel, over the samples of all processes; a channel that is
-    the same everywhere becomes 0. Collective.
+    """[B, C, H, W] -> mean 0 and variance 1 per channel, over the samples of all processes; a constant channel
+    becomes 0. Collective.
     """
     variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0, keepdim=True)
     if dist.is_available() and dist.is_initialized():

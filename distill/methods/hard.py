@@ -28,7 +28,7 @@ def hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         student_logits, teacher_logits: [B, classes].
 
     Returns:
-        A scalar, 0 or more. No label smoothing: a teacher's decision is taken at its word.
+        A scalar, 0 or more, without label smoothing.
     """
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
 

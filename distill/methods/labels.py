@@ -1,4 +1,4 @@
-"""The label loss: cross-entropy with smoothed targets, which stands beside every distillation method."""
+"""The label loss: cross-entropy with smoothed targets, part of every recipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def labels(logits: Mapping[str, Tensor], targets: Tensor, *, smoothing: float, a
         logits: [B, classes] by head, the class head first.
         targets: [B, classes], rows summing to 1 (soft where images were mixed).
     """
-    learning = list(logits.values()) if all_heads else [next(iter(logits.values()))]
-    losses = [F.cross_entropy(each.float(), targets.float(), label_smoothing=smoothing) for each in learning]
+    trained = list(logits.values()) if all_heads else [next(iter(logits.values()))]
+    losses = [F.cross_entropy(each.float(), targets.float(), label_smoothing=smoothing) for each in trained]
     return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)

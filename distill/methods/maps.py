@@ -1,4 +1,4 @@
-"""What the methods on feature maps share: maps are [B, C, h, w], those of student and teacher in pairs."""
+"""Resizing and pairing of feature maps [B, C, h, w] for methods on maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distill.methods.precision import at_least_float32
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, h, w] -> [B, C, *size], float32 or more: means over areas where it shrinks, bilinear where it grows."""
+    """[B, C, h, w] -> [B, C, *size], in float32 at least: area means for smaller sizes, else bilinear."""
     maps = at_least_float32(maps)
     height, width = maps.shape[-2:]
     if (height, width) == size:
@@ -24,15 +24,15 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def pairs_of(
     given: Sequence[tuple[int | None, str | None]], pairing: str, *, depth: int, maps: Sequence[str]
 ) -> list[tuple[int, str]]:
-    """(block, map) as given, None being the last; or, where none are given, by `pairing`: all maps, spread evenly over
-    the blocks, or the middle, or the last.
+    """Pairs (block, map) as given, with None for the last; by default by `pairing`: all maps, spread evenly over the
+    blocks, or the middle, or the last.
 
     Args:
         depth: number of the student's blocks.
-        maps: names of the teacher's maps, from the first to the last; one that is given may be another.
+        maps: the teacher's default maps, first to last; `given` may name others.
 
     Raises:
-        ValueError: a block that there is not.
+        ValueError: no such block.
     """
     if wrong := [block for block, _ in given if block is not None and block >= depth]:
         raise ValueError(f"the student has blocks 0 to {depth - 1}, got {wrong}")
@@ -44,5 +44,5 @@ def pairs_of(
 
 
 def spread(number: int, depth: int) -> list[int]:
-    """The blocks, of `depth` many, after which `number` maps stand that are spread evenly, the last after the last."""
-    return [-(-(place + 1) * depth // number) - 1 for place in range(number)]
+    """`number` evenly spaced blocks out of `depth`, the last one included."""
+    return [-(-(index + 1) * depth // number) - 1 for index in range(number)]

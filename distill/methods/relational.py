@@ -42,8 +42,8 @@ def relational(student_map: Tensor, teacher_map: Tensor, distance: float, angle:
         distance, angle: weights, 0 or more.
 
     Returns:
-        A scalar, 0 or more. It is 0 when one's embeddings are a rotated, moved and scaled copy of the other's, and in a
-        batch of one. The order of the samples changes nothing.
+        A scalar, 0 or more; 0 if the embeddings are equal up to rotation, translation and scale, and in a batch of one.
+        Invariant to the order of samples.
     """
     student_distances, student_angles = _relations(student_map)
     teacher_distances, teacher_angles = _relations(teacher_map.detach())

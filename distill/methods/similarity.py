@@ -19,22 +19,22 @@ class Options(MapsOptions):
     needs = Needs(maps=True, compares_samples=True)
     pairing = "last"
     method: Literal["similarity"] = Field(
-        "similarity", description="Which samples are alike, by the last maps (Tung and Mori 2019)."
+        "similarity", description="Similarities between samples, of the last maps (Tung and Mori 2019)."
     )
     weight: Weight = weight(3000.0)
 
 
 def similarity(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """|G_student - G_teacher|^2 / B^2 (Frobenius), in float32, where G [B, B] is Q Q^T of the flattened maps Q
-    [B, C h w], each row divided by its L2 norm: which samples look alike to student and teacher.
+    [B, C h w], each row divided by its L2 norm.
 
     Args:
         student_map: [B, C, h, w].
         teacher_map: [B, any number of channels, any size].
 
     Returns:
-        A scalar from 0 to 4 / B, and 0 when all samples are to each other as they are to the teacher, and in a batch of
-        one. A factor on all maps changes nothing, nor does the order of the samples.
+        A scalar from 0 to 4 / B; 0 for equal similarities, and in a batch of one. Invariant to a factor on all maps
+        and to the order of samples.
     """
     return (_gram(student_map) - _gram(teacher_map.detach())).square().mean()
 

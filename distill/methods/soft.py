@@ -35,13 +35,13 @@ def soft(student_logits: Tensor, teacher_logits: Tensor, temperature: float, sta
 
     Args:
         student_logits, teacher_logits: [B, classes].
-        temperature: above 0; larger tells more of what the teacher thinks of the other classes.
-        standardize: both logits first become (z - mean) / (std + 1e-7), each sample's over its classes, so that the
-            student learns the teacher's order and proportions and not the range of its logits.
+        temperature: above 0; larger values give more weight to the other classes.
+        standardize: first replace both logits by (z - mean) / (std + 1e-7), over the classes of a sample, so that the
+            student need not match the range of the teacher's logits.
 
     Returns:
-        A scalar, 0 or more, and 0 when the two outputs are identical. A constant added to all of a sample's logits
-        changes nothing; with `standardize` nor does a positive factor.
+        A scalar, 0 or more, 0 for identical outputs. Invariant to a constant added to a sample's logits, and with
+        `standardize` to a positive factor.
     """
     student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     if standardize:

@@ -1,4 +1,4 @@
-"""Students: vision transformers with area attention and a distillation token, or any timm model.
+"""Student models: vision transformers, also with area attention and a distillation token, or any timm model.
 
 Importing this package registers `vit_nano` ... `vit_huge` and `area_vit_nano` ... `area_vit_huge` with timm.
 """

@@ -1,4 +1,4 @@
-"""From a recipe's `student` section to a student."""
+"""Builds the student of a recipe's `student` section."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def build_student(
     std: Sequence[float],
     seed: int,
 ) -> Student:
-    """A student on the CPU, with weights that depend on `seed` only; torch's random state is left as it was.
+    """A student on the CPU, with weights that depend on `seed` only; torch's random state is restored.
 
     Args:
         spec: the recipe's `student` section.
         resolution: side in pixels that its inputs are resized to.
-        channels, mean, std: of the training data, in [0, 1]. Weights from timm or an export bring their own mean and
-            std.
+        channels, mean, std: of the training data, in [0, 1]. Weights from timm or an export have their own mean, std.
 
     Raises:
-        InputError: no such model, or one that cannot take such images, or weights that are missing, foreign or cannot
-            be fetched.
+        InputError: no such model, it cannot take such images, or its weights are missing, do not fit or cannot be
+            downloaded.
     """
     images = Images(resolution, num_classes, channels, tuple(mean), tuple(std))
     saved = read_export(spec.weights) if spec.weights else None
@@ -49,12 +48,12 @@ def build_student(
         mean, std = saved.config["pretrained_cfg"]["mean"], saved.config["pretrained_cfg"]["std"]
     contract = InputContract(tuple(mean), tuple(std), resolution)
     student = Student(built.model, contract, architecture=built.architecture, model_args=built.model_args)
-    _try_out(student, images)
+    _check_forward(student, images)
     return student
 
 
-def _try_out(student: Student, images: Images) -> None:
-    """InputError if the model cannot take its inputs: some of timm's are made for one size, or for large ones."""
+def _check_forward(student: Student, images: Images) -> None:
+    """Raise InputError if the model cannot take its inputs: some of timm's models require certain sizes."""
     blank = torch.zeros(1, images.channels, images.resolution, images.resolution)
     student.eval()
     try:
@@ -70,7 +69,7 @@ def _try_out(student: Student, images: Images) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Models are built on the CPU: its generator alone is seeded, and restored."""
+    """Seed and restore only the CPU's generator: models are built on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

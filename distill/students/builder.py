@@ -1,4 +1,4 @@
-"""What builds a student: each family is one module with a `Builder` and the options of its recipe section."""
+"""Base class of student builders: each family is one module with a `Builder` and its options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class Images(NamedTuple):
-    """What a student is built for."""
+    """Properties of the student's inputs and classes."""
 
     resolution: int
     """Side in pixels that its inputs are resized to."""
@@ -26,33 +26,32 @@ class Images(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A model, and what `timm.create_model` makes the same model of."""
+    """A model, and the arguments of `timm.create_model` for the same model."""
 
     model: nn.Module
     architecture: str
     model_args: dict[str, Any]
     statistics: Statistics
-    """Mean and std that its inputs are normalised by."""
+    """Mean and std of its input normalisation."""
 
 
 class Builder(ABC):
-    """Builds the models of one family, on the CPU; torch's generator is seeded before."""
+    """Builds the models of one family, on the CPU; torch's generator is seeded by the caller."""
 
     @staticmethod
     @abstractmethod
     def build(options: Any, images: Images) -> Built:
-        """The model that these options ask for, with random weights, or timm's where they say `pretrained`.
+        """The model of these options, with random weights, or timm's if `pretrained`.
 
         Raises:
-            InputError: there is no such model, or it cannot take such images.
+            InputError: no such model, or it cannot take such images.
         """
 
 
 def inputs_of(options: StudentOptions, images: Images) -> tuple[int, Statistics | None]:
-    """Channels that the model takes, and their statistics; None: those that the pretrained weights come with.
+    """Input channels of the model, and their mean and std; None: those of the pretrained weights.
 
-    Pretrained weights see colour: a greyscale image is repeated for them. Any other number of channels is the data's
-    affair.
+    Pretrained weights take three channels: greyscale images are repeated for them.
     """
     if options.pretrained and images.channels in (1, 3):
         return 3, None

@@ -1,4 +1,4 @@
-"""Students for use rather than for training: one head of two alone, or both merged into one."""
+"""Inference variants of two-headed students: a single head, or both heads merged into one linear layer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Head = Literal["cls", "dist"]
 
 
 def one_head(student: Student, head: Head) -> Student:
-    """The student with its class or its distillation head alone, in eval mode; its answer is that head's.
+    """The student with only its class or its distillation head, in eval mode.
 
-    Both tokens stay: each attends to the other.
+    Both tokens are kept, since each attends to the other.
 
     Raises:
-        InputError: it has no two heads, or is no vision transformer of this project's or of DeiT's sizes.
+        InputError: it does not have two heads, or is no vision transformer of this project or of DeiT.
     """
     model = student.model
     if head not in student.heads or len(student.heads) == 1:
@@ -34,7 +34,7 @@ def one_head(student: Student, head: Head) -> Student:
         )
     architecture, model_args = student.architecture, dict(student.model_args)
     if architecture.startswith("deit_"):
-        # timm's own architectures have two heads; the arguments say all of the size.
+        # timm's architectures have both heads; the arguments define the size.
         architecture = "vit_tiny"
         model_args |= {
             "distilled": True,
@@ -59,12 +59,12 @@ def one_head(student: Student, head: Head) -> Student:
 
 
 class MergedHeads(nn.Module):
-    """A vision transformer with a class and a distillation token that answers with one linear layer over both:
+    """A vision transformer with one linear layer over its class and distillation tokens:
 
         (W x + b + V y + c) / 2 = [W / 2, V / 2] [x; y] + (b + c) / 2
 
-    for normalised images [B, C, H, W] -> logits [B, classes]. Only these tokens go through the last block's MLP and the
-    last norm: no other token is asked for anything after the last attention. For evaluation only.
+    for normalised images [B, C, H, W] -> logits [B, classes]. Only these two tokens go through the last block's MLP and
+    the last norm, since the others are not used after the last attention. For evaluation only.
     """
 
     def __init__(self, body: VisionTransformerDistilled) -> None:
@@ -86,7 +86,7 @@ class MergedHeads(nn.Module):
 
 
 class _LastBlock(Block):
-    """timm's Block for the last place: [B, N, dim] -> what it makes of the first two tokens, [B, 2, dim]."""
+    """timm's Block, computing only the first two tokens: [B, N, dim] -> [B, 2, dim]."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
@@ -95,7 +95,7 @@ class _LastBlock(Block):
 
 
 def merge_heads(model: nn.Module) -> nn.Module:
-    """`model` in eval mode, of the same logits up to rounding; where it has two heads to merge, it is used up."""
+    """A model in eval mode with the same logits up to rounding; `model` itself is modified and must not be used."""
     model.eval()
     can_be_merged = isinstance(model, VisionTransformerDistilled) and not isinstance(model, OneHeadVisionTransformer)
     if not can_be_merged or type(_last_block(model)) is not Block:

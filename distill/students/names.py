@@ -1,4 +1,4 @@
-"""The names under which timm knows this project's models, and those that plugins bring."""
+"""Registration of this project's and plugins' models with timm, and checks of model names."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import difflib
 
 import timm
 
-import teachers.cifar_resnet  # noqa: F401  registers them with timm: a CNN can be a student too
+import teachers.cifar_resnet  # noqa: F401  registers them with timm: CNNs can be students too
 from distill.errors import InputError
 from distill.students import vit
 
 
 def register_models() -> None:
-    """Make every model of this project known to timm, also those of attention kinds that plugins brought."""
+    """Register every model with timm, also those with attention kinds from plugins."""
     vit.register_names()
 
 
 def check_name(name: str, key: str) -> None:
-    """InputError under `key`, with the nearest names, unless timm or this project has a model `name` (or name.tag)."""
+    """Raise InputError under `key`, with the nearest names, unless timm has a model `name` (or name.tag)."""
     register_models()
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):

@@ -1,4 +1,4 @@
-"""timm's attention, trained on a CPU."""
+"""A faster training step of timm's plain attention on a CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distill.students.attention.cpu import attend, eager_on_cpu
 
 
 class TrainedOnCpu(Attention):
-    """timm's Attention, whose training steps on a CPU take `attend`: the same function, rounded otherwise.
+    """timm's Attention, with `attend` in training on a CPU: the same function, with different rounding.
 
-    In evaluation, in compiled code, on other devices and with masks it is timm's as it was, bit for bit.
+    In evaluation, in compiled code, on other devices and with masks it is timm's code.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
@@ -26,13 +26,13 @@ class TrainedOnCpu(Attention):
 
 
 def train_on_cpu(model: nn.Module) -> None:
-    """Let timm's plain attention anywhere in the model be a `TrainedOnCpu`, in place; parameters stay what they are."""
+    """Replace timm's plain attention in the model by `TrainedOnCpu`, in place, with the same parameters."""
     for module in model.modules():
-        if type(module) is Attention and _does_nothing_else(module):
+        if type(module) is Attention and _is_plain(module):
             module.__class__ = TrainedOnCpu
 
 
-def _does_nothing_else(attention: Attention) -> bool:
-    """Whether it only projects and attends: no norms, no gate, no dropout of weights."""
+def _is_plain(attention: Attention) -> bool:
+    """Whether it has no norms, gate or dropout of the attention weights."""
     others = [child for name, child in attention.named_children() if name not in ("qkv", "proj", "proj_drop")]
     return all(isinstance(child, nn.Identity) or getattr(child, "p", None) == 0 for child in others)

@@ -1,4 +1,4 @@
-"""An export folder as files: what is in it, and whether it is what was written."""
+"""Reading and verifying the files of an export folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from distill.files.digests import state_digest
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-# In the metadata of the weights file: neither safetensors nor JSON notices a changed byte by itself.
+# Keys in the metadata of the weights file; safetensors and JSON have no checksums.
 WEIGHTS_DIGEST = "sha256/weights"
 CONFIG_DIGEST = "sha256/config"
 
 
 class Saved(NamedTuple):
     config: dict[str, Any]
-    """config.json, as timm understands it."""
+    """config.json, in timm's format."""
     weights: dict[str, Tensor]
     """The state dict, on the CPU."""
     metadata: dict[str, str]
@@ -34,7 +34,7 @@ def read_export(folder: str | Path) -> Saved:
     """Read and verify an export folder.
 
     Raises:
-        InputError: a file is missing, unreadable or not what the export wrote.
+        InputError: a file is missing, unreadable or modified.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):

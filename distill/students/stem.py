@@ -40,9 +40,8 @@ class ConvStem(PatchEmbed):
 def _channels(width: int, convolutions: int) -> list[int]:
     """Channels after each 3x3 convolution, the last one's being the model's width.
 
-    Four and more double, as in the paper (patch size 16); three, on the small images of small patches, rise by
-    thirds, so that the first convolution, which keeps the resolution or halves it once, is not starved (32, 64, 96
-    for width 96).
+    Four and more double, as in the paper (patch size 16); three, for small patches of small images, rise by thirds, so
+    that the first convolution, with stride 1 or 2, has enough channels (32, 64, 96 for width 96).
     """
     if convolutions > 3:
         shares = [2.0 ** (index + 1 - convolutions) for index in range(convolutions)]

@@ -21,8 +21,8 @@ HEADS = ("cls", "dist")
 class Student(nn.Module):
     """Images in [0, 1], [B, C, H, W] of any size -> `Features`, with all heads in train and eval mode alike.
 
-    `architecture` and `model_args` are what `timm.create_model` makes the same model of; `preparation` is how its data
-    were made of images.
+    `timm.create_model` builds the same model from `architecture` and `model_args`; `preparation` describes the
+    preprocessing of its data.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Student(nn.Module):
         """Recompute activations in the backward pass.
 
         Raises:
-            InputError: timm has not built that into this model.
+            InputError: timm does not support it for this model.
         """
         switch = getattr(self.model, "set_grad_checkpointing", None)
         try:
             assert switch is not None
             switch(True)
-        except AssertionError:  # timm's own answer for models that define the switch without having it
+        except AssertionError:  # raised by timm's models that define the method without supporting it
             raise InputError(
                 f"train.gradient_checkpointing: {self.architecture} does not support it; set it to false."
             ) from None
@@ -82,12 +82,12 @@ class Student(nn.Module):
             self.train(was_training)
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
-        """The logits [B, classes] by head. Not compiled where `forward` is: evaluation has other shapes and modes."""
+        """The logits [B, classes] by head. Never compiled, unlike `forward`: evaluation has other shapes and modes."""
         return _by_head(self.model(self.adapter(images)))
 
     def forward(self, images: Tensor, want: tuple[int, ...] = ()) -> Features:
-        """The logits, and the maps of the `stages` in `want`, counted from 0 and rising: what comes out of a block as
-        tokens on the patch grid, without prefix tokens, or out of a CNN's or a pyramid's stage, [B, D, H, W].
+        """The logits, and the maps [B, D, H, W] of the `stages` in `want`, from 0 and rising: a block's tokens on the
+        patch grid, without prefix tokens, or the output of a CNN's or pyramid's stage.
         """
         if not want:
             return Features(self.logits(images), {})
@@ -96,10 +96,10 @@ class Student(nn.Module):
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """What `forward` can give the maps of, from the first to the last.
+        """The stages whose maps `forward` can return, first to last.
 
         Raises:
-            InputError: the maps of this model cannot be read along with its logits.
+            InputError: this model cannot return its maps along with its logits.
         """
         image, maps = self._example(), self._try_maps(None)
         known = getattr(self.model, "feature_info", None) or []
@@ -110,15 +110,15 @@ class Student(nn.Module):
         return tuple(map(Stage, names, (found.shape[1] for found in maps), strides))
 
     def check_maps(self, want: tuple[int, ...]) -> None:
-        """Raise InputError unless `forward` gives these maps beside the very logits that it gives without them."""
+        """Raise InputError unless `forward` returns these maps along with the same logits as without them."""
         if want:
             self._try_maps(want)
 
     def _try_maps(self, want: tuple[int, ...] | None) -> list[Tensor]:
-        """Maps of an image, in evaluation; None: all of them."""
+        """Maps of an example image, in evaluation; `want` None: all of them."""
         was_training = self.training
         try:
-            with torch.no_grad(), _no_weights_of_zero(self.model):
+            with torch.no_grad(), _nonzero_weights(self.model):
                 inputs = self.eval().adapter(self._example())
                 plain = _by_head(self.model(inputs))
                 output, maps = with_maps(self.model, inputs, want)
@@ -140,7 +140,7 @@ class Student(nn.Module):
         return example_image(len(contract.mean), contract.size, next(self.parameters()).device)
 
     def timm_config(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """config.json of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+        """config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
         contract = self.adapter.contract
         known: Mapping[str, Any] = getattr(self.model, "pretrained_cfg", None) or {}
         size = contract.size
@@ -167,10 +167,8 @@ class Student(nn.Module):
 
 
 @contextmanager
-def _no_weights_of_zero(model: nn.Module) -> Iterator[None]:
-    """Within, matrices that are zero as a whole hold small random numbers: a head that begins with zeros answers the
-    same whatever it is given.
-    """
+def _nonzero_weights(model: nn.Module) -> Iterator[None]:
+    """Within, fill all-zero matrices with small random numbers: the logits of a zero-initialised head say nothing."""
     zeros = [weight for weight in model.parameters() if weight.ndim > 1 and not weight.any()]
     generator = torch.Generator().manual_seed(0)
     try:

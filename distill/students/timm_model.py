@@ -1,4 +1,4 @@
-"""Any model of timm's as a student, as it comes."""
+"""Any timm model as a student, unmodified."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Options(StudentOptions):
             ("distillation_token", bool(self.distillation_token)),
         ):
             if is_set:
-                message = f"only for this project's students (vit_nano, ...); '{self.model}' comes as it is"
+                message = f"only for this project's students (vit_nano, ...), not for '{self.model}'"
                 yield Problem(((*at, key), (*at, "model")), message)
 
 

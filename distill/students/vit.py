@@ -1,8 +1,8 @@
-"""Vision transformers on timm's, registered with timm under names of their own.
+"""Vision transformers based on timm's, registered with timm under their own names.
 
 `vit_nano` ... `vit_huge` are ViT and DeiT (Dosovitskiy et al. 2020, arXiv 2010.11929; Touvron et al. 2021, arXiv
-2012.12877) at the sizes a recipe can name; `<kind>_vit_<size>`, such as `area_vit_tiny`, have another attention in
-some blocks. The names are not timm's, so that timm alone refuses such a model instead of running it with ordinary
+2012.12877) at the sizes of recipes; `<kind>_vit_<size>`, such as `area_vit_tiny`, have another attention in some
+blocks. The names differ from timm's, so that timm alone refuses such a model instead of building it with standard
 attention.
 """
 
@@ -47,7 +47,7 @@ class Options(StudentOptions):
         elif grid.side > MOST_PATCHES_A_SIDE:
             most = MOST_PATCHES_A_SIDE
             side = grid.side
-            yield Problem(involved, f"{side}x{side} patches are more than any memory holds; at most {most}x{most}")
+            yield Problem(involved, f"{side}x{side} patches need too much memory; at most {most}x{most}")
         if self.stem == "conv" and patch & (patch - 1):
             yield Problem(
                 ((*at, "stem"), (*at, "patch_size")),
@@ -58,7 +58,7 @@ class Options(StudentOptions):
             yield untaught
 
 
-# What timm's model_args and the functions below take beside the width, depth and heads of a size:
+# Arguments of timm's model_args and of the functions below, besides width, depth and heads of a size:
 #   img_size, patch_size, in_chans, num_classes, drop_path_rate, ...: as in timm
 #   distilled (bool): with DeiT's distillation token and second head
 #   head ("both", "cls", "dist"): of a distilled model; one of the two alone, called `head`, where it is not both
@@ -67,7 +67,7 @@ class Options(StudentOptions):
 
 
 class AttentionVisionTransformer(VisionTransformer):
-    """timm's VisionTransformer with another attention in some blocks, which it tells the patch grid."""
+    """timm's VisionTransformer with another attention in some blocks."""
 
     def __init__(self, *args: Any, kind: str, attention: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,14 +93,14 @@ class AttentionVisionTransformer(VisionTransformer):
             self.blocks[index].attn = _replacement(plain, kind, variant.implementation.build(context, options))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        # [B, H, W, C] where timm lets the image size vary, [B, H * W, C] where it does not.
+        # [B, H, W, C] with dynamic image size, else [B, H * W, C].
         grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
         self.patch_grid.height, self.patch_grid.width = grid
         self.shared.clear()
         return super()._pos_embed(x)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's, and what the attention kinds name."""
+        """timm's parameters without weight decay, and those of the attention kinds."""
         own = {
             f"{name}.{parameter}"
             for name, module in self.named_modules()
@@ -111,11 +111,11 @@ class AttentionVisionTransformer(VisionTransformer):
 
 
 class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTransformerDistilled):
-    """The same on top of timm's VisionTransformerDistilled."""
+    """`AttentionVisionTransformer` with a distillation token and head."""
 
 
 class OneHeadVisionTransformer(VisionTransformerDistilled):
-    """timm's VisionTransformerDistilled, both tokens and all, with the head of one of them only."""
+    """timm's VisionTransformerDistilled with both tokens, but only one of the heads."""
 
     def __init__(self, *args: Any, head: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,7 +123,7 @@ class OneHeadVisionTransformer(VisionTransformerDistilled):
         del self.head_dist, self.distilled_training
 
     set_distilled_training = None
-    """There is nothing to tell apart."""
+    """With one head there is no such mode."""
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -138,19 +138,19 @@ class OneHeadVisionTransformer(VisionTransformerDistilled):
 
 
 class AttentionOneHeadVisionTransformer(AttentionVisionTransformer, OneHeadVisionTransformer):
-    """The same with another attention in some blocks."""
+    """`OneHeadVisionTransformer` with another attention in some blocks."""
 
 
 TOKENS = {"cls": 0, "dist": 1}
-"""Where the token of each head stands."""
+"""Index of each head's token."""
 
 
 def _replacement(plain: Any, kind: str, module: AttentionKind) -> AttentionKind:
-    """The module with the projections, as initialised, of timm's attention."""
+    """The module, with the initialised projections of timm's attention."""
     if plain.attn_drop.p:
         raise ValueError(f"{kind} attention has no dropout of its weights; leave attn_drop_rate at 0")
     if foreign := module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys:
-        raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that asks for it")
+        raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that needs it")
     module.proj_drop = plain.proj_drop
     return module
 
@@ -163,7 +163,7 @@ _CLASSES: dict[tuple[str, bool], type[VisionTransformer]] = {
     ("one", False): OneHeadVisionTransformer,
     ("one", True): AttentionOneHeadVisionTransformer,
 }
-"""By the heads, and by whether some blocks have another attention."""
+"""By heads, and by whether some blocks have another attention."""
 
 
 def _build(
@@ -181,7 +181,7 @@ def _build(
         "embed_dim": size.width,
         "depth": size.depth,
         "num_heads": size.heads,
-        # Ordinary attention does not know the grid and can be traced at one size; areas follow whatever comes.
+        # Standard attention needs no grid and may be traced at a fixed size; other kinds follow the input's.
         "dynamic_img_size": kind is not None,
         **kwargs,
     }
@@ -227,7 +227,7 @@ def _register(variant: str, kind: str | None) -> None:
 
 
 def register_names() -> None:
-    """Make `vit_<size>` and `<kind>_vit_<size>` known to timm, for every attention kind that is there by now."""
+    """Register `vit_<size>` and `<kind>_vit_<size>` with timm, for every known attention kind."""
     for kind in (None, *registry.names("attention")):
         for size in VIT_SIZES:
             variant = f"{kind}_{size}" if kind else size
@@ -248,8 +248,7 @@ class Vit(Builder):
         model_args: dict[str, Any] = {"img_size": images.resolution, "patch_size": patch_size}
         attention = options.attention
         if not isinstance(attention, AttentionOptions) and options.stem == "patch":
-            # One of timm's own architectures, so that an export needs nothing but timm; the arguments say all of its
-            # size.
+            # One of timm's architectures, so that an export needs only timm; the arguments define the size.
             family = options.model.removeprefix("vit_") if options.model in ("vit_small", "vit_base") else "tiny"
             architecture = f"deit_{family}_distilled_patch16_224" if distilled else f"vit_{family}_patch16_224"
             model_args |= {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}

@@ -1,4 +1,4 @@
-"""Where a student's weights come from when they are not random: timm's, or an earlier export."""
+"""Initial weights of a student from timm or from an earlier export."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from distill.errors import InputError
 from distill.students.saved import Saved
 
-# (size, with distillation token) -> timm's weights. DeiT distilled three sizes; large and huge come from ViT in any
-# case.
+# (size, with distillation token) -> timm's weights. DeiT has three distilled sizes; large and huge are ViT's.
 TIMM_WEIGHTS = {
     ("vit_tiny", True): "deit_tiny_distilled_patch16_224.fb_in1k",
     ("vit_small", True): "deit_small_distilled_patch16_224.fb_in1k",
@@ -31,14 +30,12 @@ TIMM_WEIGHTS = {
 
 
 def create_pretrained(name: str, **kwargs: Any) -> Any:
-    """timm's model with its weights; timm adapts patches, positions and channels, and drops a head of other classes."""
+    """timm's pretrained model; timm adapts patches, positions and channels, and drops a head of other classes."""
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
     except OSError as error:
-        raise InputError(
-            f"student.pretrained: timm's weights {name} are not at hand and cannot be fetched ({error})."
-        ) from error
-    except Exception as error:  # damaged, or not only tensors: a foreign file can fail in any way
+        raise InputError(f"student.pretrained: timm's weights {name} cannot be downloaded ({error}).") from error
+    except Exception as error:  # a damaged file, or one that is not only tensors, can fail in any way
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"student.pretrained: timm's weights {name} cannot be used ({reason}).") from error
 
@@ -46,14 +43,13 @@ def create_pretrained(name: str, **kwargs: Any) -> Any:
 def load_timm_weights(
     model: VisionTransformer, size: str, *, resolution: int, patch_size: int, channels: int
 ) -> Mapping[str, Any]:
-    """Fill a student of a named size with timm's weights for that size, resampled to its grid; returns their
-    pretrained_cfg.
+    """Load timm's weights for a named size, resampled to the student's grid; returns their pretrained_cfg.
 
-    What timm's weights do not have starts fresh: heads for other classes and what an attention kind adds. A
-    distillation token that they lack starts as the class token.
+    Heads for other classes and an attention kind's own parameters keep their random weights. A missing distillation
+    token is initialised with the class token.
 
     Raises:
-        InputError: timm has no weights for this size or stem, or they cannot be fetched.
+        InputError: timm has no weights for this size or stem, or they cannot be downloaded.
     """
     distilled = hasattr(model, "dist_token")
     if (size, distilled) not in TIMM_WEIGHTS:
@@ -77,10 +73,10 @@ def load_timm_weights(
 
 
 def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
-    """Fill a model with an export's weights; positions are resampled to its grid, heads for other classes start fresh.
+    """Load an export's weights; positions are resampled to the model's grid, heads for other classes stay random.
 
     Raises:
-        InputError: keys are missing, foreign or of another shape: all are listed.
+        InputError: lists keys that are missing, unknown or of another shape.
     """
     weights: dict[str, Tensor] = dict(saved.weights)
     own = model.state_dict()
@@ -92,7 +88,7 @@ def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
             weights |= {key: tensor for key, tensor in own.items() if key.startswith(f"{head}.")}
     problems = {
         "missing": own.keys() - weights.keys(),
-        "foreign": weights.keys() - own.keys(),
+        "unknown": weights.keys() - own.keys(),
         "of another shape": {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape},
     }
     if any(problems.values()):

@@ -1,1 +1,1 @@
-"""The teachers of a run, and the answers of theirs that are kept."""
+"""Teachers and teacher sources of a run, and the cache of teacher logits."""

@@ -1,14 +1,12 @@
-"""The exact teacher cache: a teacher's logits of a run, replayed for its resumption, for a sweep, for another student.
+"""Exact cache of a teacher's logits during training, for resumed runs, sweeps and other students.
 
-Augmentation and order are functions of (seed, epoch, sample), and pairs are mixed by their positions in the order, so
-what the teacher sees at a position of an epoch, and with it its logits, depend neither on the batch size nor on the
-number of processes. They are stored as float16, and the run that records them learns from the rounded values as well:
-a replayed run has its losses bit for bit. Two runs that record the same at the same time are each within rounding of
-the teacher, and the file keeps the values of the later one.
+Order and augmentation are functions of (seed, epoch, sample), and pairs are mixed by their positions in the order, so
+the teacher's inputs and logits at a position of an epoch depend neither on the batch size nor on the number of
+processes. Logits are stored as float16, and the run that stores them uses the rounded values too: a replayed run has
+the same losses bit for bit. If two runs store the same logits at the same time, the file keeps the later values.
 
 Each process reads and writes the records of its own samples only. On several machines the folder, which is relative to
-the working directory as `runs/` is, has to be on storage that all of them see; a machine that does not see the file
-asks its teacher every time, and learns the same.
+the working directory like `runs/`, has to be on shared storage; a machine without the file computes the logits.
 """
 
 from __future__ import annotations
@@ -39,17 +37,13 @@ FOLDER = run.RUNS / "teacher-cache"
 FORMAT = 1
 FINGERPRINT_IMAGES = 64
 PENDING_BYTES = 64 << 20
-"""What is held on the device before it is written, if the logging interval does not come first."""
+"""Limit of logits on the device that are not written yet; they are also written at each logging interval."""
 _LARGEST = torch.finfo(torch.float16).max
 _log = logging.getLogger("distill")
 
 
 class TeacherCache:
-    """The logits of one run; `accelerator` is that of its processes.
-
-    Only the host decides what is there, from the positions of a micro-batch: the device is not waited for, except
-    where new records are written.
-    """
+    """The logits of one run. Look-ups use positions only, so the device is synchronised just for writing."""
 
     def __init__(
         self, file: LogitFile, description: dict[str, Any], accelerator: Accelerator, *, steps: int, plan: BatchPlan
@@ -58,39 +52,39 @@ class TeacherCache:
         self._steps, self._plan = steps, plan
         self._pending: list[tuple[int, int, Tensor]] = []
         self._pending_bytes = 0
-        self._found = self._asked = 0
+        self._found = self._requested = 0
 
     def start(self) -> None:
-        """Make the file where it is missing; before that nothing is read or kept. Collective.
+        """Create the file if missing, and open it; before, nothing is read or stored. Collective.
 
         Raises:
-            InputError: there is no room for it.
+            InputError: not enough disk space.
         """
         on_main(lambda: self.file.make(json.dumps(self.description, indent=1)))
         self.file.open()
         _log.info("teacher cache: %s has about %.0f %% of this run", self.file.path, 100 * self.recorded())
 
     def recorded(self) -> float:
-        """Share of this run's records that are there, from up to 1,000 of them spread evenly."""
+        """Fraction of this run's records that exist, estimated from up to 1,000 evenly spaced ones."""
         per_epoch = self.description["samples"] // self._plan.batch_size * self._plan.batch_size
         total = self._steps * self._plan.batch_size
-        places = np.linspace(0, total - 1, min(total, 1000)).astype(int)
-        records = (self.file.read(epoch, slice(at, at + 1)) for epoch, at in np.stack(divmod(places, per_epoch), 1))
+        positions = np.linspace(0, total - 1, min(total, 1000)).astype(int)
+        records = (self.file.read(epoch, slice(at, at + 1)) for epoch, at in np.stack(divmod(positions, per_epoch), 1))
         return float(np.mean([found[0] for _, found in records]))
 
-    def logits(self, epoch: int, part: slice, ask: Callable[[], Tensor]) -> Tensor:
-        """float32 [B, classes] on the device, of the positions `part` of the epoch's order: stored ones, and where any
-        is missing what `ask` returns for all of them.
+    def logits(self, epoch: int, part: slice, compute: Callable[[], Tensor]) -> Tensor:
+        """float32 [B, classes] on the device, of the positions `part` of the epoch's order: the stored ones; if any is
+        missing, `compute` is called for the whole micro-batch.
 
-        What is new is rounded to float16, values beyond its range to its largest.
+        New logits are rounded to float16 and clamped to its range.
         """
         stored, found = self.file.read(epoch, part)
         count = int(found.sum())
         self._found += count
-        self._asked += len(found)
+        self._requested += len(found)
         if count == len(found):
             return self._to_device(stored).float()
-        logits = ask().clamp(-_LARGEST, _LARGEST).half()
+        logits = compute().clamp(-_LARGEST, _LARGEST).half()
         if count:
             logits = torch.where(self._to_device(found)[:, None], self._to_device(stored), logits)
         self._pending.append((epoch, part.start, logits))
@@ -104,7 +98,7 @@ class TeacherCache:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def flush(self) -> None:
-        """Write what is new, after one transfer from the device."""
+        """Write new logits, with one transfer from the device."""
         if self._pending:
             values = torch.cat([logits for *_, logits in self._pending]).cpu().numpy()
             ends = np.cumsum([len(logits) for *_, logits in self._pending])[:-1]
@@ -113,20 +107,20 @@ class TeacherCache:
         self._pending, self._pending_bytes = [], 0
 
     def take_hits(self) -> float:
-        """Share of the samples since the last call, over all processes, whose logits were there. Collective."""
-        counts = torch.tensor([self._found, self._asked], device=self.accelerator.device)
-        found, asked = self.accelerator.reduce(counts, "sum").tolist()
-        self._found = self._asked = 0
-        return found / asked
+        """Hit rate since the last call, over all processes. Collective."""
+        counts = torch.tensor([self._found, self._requested], device=self.accelerator.device)
+        found, requested = self.accelerator.reduce(counts, "sum").tolist()
+        self._found = self._requested = 0
+        return found / requested
 
 
 def open_cache(
     recipe: Recipe, teacher: Teacher | None, dataset: Dataset, accelerator: Accelerator, *, steps: int, plan: BatchPlan
 ) -> TeacherCache | None:
-    """The cache of a run of so many `steps`, where its recipe wants one; nothing is written yet. Collective.
+    """The cache of a run of `steps` steps, if its recipe enables one; writes nothing. Collective.
 
     Raises:
-        InputError: the disk has no room for it.
+        InputError: not enough disk space.
     """
     if teacher is None or not recipe.teachers[0].cache:
         return None
@@ -145,9 +139,9 @@ def open_cache(
 
 
 def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str) -> dict[str, Any]:
-    """All that the logits depend on, as plain data.
+    """Everything that the logits depend on, as plain data.
 
-    The first images of the first epoch, as the teacher will see them, stand for the code of order and augmentation.
+    The first augmented images of the first epoch represent the code of order and augmentation.
     """
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     samples = dataset.info.sizes["train"]
@@ -161,7 +155,7 @@ def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str)
             {
                 "name": member.name,
                 "weights": member.digest,
-                # Layers and their settings; the address of a function among them is no part of it.
+                # Layers and their settings, without the addresses of functions.
                 "network": hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", repr(member.network)).encode()).hexdigest(),
                 "inputs": asdict(member.contract),
             }

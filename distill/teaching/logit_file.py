@@ -1,8 +1,8 @@
-"""Float16 logits in one memory-mapped file, each record with a check of its own: what is not whole is not there.
+"""Float16 logits in one memory-mapped file, with a checksum per record.
 
-A record is a 32-bit check and the logits [classes]. Records stand by epoch, then by position in the epoch's order: a
-micro-batch is one stretch of the file, and a longer run appends. The check is a hash of the logits' bits, the epoch,
-the position and the file's key; a record that was never written, was torn by a crash, or is damaged fails it and
+A record is a 32-bit checksum and the logits [classes]. Records are ordered by epoch, then by position in the epoch's
+order: a micro-batch is contiguous, and a longer run appends. The checksum is a hash of the logits' bits, the epoch, the
+position and the file's key; a record that was never written, is incomplete after a crash, or is damaged fails it and
 counts as missing.
 """
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("distill")
 class LogitFile:
     """The records of `epochs` epochs of `samples` samples; `key` is the SHA-256 (hex) of what they depend on.
 
-    Until `open` nothing is in it, and what is written is dropped.
+    Before `open` it is empty, and writes are dropped.
     """
 
     def __init__(self, path: Path, key: str, *, epochs: int, samples: int, classes: int) -> None:
@@ -46,11 +46,11 @@ class LogitFile:
 
     @property
     def missing(self) -> int:
-        """Bytes by which the file is too short, all of them where there is none."""
+        """Bytes by which the file is too short; its size if it does not exist."""
         return max(0, self.size - (self.path.stat().st_size if self.path.exists() else 0))
 
     def check_space(self) -> None:
-        """Raise InputError unless the disk has room for what is missing of the file."""
+        """Raise InputError unless there is disk space for the missing bytes."""
         folder = next(parent for parent in self.path.absolute().parents if parent.exists())
         needed, free = self.missing, shutil.disk_usage(folder).free
         if needed > free:
@@ -60,9 +60,9 @@ class LogitFile:
             )
 
     def make(self, description: str) -> None:
-        """Make the file, or lengthen it, where it is missing or short; all of its space is taken at once.
+        """Create or extend the file; all of its space is allocated at once.
 
-        `description`, beside it as .json, says what the key is made of. Raises InputError where there is no room.
+        `description` is written beside it as .json. Raises InputError without disk space.
         """
         if not self.missing:
             return
@@ -74,56 +74,56 @@ class LogitFile:
                 if not self.missing:
                     return
                 self.check_space()
-                _log.info("teacher cache: taking %.1f MB for %s", self.missing / 1e6, self.path)
+                _log.info("teacher cache: allocating %.1f MB for %s", self.missing / 1e6, self.path)
                 if self.path.exists():
-                    _lengthen(self.path, self.size)
+                    _extend(self.path, self.size)
                     return
                 temporary = self.path.with_name(f".{self.path.name}.tmp")
                 try:
                     temporary.write_bytes(b"")
-                    _lengthen(temporary, self.size)
+                    _extend(temporary, self.size)
                     temporary.replace(self.path)
                 finally:
                     temporary.unlink(missing_ok=True)
                 self.path.with_suffix(".json").write_text(description, encoding="utf-8")
         except OSError as error:
             raise InputError(
-                f"teacher.cache: {self.path} of {self.size:,} bytes cannot be made ({error.strerror or error}). Launch "
-                "from a folder that has room and can be written, or set teacher.cache=false."
+                f"teacher.cache: {self.path} of {self.size:,} bytes cannot be created ({error.strerror or error}). "
+                "Launch from a folder that has room and can be written, or set teacher.cache=false."
             ) from None
 
     def open(self) -> None:
-        """Map the file, where this machine sees it; a machine that does not finds nothing in it."""
+        """Map the file; on a machine that does not see it, it is empty."""
         if self.missing:
             return
         self._records = np.memmap(self.path, self._dtype, "r", shape=self._shape)
         self._writable = True
 
     def read(self, epoch: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Logits float16 [B, classes] of the positions `part` of an epoch, and which of them are there, bool [B]."""
+        """Logits float16 [B, classes] of the positions `part` of an epoch, and which of them are stored, bool [B]."""
         if self._records is None:
             rows = np.zeros(part.stop - part.start, self._dtype)
         else:
-            rows = np.array(self._records[epoch, part])  # a copy: what is checked is what is used
+            rows = np.array(self._records[epoch, part])  # a copy, since another process may write
         logits, written = rows["logits"], rows["check"] != 0
         found = written & (rows["check"] == self._checks(logits, epoch, part.start))
         if not self._warned and ((written | logits.view("<u2").any(1)) & ~found).any():
             self._warned = True
-            _log.warning("%s: damaged, first seen in epoch %d; such records are computed anew", self.path, epoch)
+            _log.warning("%s: damaged, first seen in epoch %d; such records are computed again", self.path, epoch)
         return logits, found
 
-    def write(self, stretches: Iterable[tuple[int, int, np.ndarray]]) -> None:
-        """Store (epoch, first position, logits float16 [B, classes]) each. A file that cannot be written any more is
-        left as it is, with a warning: a run does not end over its cache.
+    def write(self, ranges: Iterable[tuple[int, int, np.ndarray]]) -> None:
+        """Store each (epoch, first position, logits float16 [B, classes]). A failure is a warning, after which nothing
+        more is written.
         """
         if not self._writable:
             return
         try:
-            # Not through the map: on a full disk that would kill the process. What this cuts short counts as missing.
+            # Not through the map: on a full disk that would kill the process. Incomplete records count as missing.
             with self.path.open("r+b", buffering=0) as file:
-                for epoch, start, logits in stretches:
+                for epoch, start, logits in ranges:
                     rows = np.zeros(len(logits), self._dtype)
-                    finite = np.isfinite(logits).all(1)  # the rest stays missing: a teacher may be asked again
+                    finite = np.isfinite(logits).all(1)  # others stay missing
                     rows["logits"][finite] = logits[finite]
                     rows["check"][finite] = self._checks(rows["logits"], epoch, start)[finite]
                     offset = (epoch * self._shape[1] + start) * self._dtype.itemsize
@@ -133,15 +133,15 @@ class LogitFile:
             _log.warning("%s: cannot be written (%s); nothing more is stored", self.path, error.strerror)
 
     def _checks(self, logits: np.ndarray, epoch: int, start: int) -> np.ndarray:
-        """uint32 [B], none of them 0, which marks a record never written."""
+        """uint32 [B], never 0, which marks a record that was not written."""
         positions = np.arange(start, start + len(logits), dtype=np.uint64)
         sums = logits.view("<u2").astype(np.uint64) @ self._of_logits
         sums += positions * self._of_position + np.array([epoch], np.uint64) * self._of_epoch + self._constant
         return np.maximum((sums >> np.uint64(32)).astype(np.uint32), 1)
 
 
-def _lengthen(path: Path, size: int) -> None:
-    """All of it or nothing."""
+def _extend(path: Path, size: int) -> None:
+    """Extend to `size` bytes, or not at all."""
     with path.open("r+b") as file:
         before = os.fstat(file.fileno()).st_size
         try:

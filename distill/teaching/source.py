@@ -1,4 +1,4 @@
-"""What teaches, as the steps ask it: a frozen network here; other sources register under `teachers`."""
+"""Teacher sources: the interface, and frozen networks. Others register in the group `teachers`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from teachers import Teacher
 
 
 class StepIndex(NamedTuple):
-    """Which micro-batch is asked about."""
+    """Position of a micro-batch in the run."""
 
     step: int
-    """Optimizer steps before this one."""
+    """From 0."""
     micro_batch: int
 
 
 class SourceContext(NamedTuple):
-    """What a source of teaching is built with."""
+    """Arguments of a teacher source."""
 
     student: nn.Module
-    """The student, initialised and on its device: images [B, C, H, W] in [0, 1] and `blocks` -> its outputs."""
+    """The student, initialised and on its device: images [B, C, H, W] in [0, 1] and `blocks` -> `Features`."""
     accelerator: Accelerator
     total_steps: int
 
 
 class TeacherSource(ABC):
-    """What teaches: answers to the views of a micro-batch. Nothing of it is trained by gradients."""
+    """Teacher outputs for the views of a micro-batch; not trained by gradients."""
 
     @classmethod
     def build(cls, options: Any, context: SourceContext) -> TeacherSource:
-        """One source, from the options of a recipe."""
+        """A source with the options of a recipe."""
         return cls(options, context)  # type: ignore[call-arg]
 
     has_logits = True
@@ -48,42 +48,42 @@ class TeacherSource(ABC):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return type(self).__name__
 
     @abstractmethod
     def ask(self, views: Sequence[Tensor], index: StepIndex) -> list[Features]:
-        """What it answers to images [B, C, H, W] in [0, 1], by view; no logits without a classifier."""
+        """Forward pass on images [B, C, H, W] in [0, 1], by view; no logits without a classifier."""
 
     def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
-        """(channels, height, width) of its feature maps by name: of those, or of its own stages, first to last."""
+        """(channels, height, width) of its feature maps `names`, by default of all its stages, first to last."""
         return {}
 
     def want(self, maps: Sequence[str]) -> None:
-        """Answer with these feature maps from now on.
+        """Return these feature maps from now on.
 
         Raises:
-            InputError: there are no such maps.
+            InputError: no such maps.
         """
         if maps:
             raise InputError(f"teacher: {self.name} has no feature maps {', '.join(maps)}.")
 
     def after_step(self, step: int, skipped: Tensor) -> None:
-        """Follow the student's step `step` (from 0); `skipped` (bool [], on the device): its weights did not change."""
+        """Update after optimizer step `step` (from 0), unless it was `skipped` (bool [], on the device)."""
         return
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What checkpoints keep of it."""
+        """State for checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore `state_dict`."""
         return
 
 
 class Frozen(TeacherSource):
-    """A frozen network, or an ensemble, in the recipe's precision, compiled if the student is; its logits come from the
-    cache where that has them.
+    """A frozen network or ensemble, in the recipe's precision, compiled if the student is, with an optional cache of
+    its logits.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Frozen(TeacherSource):
         steps_per_epoch: int,
         resolution: int,
     ) -> None:
-        self._shapes_of = teacher
+        self._float32_teacher = teacher
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         if precision is not None or compilation.enabled:
             teacher = teacher.with_weights_in(precision or torch.float32)
@@ -113,22 +113,22 @@ class Frozen(TeacherSource):
 
     def map_shapes(self, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
         if names is None:
-            return self._shapes_of.map_shapes(self._resolution)
-        return self._shapes_of.map_shapes(self._resolution, list(names))
+            return self._float32_teacher.map_shapes(self._resolution)
+        return self._float32_teacher.map_shapes(self._resolution, list(names))
 
     def want(self, maps: Sequence[str]) -> None:
         self.maps = tuple(maps)
         if self.maps:
-            self.map_shapes(self.maps)  # checks them, which the copy in half precision cannot outside of autocast
+            self.map_shapes(self.maps)  # a check in float32: the half-precision copy needs autocast
         self.teacher.prepare_maps(self.maps, self._resolution)
         if self._compilation.enabled:
             self._compilation.apply(self.teacher)
 
     def ask(self, views: Sequence[Tensor], index: StepIndex) -> list[Features]:
-        return [self._ask(images, index if view == 0 else None) for view, images in enumerate(views)]
+        # Only the logits of view 0 are cached.
+        return [self._forward(images, index if view == 0 else None) for view, images in enumerate(views)]
 
-    def _ask(self, images: Tensor, index: StepIndex | None) -> Features:
-        """Stored are the logits of view 0 alone."""
+    def _forward(self, images: Tensor, index: StepIndex | None) -> Features:
         with self._accelerator.autocast():
             if self.maps:
                 output, maps = self.teacher(images, self.maps)

@@ -1,4 +1,4 @@
-"""The teachers of a run: where their own training stands, how they are built, and whether they are fed rightly."""
+"""Builds the frozen teachers of a run, finds their own training runs, and runs preflight."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from distill.inputs import InputContract
 from distill.launching.processes import with_precision
 from distill.recipe import FROM_PYTHON, OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
-from teachers import Ensemble, Teacher, judge, judge_features, load_teacher
+from teachers import Ensemble, Teacher, check_accuracy, check_features, load_teacher
 from teachers.sources import parse
 
 PREFLIGHT_IMAGES = 5000
-PREFLIGHT_STRETCHES = 10
+PREFLIGHT_RANGES = 10
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pth")
-"""What a model is made of in a folder of timm's layout."""
+"""Model files in a folder of timm's layout."""
 _log = logging.getLogger("distill")
 
 
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """The recipe that trains this teacher, on the same data, wherever the student's recipe found them.
+    """The recipe that trains this teacher, with the data root of the student's recipe.
 
     Raises:
-        InputError: it cannot be read, is of other data, or needs a teacher to be trained first itself.
+        InputError: it cannot be read, has other data, or itself needs a teacher that a recipe trains.
     """
     assert spec.recipe is not None
     teacher = with_precision(load(spec.recipe))
@@ -54,13 +54,13 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
 
 
 def teacher_directory(recipe: Recipe, spec: TeacherSpec) -> Path:
-    """Where the run of a teacher's recipe stands: under a name that changes with what it would learn."""
+    """The run directory of a teacher's recipe; its name has a digest of the recipe."""
     teacher = teacher_recipe(recipe, spec)
     return run.RUNS / "teachers" / f"{teacher.name}-{teacher.digest(OPERATIONAL_KEYS)[:12]}"
 
 
 def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
-    """Whether this teacher needs no training first: it comes as a model, or its recipe's run is finished."""
+    """Whether this teacher is ready: it is no recipe, or its recipe's run is finished."""
     return spec.recipe is None or run.is_finished(teacher_directory(recipe, spec))
 
 
@@ -70,13 +70,13 @@ def build_teacher(
     accelerator: Accelerator,
     given: tuple[nn.Module, InputContract] | None = None,
 ) -> Teacher | None:
-    """The recipe's teacher or ensemble, frozen, on the device; those that recipes train come from their exports.
+    """The recipe's teacher or ensemble, frozen, on the device; teachers that recipes train are loaded from exports.
 
     Args:
-        given: what the name 'python' stands for; a copy of it is taken.
+        given: module and contract of the name 'python'; the module is copied.
 
     Raises:
-        InputError: a teacher cannot be had, or does not fit the data.
+        InputError: a teacher cannot be loaded, or does not fit the data.
     """
     if not recipe.teachers:
         return None
@@ -86,7 +86,7 @@ def build_teacher(
         if trained_on not in (None, dataset.info.digest):
             raise InputError(
                 f"teacher.recipe: {spec.recipe} was trained in {directory} on other data than these. Move that folder "
-                "away to train it anew."
+                "away to train it again."
             )
     specs, classes = _trained(recipe), dataset.info.num_classes
     if isinstance(recipe.teacher, list):
@@ -102,20 +102,20 @@ def build_teacher(
 def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int) -> Teacher:
     if given is None:
         raise InputError(
-            f"teacher.model: '{FROM_PYTHON}' stands for a module that Python code hands over. Give it: "
-            "distill.train(..., teacher=(module, distill.Contract(...))), or name another model."
+            f"teacher.model: '{FROM_PYTHON}' needs a module from Python code: "
+            "distill.train(..., teacher=(module, distill.Contract(...))). Or name another model."
         )
     network, contract = given
     try:
         copied = copy.deepcopy(network)
-    except Exception as error:  # modules may hold anything
+    except Exception as error:  # modules may hold any object
         raise InputError(f"teacher: the module cannot be copied ({type(error).__name__}: {error}).") from error
-    without_classifier = getattr(copied, "num_classes", None) == 0  # as timm's models say it
+    without_classifier = getattr(copied, "num_classes", None) == 0  # as in timm
     return Teacher(FROM_PYTHON, copied, contract, 0 if without_classifier else num_classes)
 
 
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
-    """The recipe's teachers, those that recipes train by their exports."""
+    """The recipe's teachers, with the exports of those that recipes train."""
     return [
         spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_directory(recipe, spec) / 'export'}"})
         if spec.recipe
@@ -125,9 +125,7 @@ def _trained(recipe: Recipe) -> list[TeacherSpec]:
 
 
 def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
-    """SHA-256 (hex) of what the teachers were loaded from: of each local file, and of the weights that were downloaded
-    under the model's name.
-    """
+    """SHA-256 (hex) of the teachers' local files, and of downloaded weights under the model's name."""
     if teacher is None:
         return {}
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
@@ -148,18 +146,17 @@ def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
 def run_preflight(
     recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerator: Accelerator
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Measure the teacher, and each member of an ensemble, through the very path it will be used on.
+    """Check the accuracy of the teacher, and of each member of an ensemble, with the inputs of training.
 
-    On the validation split; without one on 5,000 training images, unaugmented, from all over the split, since folders
-    are sorted by class.
-
-    A teacher without a classifier has no accuracy: its outputs have to be finite and to differ between images.
+    On the validation split; without one on 5,000 unaugmented training images from evenly spaced ranges of the split,
+    since folders are sorted by class. A teacher without a classifier has no accuracy: its outputs have to be finite and
+    to differ between images.
 
     Returns:
-        What `metrics.jsonl` says of it, and the teacher's logits [N, classes] on that split, if it has any.
+        The values for `metrics.jsonl`, and the teacher's logits [N, classes] on that split, if it has any.
 
     Raises:
-        InputError: a teacher is worse than its `min_accuracy`, or its outputs are of no use; the message names the
+        InputError: a teacher is worse than its `min_accuracy`, or its outputs are unusable; the message names the
             likely causes.
     """
     if not teacher.num_classes and any(spec.min_accuracy is not None for spec in recipe.teachers):
@@ -167,10 +164,10 @@ def run_preflight(
             f"teacher.min_accuracy: {teacher.name} has no classifier, so it has no accuracy; leave min_accuracy out."
         )
     split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
-    # A good ensemble can hide a member that is fed wrongly, so each is judged; its last output is that of the whole.
+    # Each member is checked: a good ensemble can hide a member with wrong inputs. The last output is the ensemble's.
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     models = list(dict.fromkeys([*members, teacher]))
-    stretches = _stretches(dataset.info.sizes[split], whole=split == "validation")
+    ranges = _ranges(dataset.info.sizes[split], whole=split == "validation")
     parts = [
         predict(
             lambda images: [model(images) for model in models],
@@ -181,7 +178,7 @@ def run_preflight(
             start=start,
             stop=stop,
         )
-        for start, stop in stretches
+        for start, stop in ranges
     ]
     outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
     described = {
@@ -191,22 +188,22 @@ def run_preflight(
         "teacher_sha256": teacher.digest,
     }
     if not teacher.num_classes:
-        judge_features(teacher, outputs[-1])
+        check_features(teacher, outputs[-1])
         _log.info("preflight: outputs of the teacher are finite and differ on %d %s images", len(outputs[-1]), split)
         return described, None
     logits = outputs[-1]
-    labels = torch.cat([dataset.labels(split)[start:stop] for start, stop in stretches])
-    for member, answers, spec in zip(members, outputs, recipe.teachers, strict=False):
-        judge(member, labels, answers, min_accuracy=spec.min_accuracy)
+    labels = torch.cat([dataset.labels(split)[start:stop] for start, stop in ranges])
+    for member, member_logits, spec in zip(members, outputs, recipe.teachers, strict=False):
+        check_accuracy(member, labels, member_logits, min_accuracy=spec.min_accuracy)
     values = accuracies({"teacher": logits}, labels)
     _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
     return described | values, logits
 
 
-def _stretches(size: int, *, whole: bool) -> list[tuple[int, int]]:
-    """(start, stop) of what preflight reads of a split: all of it, or stretches spread evenly over it."""
+def _ranges(size: int, *, whole: bool) -> list[tuple[int, int]]:
+    """(start, stop) of the images for preflight: the whole split, or evenly spaced ranges."""
     if whole or size <= PREFLIGHT_IMAGES:
         return [(0, size)]
-    length = PREFLIGHT_IMAGES // PREFLIGHT_STRETCHES
-    starts = [(size - length) * part // (PREFLIGHT_STRETCHES - 1) for part in range(PREFLIGHT_STRETCHES)]
+    length = PREFLIGHT_IMAGES // PREFLIGHT_RANGES
+    starts = [(size - length) * part // (PREFLIGHT_RANGES - 1) for part in range(PREFLIGHT_RANGES)]
     return [(start, start + length) for start in starts]

@@ -239,11 +239,11 @@ def test_an_export_of_another_student_is_refused_with_its_keys(earlier):
     _, folder = earlier()
     with pytest.raises(InputError, match=r"missing: .*attn\.height_embedding"):
         build(attention=AREA | {"key_mode": "sum"}, weights=folder)
-    with pytest.raises(InputError, match="foreign: dist_token, head_dist"):
+    with pytest.raises(InputError, match="unknown: dist_token, head_dist"):
         build(distillation_token=False, weights=folder)
     with pytest.raises(InputError, match="of another shape: blocks"):
         build("vit_micro", patch_size=4, weights=folder)
-    with pytest.raises(InputError, match=r"missing: .*foreign: "):
+    with pytest.raises(InputError, match=r"missing: .*unknown: "):
         build("resnet18", weights=folder)
     with pytest.raises(InputError, match=r"nowhere/config\.json: no such file"):
         build(weights="nowhere")

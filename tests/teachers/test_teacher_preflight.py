@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.errors import InputError
 from distill.inputs import InputContract
-from teachers import Teacher, judge
+from teachers import Teacher, check_accuracy
 
 CLASSES = 10
 
@@ -40,7 +40,7 @@ def _batches(samples: int, wrong: int, batch: int = 64) -> Iterator[tuple[Tensor
 def _preflight(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], min_accuracy: float | None) -> float:
     """As the trainer does it: all answers first, then the judgement."""
     labels, logits = zip(*((labels, teacher(images)) for images, labels in batches), strict=True)
-    return judge(teacher, torch.cat(labels), torch.cat(logits), min_accuracy=min_accuracy)
+    return check_accuracy(teacher, torch.cat(labels), torch.cat(logits), min_accuracy=min_accuracy)
 
 
 def _answers(correct: int, classes: int, samples: int) -> tuple[Tensor, Tensor]:
@@ -75,16 +75,16 @@ def test_the_required_accuracy_is_inclusive() -> None:
 def test_well_above_chance(classes: int, samples: int, required: float) -> None:
     teacher = _teacher()
     enough = next(n for n in range(samples + 1) if n / samples >= required)
-    judge(teacher, *_answers(enough, classes, samples), min_accuracy=None)
+    check_accuracy(teacher, *_answers(enough, classes, samples), min_accuracy=None)
     with pytest.raises(InputError, match="well above chance"):
-        judge(teacher, *_answers(enough - 1, classes, samples), min_accuracy=None)
+        check_accuracy(teacher, *_answers(enough - 1, classes, samples), min_accuracy=None)
 
 
 def test_always_saying_the_largest_class_is_chance() -> None:
     labels = (torch.arange(1000) >= 900).long()
     logits = torch.tensor([1.0, 0.0]).expand(1000, 2)
-    with pytest.raises(InputError, match=r"Likely causes: \(1\) it says class 0 to 100% of the images"):
-        judge(_teacher(), labels, logits, min_accuracy=None)
+    with pytest.raises(InputError, match=r"Likely causes: \(1\) it predicts class 0 for 100% of the images"):
+        check_accuracy(_teacher(), labels, logits, min_accuracy=None)
 
 
 def test_the_message_names_the_contract_and_likely_causes() -> None:
@@ -93,7 +93,7 @@ def test_the_message_names_the_contract_and_likely_causes() -> None:
     message = str(caught.value)
     for part in (
         "mean (-1)",
-        "it says class 9 to 100%",
+        "it predicts class 9 for 100%",
         "normalisation",
         "teacher.weights",
         "order",
@@ -104,5 +104,5 @@ def test_the_message_names_the_contract_and_likely_causes() -> None:
 
 def test_another_class_order_is_recognised() -> None:
     renamed = _teacher(_ReadsTheAnswer(torch.arange(CLASSES).roll(3)))
-    with pytest.raises(InputError, match=r"\(1\) its classes in another order .* would give 100.00%"):
+    with pytest.raises(InputError, match=r"\(1\) its classes in another order .* would reach 100.00%"):
         _preflight(renamed, _batches(1000, wrong=0), min_accuracy=None)

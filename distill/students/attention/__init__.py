@@ -1,4 +1,4 @@
-"""Kinds of attention, one a file: its options, its code and its paper. `base.py` says what a kind is given."""
+"""Attention kinds, one per file. `base.py` has the interface."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def build_attention(
     qkv_bias: bool = True,
     **options: Any,
 ) -> AttentionKind:
-    """An attention module by the name of its kind: tokens [B, num_prefix_tokens + H * W, dim] -> the same shape.
+    """An attention module by name: tokens [B, num_prefix_tokens + H * W, dim] -> the same shape.
 
     Args:
         grid: (H, W) of the patches, for kinds that need it.
-        options: those of the kind, as under `student.attention` in a recipe.
+        options: of the kind, as under `student.attention` in a recipe.
 
     Raises:
-        InputError: there is no such kind.
-        ValueError: options that do not fit.
+        InputError: no such kind.
+        ValueError: invalid options.
     """
     variant = registry.find("attention", kind)
     context = AttentionContext(

@@ -1,4 +1,4 @@
-"""Area attention: a token attends to groups of neighbouring tokens as well as to single ones.
+"""Area attention: tokens attend to areas of adjacent tokens as well as to single tokens.
 
 Li et al. 2019, "Area Attention" (arXiv 1810.10126), sections 3.1 and 3.2; in vision transformers "An Image Is Worth
 393 Areas".
@@ -78,8 +78,7 @@ def area_attention(
     Args:
         query: [batch, heads, queries, head_dim]; key, value: [batch, heads, tokens, head_dim].
         max_area: an int: areas are runs of up to that many tokens of the whole sequence, prefix tokens included.
-            (height, width): areas are boxes up to that size on the patch grid, and each prefix token is an area of
-            its own.
+            (height, width): areas are boxes up to that size on the patch grid; each prefix token is its own area.
         grid: (H, W) of the patches, for boxes; tokens = num_prefix_tokens + H * W, prefix tokens first.
         key_mode: an area's key is the 'mean' or 'max' of its tokens' keys, or a 'sample': mean + standard deviation *
             noise.
@@ -90,7 +89,7 @@ def area_attention(
         [batch, heads, queries, head_dim].
 
     Raises:
-        ValueError: a mode, size or grid that does not exist or does not fit the tokens.
+        ValueError: an unknown mode, or a size or grid that does not fit the tokens.
     """
     areas = Areas.of(key.shape[-2], max_area, grid, num_prefix_tokens)
     if key_mode not in PLAIN_KEY_MODES:
@@ -106,10 +105,9 @@ def area_attention(
 
 
 def _pools_logits(device: torch.device, key_mode: str, value_mode: str, top_k: int) -> bool:
-    """Whether areas are made of token logits: by far the cheapest in eager mode on a CPU.
+    """Whether to pool token logits instead of keys and values: much cheaper in eager mode on a CPU.
 
-    Elsewhere keys and values are pooled: fused kernels never hold a token x token matrix, and a graph of standard
-    operators is what compilers and exports want.
+    Elsewhere fused kernels avoid the token x token matrix, and compilers and exports need standard operators.
     """
     return eager_on_cpu(device) and key_mode == "mean" and value_mode != "max" and not top_k
 
@@ -130,8 +128,8 @@ def _attend(query: Tensor, area_keys: Tensor, area_values: Tensor, top_k: int) -
 
 
 def _kept(logits: Tensor, top_k: int) -> Tensor:
-    """Logits with -inf where they are below the k-th largest; softmax over what is kept equals the paper's: softmax
-    over all, then the kept weights divided by their sum.
+    """Logits with -inf below the k-th largest. A softmax over these equals the paper's: softmax over all, then
+    renormalised.
     """
     if not top_k:
         return logits
@@ -143,8 +141,8 @@ def _kept(logits: Tensor, top_k: int) -> Tensor:
 class AreaAttention(AttentionKind):
     """Multi-head self-attention over areas, in place of timm's Attention: tokens [B, N, dim] -> [B, N, dim].
 
-    The learned key modes put a two-layer MLP, shared by all heads, on what is known of an area: mean, maximum or
-    sample of its keys, their standard deviation, and an embedding of its height and width (half of head_dim each).
+    The learned key modes apply a two-layer MLP, shared by all heads, to features of an area: mean, maximum or sample of
+    its keys, their standard deviation, and an embedding of its height and width (half of head_dim each).
     'concat' and 'sum' take (mean, deviation, size), 'max_concat' (maximum, size), 'sample_concat' and 'sample_sum'
     (sample, size). Samples are drawn in training; in evaluation they are the mean. Parameters beside qkv and proj, at
     head_dim 64 and runs of 2: none, sum 8,416, max_concat 12,512, concat 16,608.
@@ -202,7 +200,7 @@ class AreaAttention(AttentionKind):
         self.width_embedding = nn.Parameter(torch.empty(max_width, self.head_dim // 2))
         first, second = nn.Linear(parts * self.head_dim, self.head_dim), nn.Linear(self.head_dim, self.head_dim)
         self.key_mlp = nn.Sequential(first, nn.ReLU(), second)
-        # Glorot, the default of the paper's code; timm's 0.02 through two layers would make all keys alike at first.
+        # Glorot, as in the paper's code; with timm's 0.02 in two layers all initial keys would be almost equal.
         for matrix in (self.height_embedding, self.width_embedding, first.weight, second.weight):
             nn.init.xavier_uniform_(matrix)
         nn.init.zeros_(first.bias)
@@ -233,7 +231,7 @@ class AreaAttention(AttentionKind):
         return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
 
     def areas(self, tokens: int) -> Areas:
-        """The areas of so many tokens."""
+        """The areas of a sequence of `tokens` tokens."""
         grid = None if self.grid is None else (self.grid.height, self.grid.width)
         return Areas.of(tokens, self.max_area, grid, self.num_prefix_tokens)
 
@@ -251,7 +249,7 @@ class AreaAttention(AttentionKind):
         return AttentionMaps(weights, coverage(areas).to(x.device), averages=self.value_mode == "mean")
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("_embedding")}  # they are like positions
+        return {name for name, _ in self.named_parameters() if name.endswith("_embedding")}  # like position embeddings
 
     def area_keys(self, key: Tensor, areas: Areas) -> Tensor:
         """The learned keys: [B, heads, tokens, head_dim] -> [B, heads, areas, head_dim]."""

@@ -1,8 +1,8 @@
-"""Areas of a token sequence, and what is pooled over them.
+"""Areas of a token sequence, and pooling over them.
 
-An area is a box of h x w neighbours on the token grid. Everything is made of shifted slices: the box of h x w is the
-box of h x (w - 1) and one more column. Summed-area tables would take differences of large sums and lose the digits
-(Li et al. 2019, section 3.3, use them; in half precision they are off by 0.1 and more).
+An area is a box of h x w adjacent tokens on the grid. Boxes are computed from shifted slices: the box of h x w is the
+box of h x (w - 1) and one more column. Summed-area tables (Li et al. 2019, section 3.3) lose precision in differences
+of large sums: in half precision they are off by 0.1 and more.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 STD_EPSILON = 1e-6
-"""Under the root of an area's variance, which is 0 for a single token (the paper's code has the same)."""
+"""Added to an area's variance, which is 0 for a single token (as in the paper's code)."""
 
 
 class Areas(NamedTuple):
-    """All boxes up to `max_height` x `max_width` on a grid, behind prefix tokens that are an area each.
-
-    Their order: the prefix tokens, then by height, by width, and row by row.
+    """Prefix tokens, an area each, and all boxes up to `max_height` x `max_width` on a grid, in this order: by height,
+    by width, and row by row.
     """
 
     height: int
@@ -37,8 +36,8 @@ class Areas(NamedTuple):
 
         Args:
             max_area: an int: runs of that many tokens or fewer along the whole sequence, prefix tokens included (as
-                in the paper). (height, width): boxes on `grid`, prefix tokens apart. What exceeds the sequence or
-                grid does not exist.
+                in the paper). (height, width): boxes on `grid`, without the prefix tokens. Clipped to the sequence or
+                grid.
         """
         if isinstance(max_area, int):
             height, width, max_height, max_width, prefix = 1, tokens, 1, max_area, 0
@@ -135,8 +134,8 @@ def unpool_rows_(x: Tensor, areas: Areas, mean: bool) -> Tensor:
 
 
 def _made_of_smaller_boxes(x: Tensor, areas: Areas) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Views of x [n, areas, m], in order: all boxes of one size [n, H', W', m]; the boxes that lack a last column (or,
-    one column wide, a last row); these columns (rows); and how many of them a box has."""
+    """Views of x [n, areas, m], in order: all boxes of one size [n, H', W', m]; the boxes without the last column (or,
+    one column wide, the last row); these columns (rows); and how many of them a box has."""
     sizes: dict[tuple[int, int], Tensor] = {}
     start = areas.prefix
     for h, w, count in areas.sizes():

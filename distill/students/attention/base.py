@@ -1,4 +1,4 @@
-"""What every attention kind is given and gives, and the grid that 2-D kinds look at."""
+"""The interface of attention kinds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class PatchGrid:
-    """Height and width, in patches, of the images on their way through a model.
+    """Height and width, in patches, of the current images.
 
-    One model and its attention modules share one grid: the model sets it where it embeds the patches, since timm's
-    blocks pass on tokens only. It is no part of any state dict.
+    A model and its attention modules share one instance. The model sets it when it embeds patches, since timm's blocks
+    receive tokens only. It is not part of the state dict.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -22,7 +22,7 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Where in a model an attention module stands."""
+    """Arguments of an attention module in a model."""
 
     dim: int
     num_heads: int
@@ -30,22 +30,22 @@ class AttentionContext:
     grid: PatchGrid | None = None
     num_prefix_tokens: int = 0
     block: int = 0
-    """Number of its block, from 0."""
+    """Index of its block, from 0."""
     depth: int = 1
     """Of the model, in blocks."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """What the blocks of one model share within one forward pass; empty when it begins."""
+    """State shared by the blocks of a model during one forward pass; empty at its beginning."""
 
 
 class AttentionMaps(NamedTuple):
-    """Where tokens look, for pictures."""
+    """Attention weights, for pictures."""
 
     weights: Tensor
     """[B, heads, queries, K], rows summing to 1."""
     covered: Tensor
     """float32 [K, tokens]: 1 where a key covers a token."""
     averages: bool = False
-    """Whether the value of a key is the mean of its tokens' values, not their sum."""
+    """Whether a key's value is the mean of its tokens' values, not their sum."""
 
 
 class AttentionKind(nn.Module):
@@ -62,7 +62,7 @@ class AttentionKind(nn.Module):
         return cls(context, options)
 
     def maps(self, x: Tensor, queries: int) -> AttentionMaps | None:
-        """Where the first `queries` of the tokens x [B, N, dim] look; None where this kind has no such weights."""
+        """Attention of the first `queries` of the tokens x [B, N, dim]; None: this kind has no such weights."""
         return None
 
     def no_weight_decay(self) -> set[str]:

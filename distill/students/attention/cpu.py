@@ -1,4 +1,4 @@
-"""Exact attention on a CPU, plain or over areas, in pieces of a few images whose logits fit its cache."""
+"""Exact attention on a CPU, plain or over areas, in chunks of images whose logits fit the cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from distill.students.attention.area_pooling import Areas, pool_rows, unpool_rows_
 
 LOGITS_PER_THREAD = 3 * 2**17
-"""Of a piece, about what a core's second-level cache holds. Beside 2**18, on an EPYC with 1 MiB of it: 0.96 to 0.99 of
-a step's time in bf16, 1.00 to 1.01 in float32 (ViT-Nano and Tiny, 66 tokens)."""
+"""Of a chunk, about the size of a core's L2 cache. Compared with 2**18, on an EPYC with 1 MiB: 0.96 to 0.99 of a step's
+time in bf16, 1.00 to 1.01 in float32 (ViT-Nano and Tiny, 66 tokens)."""
 LOG2_E = math.log2(math.e)
 
 
@@ -27,8 +27,8 @@ def attend(*sources: Tensor, areas: Areas, mean_values: bool = False) -> Tensor:
     """softmax(q . mean key / sqrt(d)) @ (sum or mean of values) over all areas, [B, Q, heads, d].
 
     Args:
-        sources: one packed tensor [B, tokens, 3, heads, d] of queries, keys and values, as a projection leaves it (its
-            gradient comes packed as well), or query [B, heads, Q, d], key and value [B, heads, tokens, d].
+        sources: one packed tensor [B, tokens, 3, heads, d] of queries, keys and values (its gradient is packed too), or
+            query [B, heads, Q, d], key and value [B, heads, tokens, d].
         areas: of the tokens; areas of one token each are plain attention.
     """
     if torch.is_autocast_enabled("cpu"):
@@ -38,10 +38,10 @@ def attend(*sources: Tensor, areas: Areas, mean_values: bool = False) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps its inputs for the backward pass, and the weights where they take no more memory than these: else it
-    computes them anew, piece by piece.
+    """Saves its inputs for the backward pass, and the weights if they need no more memory than these; else it
+    recomputes them, chunk by chunk.
 
-    In a piece, keys come before queries, so that pooling adds whole rows.
+    Logits are [keys, queries], so that pooling adds whole rows.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ def _area_weights(query: Tensor, key: Tensor, areas: Areas) -> Tensor:
     logits = pool_rows(torch.bmm(key, query.transpose(1, 2)), areas, mean=True)
     if logits.element_size() == 2:
         return logits.softmax(1)
-    # As torch's own, with a faster exponential. No area's mean exceeds the largest logit of a single token.
+    # As torch's softmax, with a faster exponential. No area's mean exceeds the largest token logit.
     largest = logits.narrow(1, 0, key.shape[1]).amax(1, keepdim=True)
     torch.add(largest.mul_(-LOG2_E), logits, alpha=LOG2_E, out=logits).exp2_()
     return logits.div_(logits.sum(1, keepdim=True))
