@@ -47,11 +47,11 @@ _MODULES = {
     "Recipe": "recipe",
     "RunFailed": "errors",
 }
-"""Of what is not in api.py."""
+"""Modules of names that are not in api.py."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is used when it is used: torch takes seconds."""
+    """Import on first use: torch takes seconds."""
     import importlib
 
     if name not in __all__:

@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there.
+"""Atomic, verified checkpoints.
 
 A checkpoint is a folder `step_00001000` of safetensors, one `weights_only` archive, JSON, and a manifest with the
-SHA-256 of each file. It is written under a temporary name, flushed to disk, read back and renamed, so that a crash
-leaves the older ones as they were; they are removed only then.
+SHA-256 of each file. It is written under a temporary name, flushed to disk, read back and renamed; only then are older
+checkpoints removed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def write(
     """Write one checkpoint atomically.
 
     Args:
-        folder: where it will stand.
+        folder: its path.
         tensors: file stem -> state dict; each becomes one safetensors file.
         optimizer: the optimizer's state dict.
         state: plain data.
 
     Raises:
-        OSError: it cannot be written, or is not read back as it was written; nothing of it is left.
+        OSError: it cannot be written, or reads back differently; nothing is left behind.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +76,7 @@ def write(
 
 
 def size(tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Mapping[str, Any]) -> int:
-    """Bytes that a checkpoint of these takes, less its few of structure."""
+    """Bytes of the tensors of a checkpoint."""
     return sum(tensor.nbytes for tensor in _tensors_in([tensors, optimizer]))
 
 
@@ -103,7 +103,7 @@ def verify(path: str | Path) -> None:
         raise InputError(
             f"{manifest}: missing or unreadable; the checkpoint {path} cannot be trusted. Use another one."
         ) from None
-    # The manifest has one canonical spelling, so that a change in it is noticed even where it means the same.
+    # The manifest has a canonical form, so that every changed byte is detected.
     if not isinstance(digests, dict) or text != _manifest_text(digests):
         raise InputError(f"{manifest}: damaged; the checkpoint {path} cannot be trusted. Use another one.")
     present = {child.name for child in path.iterdir()} - {MANIFEST}
@@ -139,7 +139,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def folder_of_step(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` stands."""
+    """Path of the checkpoint of `step`."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -149,11 +149,10 @@ def existing(checkpoints: Path) -> list[Path]:
 
 
 def newest_intact(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that verifies; one warning names it and those that do not. None where there is no
-    checkpoint at all.
+    """The newest checkpoint that verifies; damaged ones are named in a warning. None: there are no checkpoints.
 
     Raises:
-        InputError: there are checkpoints and all of them are damaged.
+        InputError: all checkpoints are damaged.
     """
     damages = []
     for path in reversed(existing(checkpoints)):
@@ -183,10 +182,10 @@ def set_link(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def discard_after(checkpoints: Path, kept: Path | None) -> None:
-    """Remove the checkpoints newer than `kept` (None: all), which a resumption goes back behind; and stale links.
+    """Remove the checkpoints newer than `kept` (None: all), which the resumed run will write again; and broken links.
 
     Raises:
-        RunFailed: one of them cannot be taken away; a later resumption would find it.
+        RunFailed: one of them cannot be removed; a later resume would find it.
     """
     for path in existing(checkpoints):
         if kept is None or path.name > kept.name:
@@ -194,8 +193,8 @@ def discard_after(checkpoints: Path, kept: Path | None) -> None:
                 remove_folder(path)
             except OSError as error:
                 raise RunFailed(
-                    f"{path}: cannot be taken away ({error.strerror}), though the run goes back behind it. Make its "
-                    "folder writable."
+                    f"{path}: cannot be removed ({error.strerror}), though the run resumes from an earlier step. Make "
+                    "its folder writable."
                 ) from None
     for link in checkpoints.iterdir():
         if link.is_symlink() and not link.exists():
@@ -203,10 +202,9 @@ def discard_after(checkpoints: Path, kept: Path | None) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and those that one of them calls the best; what cannot be removed is
-    a warning.
+    """Remove all but the newest `keep` checkpoints and the best of each of these; failures are warnings.
 
-    If the newest is damaged, a resumption falls back to an older one, which may know another best.
+    If the newest is damaged, a resume falls back to an older one, which may have another best.
     """
     newest = existing(checkpoints)[-keep:]
     kept = {*newest, *(folder_of_step(checkpoints, step) for step in map(_best_step, newest) if step is not None)}

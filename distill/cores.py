@@ -1,13 +1,13 @@
-"""How many cores this process may use."""
+"""Number of CPU cores that this process may use."""
 
 import os
 
 
 def cores() -> int:
-    """Those that the system binds this process to; where it cannot tell, all of the machine."""
+    """Cores in the affinity mask of this process, or all of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_of_cores(processes: int = 1) -> int:
-    """Cores over the processes that the launcher started on this machine, or over `processes` where it does not say."""
+    """Cores per process of this machine; `processes` is used if the launcher does not set LOCAL_WORLD_SIZE."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))

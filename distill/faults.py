@@ -1,6 +1,6 @@
-"""Points at which a test kills the process, as a crash would.
+"""Named points at which tests kill the process.
 
-`DISTILL_FAULT=NAME` in the environment kills it at the first passing of that point, `NAME@N` at the N-th.
+`DISTILL_FAULT=NAME` in the environment kills it at the first pass of that point, `NAME@N` at the N-th.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ passed: Counter[str] = Counter()
 
 
 def point(name: str) -> None:
-    """Die here, if the environment says so."""
+    """Kill the process here if DISTILL_FAULT says so."""
     passed[name] += 1
     if os.environ.get("DISTILL_FAULT") in (name, f"{name}@{passed[name]}"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a network, student or teacher, makes of a batch of images: its logits and its feature maps."""
+"""`Features`: logits and feature maps of a student or teacher."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-3
-"""Largest difference between two forward passes of one network on one image, as a share of its largest output."""
+"""Largest difference between two forward passes on one image, relative to the largest output."""
 
 
 class Features(NamedTuple):
     """The outputs of one forward pass on B images."""
 
     logits: Mapping[str, Tensor]
-    """By head [B, classes], the class head first; empty where there is no classifier."""
+    """By head [B, classes], the class head first; empty without a classifier."""
     maps: Mapping[int | str, Tensor]
-    """By stage [B, C, h, w]: those that were asked for. A student counts its stages from 0, a teacher names them."""
+    """The requested maps by stage [B, C, h, w]: by index from 0 for a student, by name for a teacher."""
 
     @property
     def fused(self) -> Tensor:
-        """The model's answer, [B, classes]: the mean of its heads' logits (Touvron et al. 2021, section 4)."""
+        """The mean of the heads' logits, [B, classes] (Touvron et al. 2021, section 4)."""
         return mean_over_heads(self.logits)
 
 
 class Stage(NamedTuple):
-    """A place of a network whose feature map can be asked for."""
+    """A network stage with a feature map."""
 
     name: str
     channels: int
     stride: int
-    """Pixels of the input, along a side, for one place of the map."""
+    """Input pixels per map position, along a side."""
 
 
 def mean_over_heads(values: Mapping[str, Tensor]) -> Tensor:
@@ -45,9 +45,9 @@ def with_maps(model: Any, inputs: Tensor, indices: Sequence[int] | None) -> tupl
     """A model's output and its maps [B, C, h, w] in one forward pass, by timm's `forward_intermediates`.
 
     Args:
-        indices: of the maps, rising; None: all of them.
+        indices: of the maps, ascending; None: all.
     """
-    # timm's default is to stop after the last map in some models (Hiera), whose head then lacks the blocks that follow.
+    # By default some timm models (Hiera) stop after the last map, and their logits lack the following blocks.
     final, maps = model.forward_intermediates(
         inputs, indices=None if indices is None else list(indices), stop_early=False
     )
@@ -55,9 +55,7 @@ def with_maps(model: Any, inputs: Tensor, indices: Sequence[int] | None) -> tupl
 
 
 def problem_of_maps(outputs: Sequence[Tensor], expected: Sequence[Tensor], maps: Sequence[Any]) -> str | None:
-    """What is wrong with a forward pass that gave `outputs` and `maps` where the plain one gives `expected`, if
-    anything is.
-    """
+    """Why a forward pass with `outputs` and `maps` is invalid, if it is; the plain pass returns `expected`."""
     if not maps:
         return "it has none"
     if wrong := [found for found in maps if not isinstance(found, Tensor) or found.dim() != 4]:
@@ -66,10 +64,10 @@ def problem_of_maps(outputs: Sequence[Tensor], expected: Sequence[Tensor], maps:
     for output, plain in zip(outputs, expected, strict=True):
         scale = plain.abs().max().item()
         if not torch.allclose(output, plain, rtol=0, atol=TOLERANCE * scale, equal_nan=True):
-            return "the pass that reads them gives other logits"
+            return "the logits differ when maps are returned"
     return None
 
 
 def example_image(channels: int, size: int, device: torch.device) -> Tensor:
-    """A random image [1, channels, size, size] in [0, 1], the same everywhere."""
+    """A random image [1, channels, size, size] in [0, 1], always the same."""
     return torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)

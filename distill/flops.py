@@ -14,8 +14,8 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
     """FLOPs of `model(images)` in evaluation, images [B, C, H, W]: two for every multiply-add of matrix products and
     convolutions; elementwise work is not counted.
 
-    The same on every device and torch release. Which fused kernels torch's counter knows differs between releases, and
-    which kernels run differs between devices, so a copy of the model runs on the CPU without fused attention.
+    Independent of device and torch release: kernels, and those that torch's counter knows, differ between them, so a
+    copy of the model runs on the CPU without fused attention.
     """
     model = copy.deepcopy(model).cpu().eval()
     fused = torch.backends.mha.get_fastpath_enabled()  # of nn.MultiheadAttention, as in torchvision's ViT

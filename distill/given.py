@@ -1,4 +1,4 @@
-"""What Python code hands over in place of what a recipe names: data, a teacher."""
+"""Data and teacher given as Python objects in place of the recipe's."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from distill.recipe import FROM_PYTHON, Recipe
 
 @dataclass(frozen=True)
 class Given:
-    """Checked; None for what the recipe names itself."""
+    """Validated objects; None: as in the recipe."""
 
     data: GivenData | None = None
     teacher: tuple[nn.Module, InputContract] | None = None
 
     def check_all_there(self, began_with: Recipe, directory: Path) -> None:
-        """Raise InputError if the run at `directory` began with something that is not handed over again."""
+        """Raise InputError if the run at `directory` began with objects that are not given again."""
         missing = []
         if began_with.data.name == FROM_PYTHON and self.data is None:
             missing.append("data=...")
@@ -31,16 +31,16 @@ class Given:
             missing.append("teacher=(module, distill.Contract(...))")
         if missing:
             raise InputError(
-                f"{directory}: this run began with what Python code handed over, and is resumed with the same: "
-                f"distill.train(..., {', '.join(missing)}). What is given is compared with what it began with."
+                f"{directory}: this run began with Python objects, and needs the same ones to resume: "
+                f"distill.train(..., {', '.join(missing)}). They are compared with those that it began with."
             )
 
 
 def take(data: Any, teacher: Any) -> tuple[Given, list[str]]:
-    """The `data` and `teacher` of a caller, and the overrides by which a recipe names them.
+    """Validate a caller's `data` and `teacher`; returns them, and the overrides that name them in a recipe.
 
     Raises:
-        InputError: they are of none of the forms that there are.
+        InputError: they have none of the supported forms.
     """
     overrides = [] if data is None else [f"data.name={FROM_PYTHON}"]
     pair = None

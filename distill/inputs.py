@@ -1,4 +1,4 @@
-"""The input contract: what a model wants of images that flow through the house as floats in [0, 1]."""
+"""Input contracts: normalisation, size and channels of a model; images everywhere else are floats in [0, 1]."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputContract:
-    """Mean and deviation per channel (of images in [0, 1]), side in pixels (null: any) and how images are resized to
-    it.
-    """
+    """Mean and standard deviation per channel (of images in [0, 1]), side in pixels (None: any), and interpolation."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -34,29 +32,28 @@ class InputContract:
 
 
 class Preparation(NamedTuple):
-    """How evaluation makes pixels in [0, 1] of an image: what a student's inputs have behind them."""
+    """Evaluation preprocessing from an image to pixels in [0, 1]."""
 
     channels: int = 3
-    """1: the image is made grey."""
+    """1: images are converted to greyscale."""
     by_pillow: bool = True
-    """Whether the shorter side is resized to the student's size, and the centre cut out, while the image is one of
-    Pillow's; else its floats are resized, as a whole.
+    """Whether Pillow resizes the shorter side to the student's size, followed by a centre crop; else the whole image is
+    resized as floats.
     """
     square: bool = True
-    """Whether that whole is square in the data; where it is, of another image the square in its centre is taken."""
+    """Whether the data's images are square; then other images are centre-cropped to a square."""
 
     @classmethod
     def of(cls, image: Tensor, size: int) -> Preparation:
-        """Of a test image [C, H, W], as the data hand it over, for a student of this size."""
+        """From a test image [C, H, W] of the dataset, for a student of this size."""
         channels, height, width = image.shape
         return cls(channels, by_pillow=(height, width) == (size, size), square=height == width)
 
 
 class InputAdapter(nn.Module):
-    """Images in [0, 1] as they are -> what one model takes: resized, with its number of channels, normalised.
+    """Resizes and normalises images in [0, 1] for a model: [B, C, H, W] -> [B, len(mean), size, size].
 
-    Shapes: [B, C, H, W] -> [B, len(mean), size, size]. A greyscale image is repeated for a model of three channels.
-    The statistics move with the model and are in no checkpoint: the contract belongs to the configuration.
+    Greyscale images are repeated for a model with three channels. Mean and std are non-persistent buffers.
     """
 
     mean: Tensor
@@ -72,7 +69,7 @@ class InputAdapter(nn.Module):
         return (self.fit(images) - self.mean) / self.std
 
     def fit(self, images: Tensor) -> Tensor:
-        """All but the normalisation: of the model's size and channels, still in [0, 1]."""
+        """Resize and repeat channels; still in [0, 1]."""
         size, channels = self.contract.size, self.mean.shape[1]
         if size is not None and images.shape[-2:] != (size, size):
             images = resize(images, size, self.contract.interpolation)

@@ -1,3 +1,3 @@
-"""The version, for those parts of the package that may not import the whole."""
+"""The version, in a module without imports."""
 
 __version__ = "0.1.0"

@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
         if self.padding:
-            # Option A: every second pixel, and zeros for the channels that are new, half of them on either side.
+            # Option A: every second pixel, and zeros for the new channels, half of them on either side.
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         return F.relu(residual + x, inplace=True)
 
@@ -41,8 +41,8 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """Depth 6n + 2: a 3x3 convolution, three stages of n blocks with 16, 32 and 64 channels, global mean, linear head.
 
-    Takes normalised images [B, in_chans, H, W] of any size (32 px in the paper) and gives logits [B, num_classes], or
-    the 64 pooled features where num_classes is 0. The interface is that of timm's own models.
+    Normalised images [B, in_chans, H, W] of any size (32 px in the paper) -> logits [B, num_classes], or the 64 pooled
+    features if num_classes is 0. The interface is that of timm's models.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3) -> None:
@@ -75,7 +75,7 @@ class CifarResNet(nn.Module):
     ) -> Any:
         """The output of `forward_features` and those of stages `indices` (timm: of the last n, or of all), in order.
 
-        Of timm's other arguments only what a CNN does anyway: maps without norms of their own, as [B, C, h, w].
+        timm's other arguments are ignored: maps are [B, C, h, w], without extra norms.
         """
         assert kwargs.get("output_fmt", "NCHW") == "NCHW", "a CNN's maps are NCHW"
         wanted, _ = feature_take_indices(3, indices)
@@ -108,7 +108,7 @@ class CifarResNet(nn.Module):
         return {"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def fold_batch_norms(self) -> None:
-        """Move every batch norm into the convolution before it: faster, for inference only, and another state dict."""
+        """Fold every batch norm into the preceding convolution, for inference; changes the state dict."""
         self.eval()
         for module in list(self.modules()):
             for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
@@ -130,7 +130,7 @@ def _create(variant: str, depth: int, pretrained: bool, kwargs: dict[str, Any]) 
     return build_model_with_cfg(CifarResNet, variant, pretrained, depth=depth, **kwargs)
 
 
-# Without a URL on purpose: weights come through `load_teacher`, which checks their hash.
+# No URLs: weights are loaded by `load_teacher`, which checks their hash.
 default_cfgs = generate_default_cfgs(
     {
         name: {

@@ -1,4 +1,4 @@
-"""`distill teachers`: the zoo as a table, and what one teacher offers."""
+"""Tables of `distill teachers`: the zoo, or one teacher and its feature maps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from distill.recipe import Teacher as Spec
 from teachers.zoo import ZOO
 
 ANY_CLASSES = 10
-"""What a network answers is nothing to its maps."""
+"""Feature maps do not depend on the number of classes."""
 
 
 def known_teachers() -> Table:
-    """The zoo, one teacher a row."""
+    """The zoo, one teacher per row."""
     table = Table("teacher.model", "data", "px", "top-1 %", "", "licence", title="Teachers whose weights are known")
     for key, entry in ZOO.items():
         accuracy = f"{entry.accuracy.top1:.2f}"
@@ -22,10 +22,10 @@ def known_teachers() -> Table:
 
 
 def one_teacher(spec: Spec, resolution: int) -> list[Table]:
-    """What the zoo knows of it, and its feature maps for images of this side; needs none of its weights.
+    """Its zoo entry, if any, and its feature maps at this resolution; needs no weights.
 
     Raises:
-        InputError: no such model, or one that has no maps that can be read.
+        InputError: no such model, or it cannot return feature maps.
     """
     from teachers.sources import untrained_source
     from teachers.teacher import Teacher

@@ -1,5 +1,5 @@
-"""Feature maps of a frozen network, beside its logits, in one forward pass: by timm's `forward_intermediates` where the
-network has it, else by torchvision's feature extraction."""
+"""Logits and feature maps of a frozen network in one forward pass: by timm's `forward_intermediates`, or else by
+torchvision's feature extraction."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Reader = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def map_names(network: nn.Module, inputs: Tensor) -> list[str]:
-    """The network's own stages, from the first to the last: timm's feature information, or, of another network, the
-    last of the outermost modules at each size of map that square `inputs` pass through.
+    """The network's stages, first to last: timm's feature information, or, of another network, for each map size of
+    square `inputs` the last of the outermost modules.
     """
     return _timm_names(network) or _last_of_each_size(network, inputs)
 
 
 def reader_of(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor) -> Reader:
-    """What gives the maps `names`, one or more, of teacher `name`.
+    """A function that returns the maps `names`, one or more, of teacher `name`.
 
     Raises:
-        InputError: the network has no such map; the message lists those that it has, as `map_names` of `inputs`.
+        InputError: no such map; the message lists the known ones, `map_names(network, inputs)`.
     """
     known = _timm_names(network)
     if not known:
@@ -41,14 +41,14 @@ def reader_of(name: str, network: nn.Module, names: Sequence[str], inputs: Tenso
 
 
 def cannot_be_read(teacher: str, reason: str) -> InputError:
-    """That the maps of a teacher cannot be had along with its logits."""
+    """The error for a teacher that cannot return maps along with its logits."""
     return InputError(
         f"teacher {teacher}: its feature maps cannot be read ({reason}). Take a timm model, or a method on logits."
     )
 
 
 def no_map(teacher: str, wrong: str, known: Sequence[str]) -> InputError:
-    """That a teacher has no map of that name, but those that are known."""
+    """The error for an unknown map name."""
     return InputError(f"teacher {teacher}: no feature map '{wrong}'; it has {', '.join(known) or 'none'}.")
 
 
@@ -65,10 +65,10 @@ def _by_timm(network: nn.Module, indices: dict[str, int], inputs: Tensor) -> tup
 
 
 def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor) -> Reader:
-    """By fx; `names` are those of modules, or of nodes of its graph."""
+    """By torch.fx; `names` are those of modules or of graph nodes."""
     try:
         _, nodes = get_graph_node_names(network, suppress_diff_warning=True)
-        # What a module returns is the last of its nodes; what the network returns, the last of all.
+        # A module's output is its last node; the network's output is the last of all.
         ends = {one: [node for node in nodes if f"{node}.".startswith(f"{one}.")][-1:] for one in names}
         if wrong := [one for one, end in ends.items() if end in ([], nodes[-1:])]:
             raise no_map(name, wrong[0], map_names(network, inputs))
@@ -79,7 +79,7 @@ def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor)
         )
     except InputError:
         raise
-    except Exception as error:  # whatever fx met that it cannot trace
+    except Exception as error:  # fx fails in many ways on what it cannot trace
         raise cannot_be_read(name, str(error).partition("\n")[0]) from None
 
     def read(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,12 +87,12 @@ def _traced(name: str, network: nn.Module, names: Sequence[str], inputs: Tensor)
         return outputs["logits"], {one: outputs[keys[node]] for one, (node,) in ends.items()}
 
     extractor.eval()
-    _copy_where_they_arise(extractor, keys.values())
+    _clone_outputs(extractor, keys.values())
     return read
 
 
-def _copy_where_they_arise(extractor: Any, keys: Iterable[str]) -> None:
-    """Let what `extractor` returns under these keys be copies: what follows may work in place."""
+def _clone_outputs(extractor: Any, keys: Iterable[str]) -> None:
+    """Make `extractor` return copies under these keys, because later modules may work in place."""
     (output,) = (node for node in extractor.graph.nodes if node.op == "output")
     returned = dict(output.args[0])
     for key in keys:
@@ -113,14 +113,14 @@ def _last_of_each_size(network: nn.Module, inputs: Tensor) -> list[str]:
         if not isinstance(output, Tensor) or output.dim() != 4:
             return
         height, width = output.shape[2:]
-        # Maps are square here, unless their channels come last.
+        # Maps are square here, unless channels are last.
         if height == width > 1 and (width not in last or name.count(".") <= last[width].count(".")):
             last[width] = name
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
         for name, module in network.named_modules()
-        if name and not isinstance(module, nn.AdaptiveAvgPool2d)  # the head's; it may even enlarge
+        if name and not isinstance(module, nn.AdaptiveAvgPool2d)  # the head's, which may enlarge maps
     ]
     try:
         with torch.no_grad():

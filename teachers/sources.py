@@ -1,4 +1,4 @@
-"""From the recipe's `teacher` section to a network with trained weights and the input contract it was trained under."""
+"""Loads the network of a recipe's `teacher` section: trained weights and input contract."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Address(NamedTuple):
 
 
 def parse(model: str) -> Address:
-    """What the recipe's `teacher.model` says: a name in the zoo, one with a prefix, or else a timm name."""
+    """Parse a recipe's `teacher.model`: a name in the zoo, one with a prefix, or else a timm name."""
     if model in ZOO:
         return Address("zoo", model)
     for prefix, scheme in _PREFIXES.items():
@@ -51,17 +51,17 @@ class Source(NamedTuple):
     network: nn.Module
     contract: InputContract
     num_classes: int
-    """Of its logits; 0 where it has no classifier."""
+    """Of its logits; 0 without a classifier."""
 
 
 def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
-    """The network that `spec` names, every weight of it trained.
+    """The network of `spec`, with all weights trained.
 
-    The contract is the recipe's where it speaks, else the zoo's, the timm configuration's or torchvision's.
+    The contract is the recipe's, by default that of the zoo, the timm configuration or torchvision.
 
     Raises:
-        InputError: an unknown model, weights that cannot be had or do not fit, or another number of classes than these
-            or none at all.
+        InputError: unknown model, weights that cannot be loaded or do not fit, or another number of classes than
+            `num_classes` or 0.
     """
     assert spec.model is not None
     scheme, name = parse(spec.model)
@@ -79,14 +79,13 @@ def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
 
 
 def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
-    """The network that `spec` names with random weights, and its contract: nothing is downloaded but the description of
-    a model of the hub.
+    """The network of `spec` with random weights, and its contract; downloads at most a configuration of the hub.
 
     Raises:
         InputError: no such model.
     """
     if spec.model is None:
-        raise InputError(f"teacher.recipe: {spec.recipe} trains this teacher; name the model that it is.")
+        raise InputError(f"teacher.recipe: {spec.recipe} trains this teacher; give teacher.model instead.")
     scheme, name = parse(spec.model)
     match scheme:
         case "zoo":
@@ -126,7 +125,7 @@ def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
 
 
 def _timm_config(name: str) -> timm.models.PretrainedCfg:
-    """timm's description of the weights of a model that it knows."""
+    """timm's configuration of a model's weights."""
     base = name.partition(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, [*ZOO, *timm.list_models()], n=3)
@@ -156,7 +155,7 @@ def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
 
 
 def _hub_config(name: str) -> Mapping[str, Any]:
-    """The hub's description of a model's weights."""
+    """The hub's configuration of a model's weights."""
     try:
         config, _, _ = timm.models.load_model_config_from_hf(name)
     except (OSError, EntryNotFoundError, HTTPException) as error:
@@ -178,12 +177,12 @@ def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
 
 
 def _pretrained(name: str, url: str) -> nn.Module:
-    """timm's model with the head its weights have; timm loads them strictly when the class count is left alone."""
+    """timm's model with the head of its weights; timm loads strictly unless another class count is given."""
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, EntryNotFoundError, HTTPException) as error:
         raise InputError(_no_download(url, error)) from error
-    except Exception as error:  # damaged, or not only tensors: a foreign file can fail in any way
+    except Exception as error:  # a damaged file, or one that is not only tensors, can fail in any way
         raise InputError(_unusable(name, url, error)) from error
 
 
@@ -201,15 +200,15 @@ def _no_download(url: str, error: Exception) -> str:
 
 
 def _folder_network(folder: Path) -> Any:
-    """The network that a folder of timm's layout describes, without its weights."""
-    import distill.students  # noqa: F401  registers the names that our own exports carry; other teachers do without it
+    """The network of a folder in timm's layout, without its weights."""
+    import distill.students  # noqa: F401  registers the architectures of our exports; other teachers need no import
 
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"teacher.model: {folder} has no config.json. Give one that `distill export` or timm wrote.")
     try:
         return timm.create_model(f"local-dir:{folder}")
-    except Exception as error:  # whatever the file says wrong surfaces somewhere inside the model's constructor
+    except Exception as error:  # a wrong configuration can fail anywhere in the model's constructor
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{config}: does not describe a model that timm can build ({reason}).") from error
 
@@ -224,7 +223,7 @@ def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source
 
 
 def _torchvision_preset(spec: recipe.Teacher, name: str) -> tuple[Any, InputContract]:
-    """torchvision's best weights for a classifier, and what they take."""
+    """torchvision's default weights for a classifier, and their contract."""
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
@@ -251,7 +250,7 @@ def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Sour
 
 
 def _same_classes(what: str, theirs: int | None, ours: int) -> int:
-    """`theirs`; raises InputError unless these are our classes, or none: 0 stands for a network without classifier."""
+    """`theirs`; raises InputError unless it is `ours`, or 0 (no classifier)."""
     if theirs is None or theirs not in (0, ours):
         raise InputError(
             f"teacher: {what}: {theirs} classes, the data have {ours}. Fine-tune the model on your data first "
@@ -266,7 +265,7 @@ def _timm_contract(config: Mapping[str, Any]) -> InputContract:
 
 
 def _interpolation(name: str | None) -> str:
-    """torch has no Lanczos and no `random`; bicubic is the nearest to both."""
+    """torch has no Lanczos or `random`; bicubic is closest to both."""
     return name if name in _TORCH_INTERPOLATIONS else "bicubic"
 
 
@@ -279,6 +278,6 @@ def _contract(spec: recipe.Teacher, default: InputContract) -> InputContract:
     )
     if len(contract.mean) != len(contract.std):
         raise InputError(
-            f"teacher.mean, teacher.std: {len(contract.mean)} and {len(contract.std)} channels; give both alike."
+            f"teacher.mean, teacher.std: {len(contract.mean)} and {len(contract.std)} channels; give equally many."
         )
     return contract

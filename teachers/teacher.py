@@ -28,14 +28,14 @@ class Teacher(nn.Module):
 
     A network without a classifier (`num_classes` 0) has no logits: its output is its pooled features, [B, features].
 
-    Frozen: in eval mode whatever `train` is told, without gradients, with float32 outputs also under autocast. It
-    belongs beside the student, never inside it, and is not to be wrapped or prepared: then it is in no checkpoint.
+    Frozen: always in eval mode, without gradients, with float32 outputs also under autocast. Keep it outside of the
+    student and do not wrap or prepare it, so that it is in no checkpoint.
 
     Attributes:
         name: as the recipe gives it.
-        contract: the input contract that it applies to the images itself.
+        contract: the input contract, which it applies itself.
         num_classes: of its logits; 0 without a classifier.
-        digest: SHA-256 (hex) of its weights alone; the outputs depend on the contract too.
+        digest: SHA-256 (hex) of its weights; the outputs also depend on the contract.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Teacher(nn.Module):
         if isinstance(network, CifarResNet):
             network.fold_batch_norms()
         self.adapter = InputAdapter(contract)
-        # This layout and the folding together: 1,733 images/s instead of 1,199 for ResNet-20 on 2 cores (batch 128).
+        # With folded batch norms: 1,733 images/s instead of 1,199 for ResNet-20 on 2 cores (batch 128).
         self.network = network.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
         self._readers: dict[tuple[str, ...], Reader] = {}
-        self._try_out()
+        self._check_forward()
 
-    @torch.no_grad()  # not inference_mode: its tensors could not enter the student's graph as targets
+    @torch.no_grad()  # not inference_mode, whose tensors cannot be targets in the student's graph
     def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Any:
-        """The output; with names of prepared `maps`, the output and these feature maps, as `features` has them."""
+        """The output; with names of prepared `maps`, the output and these feature maps, as in `features`."""
         channels = len(self.contract.mean)
         if images.shape[1] not in (1, channels):
             raise InputError(
@@ -73,7 +73,7 @@ class Teacher(nn.Module):
         return self._output(output), found
 
     def _output(self, output: Tensor) -> Tensor:
-        """float32; features that the network does not pool itself are means over all but the first two dimensions."""
+        """In float32; unpooled features are averaged over all but the first two dimensions."""
         if output.dim() > 2 and not self.num_classes:
             output = output.flatten(2).mean(2)
         return output.float()
@@ -82,7 +82,7 @@ class Teacher(nn.Module):
         """Feature maps [B, C, h, w] by name, in the network's own precision; see `map_shapes`.
 
         Raises:
-            InputError: it has no such map, or none at all.
+            InputError: no such map.
         """
         return self._features(images, names)[1]
 
@@ -94,12 +94,12 @@ class Teacher(nn.Module):
         return logits, maps
 
     def prepare_maps(self, names: Sequence[str], resolution: int) -> None:
-        """Make ready to give these maps of images of this side; raises InputError where there is no such map."""
+        """Prepare for these maps at this resolution; raises InputError if there is no such map."""
         if (key := tuple(names)) and key not in self._readers:
             self._readers[key] = reader_of(self.name, self.network, names, self._example(resolution))
 
     def map_shapes(self, resolution: int, names: Sequence[str] | None = None) -> dict[str, tuple[int, int, int]]:
-        """(C, h, w) of its feature maps, from the first to the last, or of those named, for images of this side.
+        """(C, h, w) of its feature maps, first to last, or of those named, at this resolution.
 
         Raises:
             InputError: as `features`, or they cannot be read along with its logits.
@@ -147,7 +147,7 @@ class Teacher(nn.Module):
             f"inputs {self.contract}, weights {self.digest[:8]}"
         )
 
-    def _try_out(self) -> None:
+    def _check_forward(self) -> None:
         try:
             shape = list(self(self._example(32)).shape)
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
@@ -164,21 +164,20 @@ class Teacher(nn.Module):
 class Ensemble(Teacher):
     """Several teachers, each under its own contract: the log of the weighted mean of their probabilities.
 
-    The log-probabilities serve as logits: their softmax is that mean. Its contract is that of the whole, which takes
-    images as they are.
+    These log-probabilities are its logits: their softmax is that mean. Its own contract changes nothing.
     """
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
         assert len(members) == len(weights) > 0
         nn.Module.__init__(self)
         self.members = nn.ModuleList(members)
-        self.shares = [weight / sum(weights) for weight in weights]
+        self.weights = [weight / sum(weights) for weight in weights]
         self.name = " + ".join(member.name for member in members)
         channels = max(len(member.contract.mean) for member in members)
         self.contract = InputContract((0.0,) * channels, (1.0,) * channels)
         self.num_classes = members[0].num_classes
         self.num_parameters = sum(member.num_parameters for member in members)
-        pairs = list(zip(members, self.shares, strict=True))
+        pairs = list(zip(members, self.weights, strict=True))
         self._lines = "; ".join(f"{share:.3g} x {member.describe()}" for member, share in pairs)
         parts = [f"{member.digest} {share!r}" for member, share in pairs]
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -191,7 +190,7 @@ class Ensemble(Teacher):
     @torch.no_grad()
     def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Any:
         assert not maps, "the members have maps, the ensemble has none"
-        pairs = zip(self.members, self.shares, strict=True)
+        pairs = zip(self.members, self.weights, strict=True)
         return torch.stack([member(images).log_softmax(1) + math.log(share) for member, share in pairs]).logsumexp(0)
 
     def prepare_maps(self, names: Sequence[str], resolution: int) -> None:
@@ -206,11 +205,11 @@ class Ensemble(Teacher):
 
 
 def load_teacher(spec: Spec | Sequence[Spec], num_classes: int) -> Teacher:
-    """The teacher that a recipe's `teacher` section describes, for `num_classes` classes or without a classifier; a
-    sequence is an ensemble.
+    """The teacher of a recipe's `teacher` section, with `num_classes` classes or without a classifier; a sequence is an
+    ensemble.
 
     Raises:
-        InputError: `spec` is wrong, the model or its weights cannot be had, or they do not fit each other or the data.
+        InputError: `spec` is invalid, model or weights cannot be loaded, or they do not fit each other or the data.
     """
     section = [_plain(one) for one in spec] if isinstance(spec, Sequence) else _plain(spec)
     specs = recipe.from_mapping({"teacher": section}, source="teacher").teachers
@@ -222,10 +221,10 @@ def load_teacher(spec: Spec | Sequence[Spec], num_classes: int) -> Teacher:
             )
         members.append(Teacher(one.model, *open_source(one, num_classes)))
         if len(specs) > 1 and not members[-1].num_classes:
-            raise InputError(f"teacher {one.model}: has no classifier and cannot be one of an ensemble; leave it out.")
+            raise InputError(f"teacher {one.model}: has no classifier and cannot be part of an ensemble; leave it out.")
     return members[0] if len(members) == 1 else Ensemble(members, [one.weight for one in specs])
 
 
 def _plain(spec: Spec) -> dict[str, Any]:
     plain = dict(spec) if isinstance(spec, Mapping) else spec.model_dump()
-    return plain | {"cache": False}  # whoever asks the teacher stores its answers
+    return plain | {"cache": False}  # the cache is not part of the teacher

@@ -1,4 +1,4 @@
-"""Weights from files, without ever running code from them and without a parameter left to chance."""
+"""Loads weights files strictly, without executing pickled code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from distill.errors import InputError
 from distill.files.digests import file_digest
 
-# Where training scripts put the state dict; averaged weights first, as they are the ones that authors evaluate.
+# Keys of the state dict in checkpoints; EMA weights first, which authors evaluate.
 _WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-# DataParallel's and DistributedDataParallel's, torch.compile's.
+# Of DataParallel, DistributedDataParallel and torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -35,17 +35,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path, device="cpu")
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can fail in any way; every one of them is told to the user
+    except Exception as error:  # a file from elsewhere can fail in any way
         raise InputError(_unreadable(path, error)) from error
     return _state_dict(content, path)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    # torch's loader names the import that a pickle asked for, and that it refused.
+    # torch's loader names the import that it refused.
     code = re.search(r"GLOBAL ([\w.]+)", str(error), re.IGNORECASE)
     if code:
         return (
-            f"{path}: holds code (it asks for {code[1]}), not only tensors. It was not run and is not used. "
+            f"{path}: holds code (it imports {code[1]}), not only tensors. It was not run and is not used. "
             "Get the weights as .safetensors, or as a file in which torch.save wrote a state dict."
         )
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -70,19 +70,19 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
-    """Fill every parameter and buffer of `network`, whose head has `num_classes` outputs, from the file at `path`.
+    """Load all parameters and buffers of `network`, whose head has `num_classes` outputs, from the file at `path`.
 
-    A timm model whose file holds everything but the head loses its head.
+    If the file lacks just the head, a timm model's head is removed.
 
     Returns:
-        The number of classes that it has then: `num_classes` or 0.
+        The resulting number of classes: `num_classes` or 0.
 
     Raises:
         InputError: see `read_state_dict`; or keys are missing, surplus or of another shape.
     """
     weights, own = read_state_dict(path), network.state_dict()
     for key in own.keys() - weights.keys():
-        if key.endswith(".num_batches_tracked"):  # younger than some weights, no effect when frozen
+        if key.endswith(".num_batches_tracked"):  # missing in old weights, no effect when frozen
             weights[key] = own[key]
     missing = [key for key in own if key not in weights]
     surplus = [key for key in weights if key not in own]
@@ -106,9 +106,9 @@ def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
     )
     if only_heads and not missing and not surplus:
         classes = len(weights[shapes[0]])
-        message += f" They know {classes} classes, the data have {num_classes}: take weights trained on these classes."
+        message += f" They have {classes} classes, the data have {num_classes}: use weights trained on these classes."
     else:
-        message += " Check that teacher.model names the model that they were trained in."
+        message += " Check that teacher.model is the model that they belong to."
     raise InputError(message)
 
 
@@ -117,10 +117,10 @@ def _some(keys: Sequence[str], limit: int = 5) -> str:
 
 
 def download(url: str, sha256: str) -> Path:
-    """The file at `url` in torch.hub's folder, downloaded unless it is there, its SHA-256 beginning with `sha256`.
+    """The file at `url` in torch.hub's folder, downloaded if missing; its SHA-256 begins with `sha256`.
 
     Raises:
-        InputError: the download fails, or the file is not the one that is expected.
+        InputError: the download fails, or the hash differs.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.exists():
@@ -135,6 +135,6 @@ def download(url: str, sha256: str) -> Path:
             f"{url}: cannot be downloaded ({error}). Fetch it on a machine with network access and put it at {path}, "
             "or anywhere with teacher.weights=PATH."
         ) from error
-    except RuntimeError as error:  # torch.hub's way to report another hash; it keeps nothing of the file
-        raise InputError(f"{url}: was downloaded and thrown away, it is not the expected file ({error}).") from error
+    except RuntimeError as error:  # another hash; torch.hub has removed the file
+        raise InputError(f"{url}: was downloaded and deleted: not the expected file ({error}).") from error
     return path

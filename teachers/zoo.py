@@ -1,4 +1,4 @@
-"""The known teachers of zoo.yaml, checked. Imports no torch, so that listing them is quick."""
+"""The known teachers of zoo.yaml, validated. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Accuracy(BaseModel):
 
 
 class ZooEntry(BaseModel):
-    """Where a teacher's weights come from, what they are allowed for, what they eat and how good they are."""
+    """Weights, licence, input contract and accuracy of a teacher."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,4 +45,4 @@ _FILE = Path(__file__).with_name("zoo.yaml")
 ZOO: dict[str, ZooEntry] = TypeAdapter(dict[str, ZooEntry]).validate_python(
     read_yaml(_FILE.read_text(encoding="utf-8"), source=_FILE.name)
 )
-"""The known teachers by the name that `teacher.model` gives."""
+"""Known teachers by `teacher.model`."""

@@ -319,7 +319,7 @@ def test_ctrl_c_saves_and_what_was_handed_over_is_asked_for_again(tmp_path: Path
 
     needs = {"data": held(), "teacher": teacher}
     for missing, words in (("data", r"data=\.\.\."), ("teacher", r"teacher=\(module, distill\.Contract")):
-        with pytest.raises(distill.InputError, match=rf"began with what Python code handed over.* {words}"):
+        with pytest.raises(distill.InputError, match=rf"began with Python objects.* {words}"):
             resumed(**{key: value for key, value in needs.items() if key != missing})
     with pytest.raises(distill.InputError, match="this run began on other data"):
         resumed(data=held() | {"train": split(96, seed=2)}, teacher=teacher)

@@ -111,7 +111,7 @@ def test_timms_weights_without_a_classifier(monkeypatch: pytest.MonkeyPatch) -> 
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert teacher(images).shape == (2, 768)
     assert [shape[0] for shape in teacher.map_shapes(32).values()] == [96, 192, 384, 768]
-    with pytest.raises(InputError, match=r"dinov3_lvd1689m: has no classifier and cannot be one of an ensemble"):
+    with pytest.raises(InputError, match=r"dinov3_lvd1689m: has no classifier and cannot be part of an ensemble"):
         load_teacher([{"model": "convnext_tiny.dinov3_lvd1689m"}] * 2, 7)
 
 

@@ -97,7 +97,7 @@ def test_missing_surplus_and_misshapen_keys_are_listed(state: dict[str, Tensor],
 
 def test_another_class_count_is_named(state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"linear\.weight.*They know 10 classes, the data have 100"):
+    with pytest.raises(InputError, match=r"linear\.weight.*They have 10 classes, the data have 100"):
         load_weights(_fresh(100), tmp_path / "w.pth", num_classes=100)
 
 
@@ -129,7 +129,7 @@ def test_code_in_a_file_never_runs(how: str, state: dict[str, Tensor], tmp_path:
 
 def test_a_whole_pickled_model_is_code_too(tmp_path: Path) -> None:
     torch.save(_fresh(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"holds code \(it asks for teachers\.cifar_resnet\.CifarResNet\)"):
+    with pytest.raises(InputError, match=r"holds code \(it imports teachers\.cifar_resnet\.CifarResNet\)"):
         read_state_dict(tmp_path / "w.pt")
 
 
