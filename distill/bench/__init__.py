@@ -6,25 +6,23 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 
-from distill.bench.machine import Machine
-from distill.bench.measure import Row, Unmeasured
-from distill.bench.scaling import computed
-from distill.bench.suites import run_suite
-from distill.bench.table import render_console, render_markdown
+from distill.bench.measure import Machine, Row, table
 from distill.console import console, say
 from distill.errors import InputError
 from distill.files.text import write_text
 from distill.launching.processes import set_threads, start_processes
+from distill.run import describe_environment
 
 SIZES = {"cpu": ("vit_nano", "vit_tiny"), "cuda": ("vit_tiny",)}
-"""The students that the goals speak of; at 224 px on CUDA vit_small besides."""
+BATCH_SIZE = {"cpu": 128, "cuda": 1024}
 
 
 def bench(suites: Sequence[str], *, device: str | None, size: str | None, output: Path | None) -> None:
@@ -38,35 +36,29 @@ def bench(suites: Sequence[str], *, device: str | None, size: str | None, output
         raise InputError("--device cuda: torch sees no GPU here; leave it out, or give cpu.")
     if output is not None and not output.resolve().parent.is_dir():
         raise InputError(f"--json {output}: there is no folder {output.parent}.")
-    set_threads()
     if place.type == "cpu":  # accelerate would take a GPU where there is one; so would the processes begun here
         os.environ["ACCELERATE_USE_CPU"] = "true"
     start_processes()
     logging.getLogger("distill").setLevel(logging.WARNING)
+    described = describe_environment(num_processes=1, precision=None, device=place, threads=set_threads())
+    for irrelevant in ("command", "host", "processes", "precision"):
+        del described[irrelevant]
     rows: list[Row] = []
-    unmeasured: list[Unmeasured] = []
     with TemporaryDirectory(prefix="distill-bench-") as scratch:
-        machine = Machine(place, SIZES[place.type] if size is None else (f"vit_{size}",), Path(scratch))
-        machine.measure_matrix_rates()
-        described = machine.describe()
-        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in described["matrix_gflops"].items())
-        say(f"{described['device_name']}, {described['threads']} threads, torch {described['versions']['torch']}")
-        say(f"matrix products: {rates} GFLOP/s")
+        sizes = SIZES[place.type] if size is None else (f"vit_{size}",)
+        machine = Machine(place, sizes, Path(scratch), BATCH_SIZE[place.type])
+        if "bf16" not in machine.precisions:
+            say("bf16 is left out: this CPU has no instructions for it.")
         for suite in suites:
-            for found in run_suite(suite, machine):
-                if isinstance(found, Unmeasured):
-                    unmeasured.append(found)
-                else:
-                    rows.append(found)
-                    say(f"{found.name}: {found.arm_a} over {found.arm_b} {found.ratio:.3f}")
-    Console(width=max(console.width, 160), highlight=False).print(render_console(rows, unmeasured))
+            for row in import_module(f"distill.bench.suites.{suite}").measure(machine):
+                rows.append(row)
+                say(f"{row['name']}: {row['arm_a']} over {row['arm_b']} {row['ratio']:.3f}")
+        rates = {name: rate / 1e9 for name, rate in machine.matrix_rates.items()}
+    head = [f"{described['device_name']}, {described['threads']} threads"]
+    head += [f"matrix products of {rate:,.0f} GFLOP/s in {name}" for name, rate in rates.items()]
+    head += [", ".join(f"{name} {version}" for name, version in described["versions"].items())]
+    text = f"{'; '.join(head)}.\n\n{table(rows)}"
+    Console(width=max(console.width, 160), highlight=False).print(Markdown(text))
     if output is not None:
-        growth = computed() if "step" in suites else None
-        content = {
-            "machine": described,
-            "rows": [row.as_json() for row in rows],
-            "unmeasured": [asdict(one) for one in unmeasured],
-            "computed": growth,
-        }
-        write_text(output, json.dumps(content, indent=1) + "\n")
-        write_text(output.with_suffix(".md"), render_markdown(described, rows, unmeasured, growth))
+        write_text(output, json.dumps({"machine": described | {"matrix_gflops": rates}, "rows": rows}, indent=1) + "\n")
+        write_text(output.with_suffix(".md"), text)

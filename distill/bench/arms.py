@@ -5,16 +5,19 @@ Weights and images are random: what a step costs does not depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
+from distill.bench.measure import Arm
 from distill.data import Batch, Dataset, DatasetInfo
 from distill.data.dataset import ResidentDataset, ResidentSplit
+from distill.flops import count_flops
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract
 from distill.launching.processes import build_accelerator
 from distill.recipe import Recipe, from_mapping
@@ -23,10 +26,8 @@ from teachers import Teacher
 from teachers.cifar_resnet import CifarResNet
 
 NUM_CLASSES = 10
-STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-"""CIFAR-10's means and deviations."""
-AREAS = {"kind": "area", "max_area": 2, "blocks": [0, 1]}
-CROP_AND_FLIP = {"crop_padding": 4, "hflip": True}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+"""CIFAR-10's."""
 DEIT = {
     "random_resized_crop": {},
     "hflip": True,
@@ -36,8 +37,8 @@ DEIT = {
     "cutmix": 1.0,
 }
 """DeiT's augmentation (Touvron et al. 2021, table 9)."""
-
-HARD = {"method": "hard", "weight": 0.5}
+AREAS: dict[str, int | list[int]] = {"areas of 2": 2, "areas of 4": 4, "areas of 2x2": [2, 2]}
+"""`max_area` by the name of the arm."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,37 @@ class Student:
     precision: str = "fp32"
     compile: bool | str = "auto"
 
-    def recipe(self, *, augment: Mapping[str, Any] = CROP_AND_FLIP, **sections: Any) -> Recipe:
-        """A recipe with this student; `sections` add to it or replace."""
+    def __str__(self) -> str:
+        return f"{self.model}/{self.patch_size} {self.resolution} px {self.precision}"
+
+    def recipe(self, **sections: Any) -> Recipe:
+        """A recipe with this student; `sections` add keys to its own or replace them."""
+        train = {"batch_size": self.batch_size, "precision": self.precision, "compile": self.compile}
+        augment = {"crop_padding": 4, "hflip": True}
         mapping: dict[str, Any] = {
-            "name": "bench",
-            "data": {"validation": 0, "resolution": self.resolution, "augment": dict(augment)},
+            "data": {"validation": 0, "resolution": self.resolution, "augment": augment},
             "student": {"model": self.model, "patch_size": self.patch_size, "distillation_token": True},
-            "train": {
-                "epochs": 1,
-                "batch_size": self.batch_size,
-                "precision": self.precision,
-                "compile": self.compile,
-            },
+            "train": {"epochs": 1, **train},
         }
         for name, section in sections.items():
-            mapping[name] = {**mapping.get(name, {}), **section} if isinstance(section, dict) else section
+            mapping[name] = mapping[name] | section if name in mapping else section
         return from_mapping(mapping, source="bench")
 
 
+def with_areas(name: str = "areas of 2") -> dict[str, Any]:
+    """The section of a recipe whose student has these areas."""
+    return {"student": {"attention": {"kind": "area", "blocks": [0, 1], "max_area": AREAS[name]}}}
+
+
+def distilling(depth: int, *methods: str, cache: bool = False) -> dict[str, Any]:
+    """The sections of a recipe that distil from a CIFAR ResNet by these methods, or by its decisions, as DeiT does."""
+    entries = [{"method": method} | ({"weight": 0.5} if method == "hard" else {}) for method in methods or ("hard",)]
+    return {"teacher": {"model": f"cifar_resnet{depth}", "cache": cache}, "label_weight": 0.5, "distill": entries}
+
+
 def accelerator(precision: str) -> Accelerator:
-    """One for all arms of a precision; the next call ends its use."""
+    """One for all arms of a group; the next call ends its use."""
+    release_memory()  # of the group before
     return build_accelerator(Student(precision=precision).recipe().train, Path())
 
 
@@ -79,29 +91,42 @@ def resident_data(recipe: Recipe, device: torch.device, images: int = 4096) -> D
     side = recipe.data.resolution
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(NUM_CLASSES, (images,), generator=generator)
-    split = ResidentSplit(pixels, labels, None)
+    split = ResidentSplit(pixels, torch.arange(images) % NUM_CLASSES, None)
     names = tuple(str(label) for label in range(NUM_CLASSES))
     sizes = {"train": images, "validation": 0, "test": images}
-    info = DatasetInfo("synthetic", names, 3, *STATISTICS, digest="synthetic", sizes=sizes)
+    info = DatasetInfo("synthetic", names, 3, MEAN, STD, digest="synthetic", sizes=sizes)
     return ResidentDataset(info, recipe.data, device, {"train": split, "test": split})
 
 
 def build_teacher(depth: int, device: torch.device) -> Teacher:
     """A CIFAR ResNet with random weights."""
-    torch.manual_seed(0)
     contract = InputContract(IMAGENET_MEAN, IMAGENET_STD, 32)
     return Teacher(f"cifar_resnet{depth}", CifarResNet(depth), contract, NUM_CLASSES).to(device)
 
 
 def build_trainer(
-    recipe: Recipe, accelerator: Accelerator, *, teacher: Teacher | None = None, dataset: Dataset | None = None
+    recipe: Recipe, accelerator: Accelerator, teacher: Teacher | None = None, dataset: Dataset | None = None
 ) -> Trainer:
     """The trainer of `distill train`, ready for steps."""
-    data = dataset if dataset is not None else resident_data(recipe, accelerator.device)
-    trainer = Trainer(recipe, accelerator, data, teacher)
+    trainer = Trainer(recipe, accelerator, dataset or resident_data(recipe, accelerator.device), teacher)
     trainer.model.train()
     return trainer
+
+
+def step_flops(trainer: Trainer) -> int:
+    """FLOPs of one image in a training step: three forward passes of the student (forward, and gradients by inputs and
+    by weights) and one of the teacher.
+    """
+    image = torch.zeros(1, 3, trainer.recipe.data.resolution, trainer.recipe.data.resolution)
+    teachers = 0 if trainer.teacher is None else count_flops(trainer.teacher, image)
+    return 3 * count_flops(trainer.student, image) + teachers
+
+
+def step_arm(name: str, recipe: Recipe, accelerator: Accelerator, teacher: Teacher | None = None) -> Arm:
+    """Training steps on one batch."""
+    trainer = build_trainer(recipe, accelerator, teacher)
+    batch = next(endless_batches(trainer))
+    return Arm(name, lambda: trainer.train_step(batch), recipe.train.batch_size, step_flops(trainer))
 
 
 def endless_batches(trainer: Trainer) -> Iterator[list[Batch]]:
@@ -110,17 +135,3 @@ def endless_batches(trainer: Trainer) -> Iterator[list[Batch]]:
     while True:
         yield from trainer.dataset.training_batches(trainer.plan, epoch)
         epoch += 1
-
-
-def fixed_batch(trainer: Trainer) -> list[Batch]:
-    """The first batch, on the device."""
-    return next(trainer.dataset.training_batches(trainer.plan, 0))
-
-
-def distilling(teacher: str, *methods: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """The sections of a recipe that distil from `teacher` by these methods, or by its decisions, as DeiT does."""
-    return {
-        "teacher": {"model": teacher, **options},
-        "label_weight": 0.5,
-        "distill": [dict(method) for method in methods] or [HARD],
-    }

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from distill.analysis import analyse
 from distill.analysis.corruptions import CORRUPTIONS
 from distill.analysis.record import _disagreements, _stratified, _take
-from distill.bench.flops import cifar_resnet_forward
 from distill.data import open_dataset
 from distill.errors import InputError
 from distill.exports.folder import load_export
@@ -25,6 +24,7 @@ from distill.report.comparison import compare
 from distill.report.sections import sections
 from distill.run import read_recipe
 from tests.conftest import Command, Toy, environment
+from tests.formulas import cifar_resnet_forward
 
 
 @pytest.fixture(scope="module")

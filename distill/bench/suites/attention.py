@@ -4,111 +4,145 @@ summed-area tables, and over ordinary attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from distill.bench.machine import DTYPES, Machine
-from distill.bench.measure import Arm, Goal, Row, compare, interleave
-from distill.bench.summed_area import summed_area_attention
-from distill.recipe.sizes import VIT_SIZES
+from distill.bench.arms import AREAS
+from distill.bench.measure import DTYPES, Arm, Machine, Row, compare
+from distill.recipe import VIT_SIZES
+from distill.students.attention import PatchGrid
 from distill.students.attention.area import AreaAttention, area_attention
-from distill.students.attention.base import PatchGrid
 from distill.students.plain import train_on_cpu
 
 SIDE, PREFIX = 8, 2
 """Of the patch grid of a student with patch 4 at 32 px, and its class and distillation tokens."""
-AREAS: dict[str, Mapping[str, Any]] = {
-    "areas of 2": {"max_area": 2},
-    "areas of 4": {"max_area": 4},
-    "areas of 2x2": {"max_area": [2, 2]},
-}
+TOKENS = SIDE**2 + PREFIX
+GRID: dict[str, Any] = {"grid": (SIDE, SIDE), "num_prefix_tokens": PREFIX}
+
+
+def summed_area_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    max_area: int | Sequence[int],
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+) -> Tensor:
+    """Area attention as its paper computes it (Li et al. 2019, arXiv 1810.10126, section 3.3), with every area in
+    memory: softmax(q . mean key / sqrt(d)) @ summed values, [B, heads, N, d] -> [B, heads, N, d].
+
+    Args:
+        max_area, grid, num_prefix_tokens: as for `distill.students.attention.area.area_attention`.
+    """
+    if isinstance(max_area, int):
+        max_area, grid, num_prefix_tokens = (1, max_area), (1, key.shape[-2]), 0
+    prefix_keys, keys = key.tensor_split([num_prefix_tokens], -2)
+    prefix_values, values = value.tensor_split([num_prefix_tokens], -2)
+    area_keys, _, _ = _area_features(keys.unflatten(-2, grid), max_area)
+    _, _, area_values = _area_features(values.unflatten(-2, grid), max_area)
+    logits = query @ torch.cat([prefix_keys, area_keys], -2).transpose(-1, -2) / query.shape[-1] ** 0.5
+    return logits.softmax(-1) @ torch.cat([prefix_values, area_values], -2)
+
+
+def _area_features(x: Tensor, max_area: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [..., H, W, d] -> mean, standard deviation and sum of every area [..., areas, d]: the authors' code makes
+    all three together, whichever of them it uses.
+    """
+    # [..., H + 1, W + 1, d]: at (i, j) the sum of all rows before i and columns before j.
+    table, squares_table = (F.pad(v.cumsum(-3).cumsum(-2), (0, 0, 1, 0, 1, 0)) for v in (x, x.square()))
+    totals, squares, sizes = [], [], []
+    for height in range(1, max_area[0] + 1):
+        for width in range(1, max_area[1] + 1):
+            totals.append(_box_sums(table, height, width))
+            squares.append(_box_sums(squares_table, height, width))
+            sizes.append(x.new_full((totals[-1].shape[-2], 1), height * width))
+    total, size = torch.cat(totals, -2), torch.cat(sizes)
+    mean = total / size
+    variance = torch.cat(squares, -2) / size - mean.square()
+    return mean, (variance.abs() + 1e-6).sqrt(), total
+
+
+def _box_sums(table: Tensor, height: int, width: int) -> Tensor:
+    """The sum over each height x width box, [..., boxes, d], of the four values at its corners."""
+    below, above = table[..., height:, :, :], table[..., :-height, :, :]
+    boxes = below[..., width:, :] - below[..., :-width, :] - above[..., width:, :] + above[..., :-width, :]
+    return boxes.flatten(-3, -2)
 
 
 class SummedArea(AreaAttention):
     """The same layer on summed-area tables."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = summed_area_attention(
-            query, key, value, max_area=self.max_area, grid=(SIDE, SIDE), num_prefix_tokens=PREFIX
-        )
-        return self.proj(attended.transpose(1, 2).reshape(batch, tokens, dim))
+        attended = summed_area_attention(query, key, value, max_area=self.max_area, **GRID)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 def measure(machine: Machine) -> Iterator[Row]:
-    batch = 1024 if machine.device.type == "cuda" else 128
     for model in machine.sizes:
         for precision in machine.precisions:
-            yield from _without_projections(machine, model, precision, batch)
-            plain = layer_arm(machine, model, precision, batch, "ordinary attention", None)
-            areas = [layer_arm(machine, model, precision, batch, name, AreaAttention, **AREAS[name]) for name in AREAS]
-            tables = [
-                layer_arm(machine, model, precision, batch, f"{name} by tables", SummedArea, **AREAS[name])
-                for name in AREAS
-            ]
-            times = interleave([plain, *areas, *tables], machine.device, **machine.rounds)
-            where = f"layer of {model}, {SIDE**2 + PREFIX} tokens, batch {batch}, {precision}"
-            for table, area in zip(tables, areas, strict=True):
-                yield compare(where, times, area, table, of="speed", goal=Goal(">=", 5))
+            where = f"{TOKENS} tokens, batch {machine.batch_size}, {precision}"
+            bare = partial(_bare_arm, machine, model, precision)
+            areas = [bare(name, area_attention, max_area) for name, max_area in AREAS.items()]
+            tables = [bare(f"{name} by tables", summed_area_attention, max_area) for name, max_area in AREAS.items()]
+            times = machine.interleave([*areas, *tables])
+            for area, table in zip(areas, tables, strict=True):
+                yield compare(f"attention of {model} without projections, {where}", times, area, table, of="speed")
+            layer = partial(layer_arm, machine, model, precision)
+            plain = layer("ordinary attention", None)
+            areas = [layer(name, AreaAttention, max_area) for name, max_area in AREAS.items()]
+            tables = [layer(f"{name} by tables", SummedArea, max_area) for name, max_area in AREAS.items()]
+            times = machine.interleave([plain, *areas, *tables])
+            for area, table in zip(areas, tables, strict=True):
+                yield compare(f"layer of {model}, {where}", times, area, table, of="speed")
             for area in areas:
-                yield compare(where, times, area, plain, of="time")
+                yield compare(f"layer of {model}, {where}", times, area, plain, of="time")
 
 
-def _without_projections(machine: Machine, model: str, precision: str, batch: int) -> Iterator[Row]:
+def _bare_arm(
+    machine: Machine, model: str, precision: str, name: str, attention: Callable[..., Tensor], max_area: Any
+) -> Arm:
     size = VIT_SIZES[model]
-    shape = batch, size.heads, SIDE**2 + PREFIX, size.width // size.heads
-    sources = [torch.randn(shape, device=machine.device, dtype=DTYPES[precision]).requires_grad_() for _ in range(3)]
-
-    def arm(name: str, attention: Callable[..., Tensor], options: Mapping[str, Any]) -> Arm:
-        def forward_and_backward() -> None:
-            attention(*sources, grid=(SIDE, SIDE), num_prefix_tokens=PREFIX, **options).sum().backward()
-            for source in sources:
-                source.grad = None
-
-        return Arm(name, forward_and_backward, batch)
-
-    areas = [arm(name, area_attention, options) for name, options in AREAS.items()]
-    tables = [arm(f"{name} by tables", summed_area_attention, options) for name, options in AREAS.items()]
-    times = interleave([*areas, *tables], machine.device, **machine.rounds)
-    for area, table in zip(areas, tables, strict=True):
-        where = f"attention of {model} without projections, {SIDE**2 + PREFIX} tokens, batch {batch}, {precision}"
-        yield compare(where, times, area, table, of="speed")
-
-
-def attention_layer(width: int, heads: int, kind: type[AreaAttention] | None, **options: Any) -> nn.Module:
-    """A layer of that width; None: timm's own, as it is trained here."""
-    if kind is None:
-        plain = Attention(width, heads, qkv_bias=True)
-        train_on_cpu(plain)
-        return plain
-    return kind(width, heads, grid=PatchGrid(SIDE, SIDE), num_prefix_tokens=PREFIX, **options)
+    shape = machine.batch_size, size.heads, TOKENS, size.width // size.heads
+    qkv = [torch.randn(shape, device=machine.device, dtype=DTYPES[precision]).requires_grad_() for _ in range(3)]
+    return _arm(name, lambda: attention(*qkv, max_area=max_area, **GRID), qkv, machine.batch_size)
 
 
 def layer_arm(
-    machine: Machine,
-    model: str,
-    precision: str,
-    batch: int,
-    name: str,
-    kind: type[AreaAttention] | None,
-    **options: Any,
+    machine: Machine, model: str, precision: str, name: str, kind: type[AreaAttention] | None, max_area: Any = None
 ) -> Arm:
-    """The layer's forward and backward pass on random tokens, its images as units."""
+    """The layer's forward and backward pass on random tokens, its images as units; without a `kind` timm's own
+    attention, as it is trained here.
+    """
     size = VIT_SIZES[model]
-    layer = attention_layer(size.width, size.heads, kind, **options).to(machine.device)
-    tokens = torch.randn(batch, SIDE**2 + PREFIX, size.width, device=machine.device, requires_grad=True)
+    if kind is None:
+        layer: nn.Module = Attention(size.width, size.heads, qkv_bias=True)
+        train_on_cpu(layer)
+    else:
+        layer = kind(size.width, size.heads, max_area=max_area, grid=PatchGrid(SIDE, SIDE), num_prefix_tokens=PREFIX)
+    layer.to(machine.device)
+    tokens = torch.randn(machine.batch_size, TOKENS, size.width, device=machine.device, requires_grad=True)
 
-    def forward_and_backward() -> None:
+    def forward() -> Tensor:
         with torch.autocast(machine.device.type, DTYPES[precision], enabled=precision != "fp32"):
-            output = layer(tokens)
-        output.sum().backward()
-        layer.zero_grad()
-        tokens.grad = None
+            output: Tensor = layer(tokens)
+        return output
+
+    return _arm(name, forward, [tokens, *layer.parameters()], machine.batch_size)
+
+
+def _arm(name: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor], batch: int) -> Arm:
+    def forward_and_backward() -> None:
+        forward().sum().backward()
+        for leaf in leaves:
+            leaf.grad = None
 
     return Arm(name, forward_and_backward, batch)

@@ -2,79 +2,56 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import yaml
-
-from distill.bench.machine import Machine
-from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave, summary
+from distill.bench.measure import Arm, Machine, Row, compare
+from distill.console import say
+from distill.run import read_metrics
 
 COMMAND = (sys.executable, "-m", "distill.cli")
 IMPORTS = "import torch, torchvision, timm, accelerate"
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
-def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
+def measure(machine: Machine) -> Iterator[Row]:
     recipe = RECIPES / "quickstart.yaml"
     if not recipe.exists():
-        yield Unmeasured("startup", "< 0.5 s, < 1 s, < 2x the imports", "needs recipes/quickstart.yaml of a checkout")
+        say("startup is left out: it needs recipes/quickstart.yaml of a checkout.")
         return
-    for arguments, bound in ((["--help"], 0.5), (["validate", str(recipe)], 1.0)):
-        name = f"distill {arguments[0]}"
-        arm = Arm(name, partial(_run, [*COMMAND, *arguments], machine.scratch))
-        taken = interleave([arm], machine.device, repetitions=machine.repetitions)[name]
-        middle, spread = summary(taken)
-        yield Row(f"startup, {name}", name, "one second", middle, spread, len(taken), Goal("<=", bound))
-    launch = _prepare(machine.scratch, recipe)
-    step, imports = (Arm(name, lambda: None) for name in ("first step of the quickstart", "bare imports"))
-    measured: dict[str, list[float]] = {step.name: [], imports.name: []}
-    for turn in range(machine.repetitions):
-        measured[step.name].append(_until_first_step(launch, machine.scratch, f"run{turn}"))
-        began = time.perf_counter()
-        _run([sys.executable, "-c", IMPORTS], machine.scratch)
-        measured[imports.name].append(time.perf_counter() - began)
-    yield compare("startup, first step", measured, step, imports, of="time", goal=Goal("<=", 2))
-
-
-def _run(command: Sequence[str], folder: Path) -> None:
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-
-
-def _prepare(folder: Path, recipe: Path) -> list[str]:
-    """The quickstart's command, with its data packed and its teacher trained (for one step: its accuracy does not
-    matter here).
-    """
-    teacher = yaml.safe_load((RECIPES / "teachers" / "digits_cnn.yaml").read_text(encoding="utf-8"))
-    teacher["train"]["max_steps"] = 1
-    short = folder / "teacher.yaml"
-    short.write_text(yaml.safe_dump(teacher), encoding="utf-8")
+    run = partial(subprocess.run, cwd=machine.scratch, check=True, capture_output=True)
+    for arguments in (["--help"], ["validate", str(recipe)]):
+        arm = Arm(f"distill {arguments[0]}", partial(run, [*COMMAND, *arguments]))
+        second = arm._replace(name="one second")
+        times = machine.interleave([arm], times=1) | {second.name: [1.0] * machine.repetitions}
+        yield compare(f"startup, {arm.name}", times, arm, second, of="time")
+    # Its teacher is trained before, for one step: its accuracy does not matter here.
+    short = machine.scratch / "teacher.yaml"
+    short.write_text(f"base: {RECIPES}/teachers/digits_cnn.yaml\ntrain: {{max_steps: 1}}\n", encoding="utf-8")
     overrides = [f"teacher.recipe={short}", "teacher.min_accuracy=0.0", "train.log_every=1"]
     command = [*COMMAND, "train", str(recipe), *overrides]
-    _run([*command, "train.max_steps=1", "control=false", "--out", "prepared"], folder)
-    return command
+    run([*command, "train.max_steps=1", "control=false", "--out", "prepared"])
+    folders = (machine.scratch / f"run{number}" for number in itertools.count())
+    step = Arm("first step of the quickstart", lambda: _first_step(command, next(folders)))
+    imports = Arm("bare imports", partial(run, [sys.executable, "-c", IMPORTS]))
+    times = machine.interleave([step, imports], times=1, warm_up=0)
+    yield compare("startup, first step", times, step, imports, of="time")
 
 
-def _until_first_step(command: Sequence[str], folder: Path, name: str) -> float:
-    """Seconds from the start of the process to the line that its first step leaves in metrics.jsonl."""
-    metrics = folder / name / "metrics.jsonl"
-    began = time.time()
-    process = subprocess.Popen(
-        [*command, "--out", name], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def _first_step(command: list[str], folder: Path) -> None:
+    """Train until there is a first line of metrics, and no further."""
+    command = [*command, "--out", str(folder)]
+    process = subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while process.poll() is None:
-            text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-            for line in map(json.loads, text.rpartition("\n")[0].splitlines()):
-                if line["event"] == "train":
-                    return line["time"] - began
+        while not any(read_metrics(folder, "train")):
+            if (code := process.poll()) is not None:
+                raise RuntimeError(f"the quickstart ended with code {code} before its first step")
             time.sleep(0.02)
-        raise RuntimeError(f"the quickstart ended with code {process.returncode} before its first step")
     finally:
         process.kill()
         process.wait()

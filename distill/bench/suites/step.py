@@ -4,112 +4,86 @@ method over plain training, and how near the step comes to the machine's matrix 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from distill.bench import arms
-from distill.bench.flops import TRAINING, vit_forward
-from distill.bench.machine import Machine
-from distill.bench.measure import Arm, Goal, Row, Unmeasured, compare, interleave
-from distill.bench.methods import measure_methods
-from distill.bench.suites.attention import AREAS
+from distill.bench.arms import Student, step_arm
+from distill.bench.measure import Arm, Machine, Row, compare
 
-ORDINARY = {"kind": "standard"}
-CPU_GOALS = {"vit_tiny": 1.03, "vit_nano": 1.12}
-CUDA_GOALS = {32: 1.02, 224: 1.03}
-CPU_SHARES = {"fp32": 0.8, "bf16": 0.6}
-CUDA_SHARES = {("vit_tiny", 32): 0.15, ("vit_small", 224): 0.30}
+DEPTH = 20
+METHODS = ("hard", "soft", "dkd", "dist", "guide", "fitnet", "attention_transfer", "relational", "similarity")
 
 
-def measure(machine: Machine) -> Iterator[Row | Unmeasured]:
-    cuda = machine.device.type == "cuda"
-    for precision in ("bf16",) if cuda else machine.precisions:
-        accelerator = arms.accelerator(precision)
-        for student in _students(machine, precision):
-            yield from _area_over_plain(machine, accelerator, student)
-        accelerator.free_memory()
-    yield from measure_methods(machine)
-    yield from _growth(machine)
-    if cuda:
+def measure(machine: Machine) -> Iterator[Row]:
+    for precision in machine.step_precisions:
+        for model in machine.sizes:
+            yield from _area_over_plain(machine, Student(model, precision=precision, batch_size=machine.batch_size))
+        if machine.on_cuda:
+            yield from _area_over_plain(machine, Student("vit_small", 16, 224, 256, precision))
+    student = Student(machine.sizes[0], precision=machine.step_precisions[-1], batch_size=machine.batch_size)
+    yield from _methods(machine, student)
+    yield from _growth(machine, student)
+    if machine.on_cuda:
         yield from _compiled_over_eager(machine)
-    else:
-        for bound, batch in ((1.5, 1024), (3, 128)):
-            yield Unmeasured("compiled over eager step", f">= {bound} at batch {batch}", "needs CUDA")
 
 
-def _students(machine: Machine, precision: str) -> Iterator[arms.Student]:
-    for model in machine.sizes:
-        yield arms.Student(model, precision=precision, batch_size=1024 if machine.device.type == "cuda" else 128)
-    if machine.device.type == "cuda":
-        yield arms.Student("vit_small", 16, 224, 256, precision)
-
-
-def step_arm(name: str, student: arms.Student, accelerator: Accelerator, attention: Mapping[str, Any]) -> Arm:
-    """A student's training steps on one batch."""
-    trainer = arms.build_trainer(student.recipe(student={"attention": attention}), accelerator)
-    batch = arms.fixed_batch(trainer)
-    flops = TRAINING * vit_forward(trainer.recipe.student, resolution=student.resolution, num_classes=arms.NUM_CLASSES)
-    return Arm(name, lambda: trainer.train_step(batch), student.batch_size, flops)
-
-
-def _area_over_plain(machine: Machine, accelerator: Accelerator, student: arms.Student) -> Iterator[Row]:
-    plain = step_arm("ordinary attention", student, accelerator, ORDINARY)
-    areas = [
-        step_arm(name, student, accelerator, {"kind": "area", "blocks": [0, 1], **options})
-        for name, options in AREAS.items()
-    ]
-    product = machine.matrix_product(student.precision)
-    times = interleave([plain, *areas, product], machine.device, **machine.rounds)
-    cuda = machine.device.type == "cuda"
-    bound = CUDA_GOALS[student.resolution] if cuda else CPU_GOALS.get(student.model)
-    where = f"{student.model}/{student.patch_size} {student.resolution} px {student.precision}"
+def _area_over_plain(machine: Machine, student: Student) -> Iterator[Row]:
+    accelerator = arms.accelerator(student.precision)
+    plain = step_arm("ordinary attention", student.recipe(), accelerator)
+    areas = [step_arm(name, student.recipe(**arms.with_areas(name)), accelerator) for name in arms.AREAS]
+    product, rate = machine.matrix_product(student.precision), machine.matrix_rate(student.precision)
+    times = machine.interleave([plain, *areas, product])
     for arm in areas:
-        goal = Goal("<=", bound) if arm is areas[0] and bound else None
-        rate = machine.matrix_rates[student.precision]
-        yield compare(f"step, {where}", times, arm, plain, of="time", goal=goal, matrix_rate=rate)
-    shares = CUDA_SHARES.get((student.model, student.resolution)) if cuda else CPU_SHARES[student.precision]
-    goal = Goal(">=", shares) if shares and (cuda or student.model == "vit_tiny") else None
+        yield compare(f"step, {student}", times, arm, plain, of="time", matrix_rate=rate)
     # Both arms in FLOP/s: the ratio of their speeds is the share of the rate, taken round by round.
     per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, product)}
-    yield compare(f"share of the matrix rate, {where}", per_flop, plain, product, of="speed", goal=goal)
+    yield compare(f"share of the matrix rate, {student}", per_flop, plain, product, of="speed")
 
 
-def _growth(machine: Machine) -> Iterator[Row]:
+def _methods(machine: Machine, student: Student) -> Iterator[Row]:
+    """Each method alone over plain training, and locality guidance beside the teacher's decisions over these alone."""
+    accelerator = arms.accelerator(student.precision)
+    teacher = arms.build_teacher(DEPTH, machine.device)
+
+    def arm(name: str, *methods: str) -> Arm:
+        return step_arm(name, student.recipe(**arms.distilling(DEPTH, *methods)), accelerator, teacher)
+
+    plain, guided = step_arm("plain training", student.recipe(), accelerator), arm("hard and guide", "hard", "guide")
+    alone = [arm(method, method) for method in METHODS]
+    times = machine.interleave([plain, *alone, guided])
+    where = f"step, {student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
+    for distilled in [*alone, guided]:
+        yield compare(where, times, distilled, plain, of="time")
+    yield compare(where, times, guided, alone[0], of="time")
+
+
+def _growth(machine: Machine, student: Student) -> Iterator[Row]:
     """Images per second at other batch sizes and resolutions over those of one student."""
-    cuda = machine.device.type == "cuda"
-    precision = machine.precisions[-1]
-    student = arms.Student(machine.sizes[0], precision=precision, batch_size=1024 if cuda else 128)
-    accelerator = arms.accelerator(precision)
-    batches = [replace(student, batch_size=student.batch_size * factor // 4) for factor in (1, 4, 16)]
-    shapes = [
-        replace(student, patch_size=8),
-        student,
-        replace(student, resolution=64, batch_size=student.batch_size // 4),
-    ]
-    for what, students in (("batch", batches), ("tokens", shapes)):
-        measured = [
-            step_arm(f"{one.resolution} px, patch {one.patch_size}, batch {one.batch_size}", one, accelerator, ORDINARY)
+    accelerator = arms.accelerator(student.precision)
+    quarter = replace(student, batch_size=student.batch_size // 4)
+    fourfold = replace(student, batch_size=student.batch_size * 4)
+    fewer, more = replace(student, patch_size=8), replace(quarter, resolution=64)
+    rate = machine.matrix_rate(student.precision)
+    for what, students in (("batch", (quarter, student, fourfold)), ("tokens", (fewer, student, more))):
+        smaller, middle, larger = (
+            step_arm(f"{one.resolution} px, patch {one.patch_size}, batch {one.batch_size}", one.recipe(), accelerator)
             for one in students
-        ]
-        times = interleave(measured, machine.device, **machine.rounds)
-        rate = machine.matrix_rates[precision]
-        for arm in (measured[0], measured[2]):
-            name = f"growth with {what}, {student.model} {precision}"
-            yield compare(name, times, arm, measured[1], of="speed", matrix_rate=rate)
-    accelerator.free_memory()
+        )
+        times = machine.interleave([smaller, middle, larger])
+        for arm in (smaller, larger):
+            name = f"growth with {what}, {student.model} {student.precision}"
+            yield compare(name, times, arm, middle, of="speed", matrix_rate=rate)
 
 
 def _compiled_over_eager(machine: Machine) -> Iterator[Row]:
-    accelerator = arms.accelerator("bf16")
-    for batch, bound in ((1024, 1.5), (128, 3.0)):
-        student = arms.Student("vit_tiny", precision="bf16", batch_size=batch, compile=True)
-        compiled = step_arm("compiled", student, accelerator, ORDINARY)
-        eager = step_arm("eager", replace(student, compile=False), accelerator, ORDINARY)
-        times = interleave([compiled, eager], machine.device, **machine.rounds)
-        name = f"compiled step, vit_tiny/4 32 px bf16, batch {batch}"
-        yield compare(name, times, compiled, eager, of="speed", goal=Goal(">=", bound))
+    for batch in (1024, 128):
+        accelerator = arms.accelerator("bf16")
+        student = Student("vit_tiny", precision="bf16", batch_size=batch, compile=True)
+        compiled = step_arm("compiled", student.recipe(), accelerator)
+        eager = step_arm("eager", replace(student, compile=False).recipe(), accelerator)
+        times = machine.interleave([compiled, eager])
+        yield compare(f"compiled step, {student}, batch {batch}", times, compiled, eager, of="speed")
         torch.compiler.reset()

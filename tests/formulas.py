@@ -1,36 +1,30 @@
-"""Floating-point operations of models, counted by formula: two for every multiply-add of a matrix product.
-
-Elementwise work (norms, activations, softmax, sums over areas) is not counted, as in `torch.utils.flop_counter`,
-against which a test checks these formulas. Training is counted as three forward passes (forward, and gradients by
-inputs and by weights).
+"""Floating-point operations by closed formulas, two for every multiply-add of a matrix product: the oracle of
+`distill.flops`.
 """
 
 from __future__ import annotations
 
 from distill.options import StudentOptions
-from distill.recipe.sizes import DEFAULT_PATCH_SIZE, VIT_SIZES
-
-TRAINING = 3
+from distill.recipe import VIT_SIZES
 
 
-def vit_forward(student: StudentOptions, *, resolution: int, num_classes: int, channels: int = 3) -> float:
+def vit_forward(student: StudentOptions, *, resolution: int, num_classes: int, channels: int = 3) -> int:
     """One image through a vit_* student with a patch stem.
 
     Area attention is counted as ordinary attention: its areas are made of sums.
     """
     assert student.stem == "patch"
-    size = VIT_SIZES[student.model]
-    patch = student.patch_size or DEFAULT_PATCH_SIZE
+    size, patch = VIT_SIZES[student.model], student.patch_size
     heads = 1 if student.distillation_token is False else 2
     patches = (resolution // patch) ** 2
     tokens = patches + heads
     projections = 12 * size.width**2  # 3 for q, k, v, 1 after the attention, 4 and 4 of the MLP
     block = 2 * tokens * projections + 2 * 2 * tokens**2 * size.width
     embedding = 2 * patches * channels * patch**2 * size.width
-    return float(embedding + size.depth * block + heads * 2 * size.width * num_classes)
+    return embedding + size.depth * block + heads * 2 * size.width * num_classes
 
 
-def cifar_resnet_forward(depth: int, *, resolution: int = 32, num_classes: int = 10) -> float:
+def cifar_resnet_forward(depth: int, *, resolution: int = 32, num_classes: int = 10) -> int:
     """One image through a CIFAR ResNet (He et al. 2015, section 4.2) with parameter-free shortcuts."""
     blocks = (depth - 2) // 6
     total = 2 * resolution**2 * 9 * 3 * 16
@@ -42,4 +36,4 @@ def cifar_resnet_forward(depth: int, *, resolution: int = 32, num_classes: int =
         first = 2 * side**2 * 9 * narrow * width
         rest = 2 * side**2 * 9 * width * width
         total += first + (2 * blocks - 1) * rest
-    return float(total + 2 * width * num_classes)
+    return total + 2 * width * num_classes

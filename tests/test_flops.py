@@ -1,4 +1,4 @@
-"""The formulas against what is counted of a forward pass, by `distill.flops`."""
+"""What `distill.flops` counts of a forward pass, against closed formulas."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 
-from distill.bench.arms import STATISTICS
-from distill.bench.flops import cifar_resnet_forward, vit_forward
 from distill.flops import count_flops
 from distill.options import StudentOptions
 from distill.students import build_student
 from distill.students.plain import train_on_cpu
 from distill.students.student import Student as Model
 from teachers.cifar_resnet import CifarResNet
+from tests.formulas import cifar_resnet_forward, vit_forward
 from tests.students.helpers import student_options
 
 
 def build(spec: StudentOptions, side: int) -> Model:
-    mean, std = STATISTICS
-    student = build_student(spec, resolution=side, num_classes=10, channels=3, mean=mean, std=std, seed=0)
+    half = (0.5, 0.5, 0.5)
+    student = build_student(spec, resolution=side, num_classes=10, channels=3, mean=half, std=half, seed=0)
     train_on_cpu(student)  # as a run does
     return student
 
@@ -62,9 +61,8 @@ def test_multi_head_attention_of_torch() -> None:
 
 def test_training_is_three_forward_passes() -> None:
     """Less what the first layer saves, since nobody asks for gradients by pixels."""
-    mean, std = STATISTICS
     spec = student_options(model="vit_nano", patch_size=4, distillation_token=True)
-    student = build_student(spec, resolution=32, num_classes=10, channels=3, mean=mean, std=std, seed=0)
+    student = build(spec, 32)
     for block in student.model.blocks:
         block.attn.fused_attn = False  # the fused kernel computes the logits anew in its backward pass
     with FlopCounterMode(display=False) as counter:
