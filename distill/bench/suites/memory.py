@@ -98,13 +98,11 @@ def _peaks(machine: Machine, measured: Sequence[Arm]) -> dict[str, list[float]]:
 
 def _train(recipe: Recipe, device: torch.device) -> None:
     """Two steps from nothing: weights, gradients, optimizer state and activations."""
-    accelerator = arms.accelerator("fp32")
     teacher = arms.build_teacher(DEPTH, device) if recipe.teachers else None
-    trainer = arms.build_trainer(recipe, accelerator, teacher)
+    trainer = arms.build_trainer(recipe, arms.accelerator("fp32"), teacher)
     batches = arms.endless_batches(trainer)
     for _ in range(2):
         trainer.train_step(next(batches))
-    accelerator.free_memory()
 
 
 def _read(device: torch.device) -> None:
