@@ -16,7 +16,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from distill import registry
-from distill.analysis.energy import EnergyMeter
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
@@ -98,7 +97,6 @@ class Trainer:
         self.progress = Progress()
         self.saved = Progress()
         self.accumulator = MetricAccumulator(accelerator)
-        self.energy = EnergyMeter(accelerator.device)
         self.loader_bound = False
         self.gradient_shares = GradientShares(train, accelerator, self.student)
         self.evaluator = Classification(dataset, accelerator, batch_size=self.plan.micro_batch)
@@ -260,7 +258,7 @@ class Trainer:
     def log(self, tracking: Tracking) -> None:
         """Log the means over all processes since the last call."""
         self.read_skipped()
-        values = self.accumulator.read(self.plan.batch_size) | self.energy.take() | self.gradient_shares.read()
+        values = self.accumulator.read(self.plan.batch_size) | self.gradient_shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
         values |= {f"weight/{name}": weights[name] for name in self.recipe.scheduled}
         if (cache := self.cache) is not None:

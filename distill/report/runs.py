@@ -105,13 +105,6 @@ class RunFiles:
         return recipe.as_control().digest(OPERATIONAL_KEYS) if recipe is not None and recipe.distill else None
 
     @property
-    def training_joules(self) -> float | None:
-        """What the GPU's counter of energy grew by during the training; None where nobody counted."""
-        values = [event["energy"] for event in self.events if isinstance(event.get("energy"), int | float)]
-        # Only the main process counts, and only its own GPU.
-        return sum(values) if values and self.environment.get("processes") == 1 else None
-
-    @property
     def data_digest(self) -> str | None:
         """Identifies the data; None where the run did not record it."""
         return self.status.get("data_digest")

@@ -1,4 +1,4 @@
-"""Cost: accuracy against size, operations and time; training time and energy."""
+"""Cost: accuracy against size, operations and time; training time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def build(comparison: Comparison) -> Section | None:
             "model": comparison.called(name, model),
             "machine": _machine(files.environment),
             "training_seconds": files.training_seconds,
-            "training_joules": files.training_joules,
         }
         for name, run in comparison.runs.items()
         for model, files in run.models
@@ -40,7 +39,6 @@ def build(comparison: Comparison) -> Section | None:
             ("model", "model", ""),
             ("machine", "machine", ""),
             ("training", "training_seconds", duration),
-            ("energy kWh", "training_joules", lambda joules: f"{joules / 3.6e6:.4f}"),
         ]
         caption = "Time of the training with its evaluations, without the pauses before a resumption."
         parts.append(Table.of("training", caption, trained, columns))
