@@ -93,7 +93,7 @@ def test_the_results_are_those_of_the_run_files() -> None:
         assert read_status(path)["state"] == "finished"
 
 
-@pytest.mark.parametrize(("title", "arm"), [("What the teacher teaches", "nano-"), ("Real runs on CIFAR-10", "laptop")])
+@pytest.mark.parametrize(("title", "arm"), [("Distillation methods", "nano-"), ("Real runs on CIFAR-10", "laptop")])
 def test_the_rows_of_arms_are_those_of_the_results(title: str, arm: str) -> None:
     section = README.split(f"## {title}\n")[1].split("\n## ")[0]
     shown = [line for line in section.splitlines() if line.startswith("|") and f"| `{arm}" in line]
@@ -121,6 +121,6 @@ def test_the_counts_are_those_of_the_reliability_run() -> None:
     for line in (line for file in figures.values() for line in file["counts"]):
         earlier = counts.get(line["promise"], (0, 0))
         counts[line["promise"]] = max(earlier, (line["of"], line["done"]))
-    section = README.split("## What can be relied on\n")[1].split("\n## ")[0]
+    section = README.split("## Reliability\n")[1].split("\n## ")[0]
     shown = re.findall(r"^\| (.+?) \| ([\d,]+) of ([\d,]+) \|$", section, flags=re.MULTILINE)
     assert sorted(shown) == sorted((promise, f"{done:,}", f"{of:,}") for promise, (of, done) in counts.items())
