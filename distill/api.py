@@ -1,7 +1,7 @@
-"""What Python code calls: the commands as functions, with values for what they print and exceptions for messages.
+"""The Python API: the commands as functions that return values and raise exceptions.
 
-Import it as `distill`: `distill.train`, `distill.evaluate`, ... Nothing here ends the process, and nothing global is
-left behind: signal handlers, environment, log handlers, random states and torch's settings are as before a call.
+Import it as `distill`: `distill.train`, `distill.evaluate`, ... No function ends the process, and all restore global
+state: signal handlers, environment, log handlers, random states and torch's settings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Report(NamedTuple):
 
 
 class Run:
-    """A run directory, read anew at each call: while the run goes on, too. Goes wherever a path to it goes."""
+    """A run directory, read again at each call, also during the run. Accepted wherever a path is."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         """
@@ -62,22 +62,22 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What `status.json` says: `state` ('running', 'finished', 'interrupted', 'failed', or 'killed' where nobody
-        was left to write it), `reason`, `step`, `epoch`, the last `metrics`, and so on.
+        """`status.json`: `state` ('running', 'finished', 'interrupted', 'failed', or 'killed' if no process was left to
+        write it), `reason`, `step`, `epoch`, the last `metrics`, and so on.
         """
         from distill import run
 
         return run.read_status(self.path) | {"state": run.state_of(self.path)}
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` in order; with `event` ('train', 'eval', 'preflight', ...) those of one kind."""
+        """The lines of `metrics.jsonl`, optionally of one `event` ('train', 'eval', 'preflight', ...)."""
         from distill.files.metrics import read_lines
 
         return [line for line in read_lines(self.path / "metrics.jsonl") if event in (None, line["event"])]
 
     def predictions(self) -> dict[str, Tensor]:
-        """Of a finished run, on the test set: `labels` int64 [N], and float32 [N, classes] of `student.fused`,
-        `student.cls`, `student.dist` and `teacher`, as far as there are.
+        """Test set outputs of a finished run: `labels` int64 [N], and logits float32 [N, classes] of `student.fused`,
+        `student.cls`, and, if present, `student.dist` and `teacher`.
 
         Raises:
             InputError: they are missing or damaged.
@@ -91,7 +91,7 @@ class Run:
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
     def student(self) -> LoadedStudent:
-        """The exported student, as `load_student` gives it."""
+        """The exported student, as returned by `load_student`."""
         return load_student(self.path / "export")
 
     def report(self) -> Report:
@@ -111,8 +111,8 @@ def train(
 ) -> Run:
     """Train the student of a recipe, on all processes of this launch; returns when it is finished.
 
-    On the main thread SIGINT, SIGTERM, SIGUSR1 and SIGHUP end it with a checkpoint, in a notebook "interrupt" does. One
-    run at a time and process.
+    On the main thread SIGINT ("interrupt" in a notebook), SIGTERM, SIGUSR1 and SIGHUP end it with a checkpoint. One run
+    at a time per process.
 
     Args:
         recipe: a path, a mapping (whose paths are relative to the working directory), or a `Recipe`.
@@ -124,15 +124,15 @@ def train(
             tensor [C, H, W], label), without random transforms, or a pair of tensors, images uint8 [N, C, H, W] and
             labels int64 [N].
         teacher: in place of the recipe's `teacher.model`: a classifier, normalised images [B, C, size, size] -> logits
-            [B, classes], and its `Contract`. A copy of it teaches; the module stays as it is.
-        plugins: modules or Python files that register what the recipe names, as `--plugin`; they stay loaded.
+            [B, classes], and its `Contract`. The module is copied, not changed.
+        plugins: modules or Python files that register variants, as `--plugin`; they stay loaded.
 
     Raises:
-        InputError: something that was given cannot be used; nothing half-written is left.
-        RunFailed: the run cannot go on.
+        InputError: an argument cannot be used; nothing half-written is left.
+        RunFailed: the run cannot continue.
         Interrupted: stopped early, resumable.
     """
-    # Imports are not interrupted: a module that is imported by half would stay so.
+    # Import before signals raise: an interrupted import would leave a module partly imported.
     from distill.given import take
     from distill.pipeline import launch
     from distill.resumption import check_given, resumed_directory
@@ -142,11 +142,11 @@ def train(
             load_plugin(str(plugin))
         given, named = take(data, teacher)
         directory = None if out is None else Path(out)
-        asked = None if resume is None else str(resume)
-        # First, since a recipe may make no sense without what is missing.
-        check_given(resumed_directory(directory, asked), given)
+        resume = None if resume is None else str(resume)
+        # First, since without the given objects the recipe may be invalid.
+        check_given(resumed_directory(directory, resume), given)
         resolved, source = _load(recipe, [*overrides, *named])
-        return Run(launch(resolved, source=source, out=directory, resume=asked, given=given))
+        return Run(launch(resolved, source=source, out=directory, resume=resume, given=given))
 
 
 def dry_run(
@@ -156,13 +156,13 @@ def dry_run(
     data: Any = None,
     teacher: tuple[nn.Module, InputContract] | None = None,
 ) -> None:
-    """Build everything that `train` would, run preflight and one step, print sizes and costs, and make no run."""
-    from distill.dry_run import dry_run as rehearse
+    """Build everything, run preflight and one step, print sizes and costs; creates no run directory."""
+    from distill.dry_run import dry_run as run_once
     from distill.given import take
 
     with stopping(), _alone():
         given, named = take(data, teacher)
-        rehearse(_load(recipe, [*overrides, *named])[0], given)
+        run_once(_load(recipe, [*overrides, *named])[0], given)
 
 
 def evaluate(
@@ -172,18 +172,18 @@ def evaluate(
     data: Any = None,
     teacher: tuple[nn.Module, InputContract] | None = None,
 ) -> dict[str, Metrics]:
-    """Measure a run's exported student and its teacher, or the teacher of a recipe alone, on the test set. What the
-    run directory says of the test set is written anew.
+    """Evaluate a run's exported student and its teacher, or the teacher of a recipe, on the test set; rewrites the
+    run's predictions and analysis.
 
     Args:
         target: a run or its directory, a recipe, or a teacher's name.
         overrides, data, teacher: as for `train`.
 
     Returns:
-        Accuracies and the like by output: `student.fused`, `student.cls`, `student.dist`, `teacher`.
+        Metrics by output: `student.fused`, `student.cls`, `student.dist`, `teacher`.
 
     Raises:
-        InputError: there is nothing to evaluate, or something that was given cannot be used.
+        InputError: there is nothing to evaluate, or an argument cannot be used.
     """
     with _alone():
         from distill.commands import evaluate_run, evaluate_teacher
@@ -192,16 +192,16 @@ def evaluate(
         given, named = take(data, teacher)
         if isinstance(target, Run) or (isinstance(target, str | PathLike) and Path(target).is_dir()):
             return evaluate_run(Path(target), [*overrides, *named], given)
-        asked = (
+        recipe = (
             load_teachers_recipe(str(target), [*overrides, *named])
             if isinstance(target, str | PathLike)
             else _load(target, [*overrides, *named])[0]
         )
-        return evaluate_teacher(asked, given)
+        return evaluate_teacher(recipe, given)
 
 
 def compare(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> Report:
-    """Put teacher, student and control of finished runs side by side; `out` ends in .html.
+    """Compare teacher, student and control of finished runs in a report; `out` ends in .html.
 
     Raises:
         InputError: a run is missing, unfinished, damaged or of another test set, or `out` is no HTML file.
@@ -227,11 +227,11 @@ def export(
     Args:
         onnx: with `model.onnx`: images in [0, 1] -> logits, in float32.
         half: store the weights as float16.
-        head: 'cls' or 'dist' keeps that head alone.
+        head: 'cls' or 'dist' keeps only that head.
         license: for the model card, such as 'apache-2.0'.
 
     Raises:
-        InputError: the run has no export, something stands at `to`, or what was asked for is not to be had.
+        InputError: the run has no export, `to` exists, or the student does not support the options.
     """
     with _alone():
         from distill.exports.command import export_run
@@ -246,8 +246,8 @@ def predict(
     """The five most probable classes of each image, with their probabilities, the most probable first.
 
     Args:
-        student: a folder that `export` or a run wrote, or what `load_student` gave.
-        images: files, or images of Pillow's.
+        student: an export folder, or the result of `load_student`.
+        images: files or Pillow images.
 
     Raises:
         InputError: the folder holds no intact export, or a file is no image.
@@ -258,16 +258,16 @@ def predict(
 
 
 def load_student(folder: str | PathLike[str]) -> LoadedStudent:
-    """The student in a folder that `distill export` or a run wrote: model, transform and labels.
+    """The student in a folder written by `distill export` or a run: model, transform and labels.
 
     Raises:
-        InputError: a file is missing, damaged or was changed.
+        InputError: a file is missing, damaged or modified.
     """
     import torch
 
     from distill.exports.prediction import load_student as load_folder
 
-    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
+    with torch.random.fork_rng(devices=[]):  # random weights are drawn before they are loaded
         return load_folder(Path(folder))
 
 
@@ -278,7 +278,7 @@ def load_teacher(spec: str | Mapping[str, Any], num_classes: int) -> Teacher:
         spec: the name of a model, or a recipe's `teacher` section.
 
     Raises:
-        InputError: `spec` is wrong, the model or its weights cannot be had, or they do not fit `num_classes`.
+        InputError: `spec` is invalid, model or weights cannot be loaded, or they do not fit `num_classes`.
     """
     import torch
 
@@ -300,11 +300,11 @@ def _load(recipe: RecipeLike, overrides: Sequence[str]) -> tuple[Recipe, Path | 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One call at a time; everything global is as before behind it."""
+    """Allow one call at a time, and restore global state afterwards."""
     if not _busy.acquire(blocking=False):
         raise InputError(
-            "distill: another run, evaluation or export goes on in this process. Wait for its end, or start this one "
-            "in a process of its own."
+            "distill: another run, evaluation or export is active in this process. Wait for its end, or use a "
+            "separate process."
         )
     try:
         from distill.launching.isolation import isolated

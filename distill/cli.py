@@ -1,4 +1,4 @@
-"""The `distill` command. Each subcommand imports what it needs when it runs, so that the light ones answer at once."""
+"""The `distill` command. Subcommands import what they need when they run, to start fast."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from distill.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. What a user did wrong ends in one message, printed by one process.
+    """Run one command and return its exit code. User errors are one message, printed by one process.
 
-    Without arguments: the command that this process was started for, which ends with it.
+    Without arguments: run the command line of this process, and exit.
     """
     if arguments is None:
         run(sys.argv[1:])
@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="MODULE|FILE.py",
-        help="code that brings attention kinds, students, methods, teachers or datasets; may stand several times",
+        help="code that registers attention kinds, students, methods, teachers or datasets; may be repeated",
     )
     options = own.parse_intermixed_args(rest)
     if getattr(options, "arguments", None):
         _take_target(own, options)
     try:
-        if function is not train:  # which listens to signals before it imports anything
+        if function is not train:  # which handles signals before it imports anything
             _load_plugins(options)
         return function(options) or 0
     except InputError as error:
@@ -57,11 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
-    """`main` as a process that ends with it. Python would take torch apart piece by piece, for seconds that somebody
-    who stops a run may not have.
-    """
+    """Run `main`, then exit the process at once, without the seconds that Python takes to unload torch."""
     code = main(arguments)
-    if sys.flags.interactive:  # `python -i` goes on behind it
+    if sys.flags.interactive:  # `python -i` continues
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -71,7 +69,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line as a whole; each command has its own behind it."""
+    """The top-level parser; each command has its own."""
     listing = "\n".join(f"  {name:10} {summary}" for name, (summary, _, _) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="distill",
@@ -89,7 +87,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Tell the one RECIPE or TARGET from the key=value overrides, which may stand on either side of it."""
+    """Separate the RECIPE or TARGET from the key=value overrides, which may be on either side of it."""
     targets = [text for text in options.arguments if not re.match(r"[\w.]+=", text)]
     if len(targets) != 1:
         parser.error(f"give one {parser.get_default('target_name')}, not {len(targets)}: {' '.join(targets)}")
@@ -98,7 +96,7 @@ def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str, *, number: str = "+") -> None:
-    """One target of that name and its overrides; `_take_target` tells them apart."""
+    """Add a target of that name and overrides, which `_take_target` separates."""
     parser.set_defaults(target_name=name)
     parser.add_argument("arguments", nargs=number, metavar=f"{name} key=value", help=explanation)
 
@@ -112,7 +110,7 @@ def _load_plugins(options: argparse.Namespace) -> None:
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    explanation = "a YAML file, and what replaces single values in it, such as train.epochs=10; in any order"
+    explanation = "a YAML file, and overrides of single values, such as train.epochs=10; in any order"
     _target_arguments(parser, "RECIPE", explanation)
 
 
@@ -127,26 +125,26 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest intact checkpoint, or from that run or checkpoint",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, run preflight and one step, make no run"
+        "--dry-run", action="store_true", help="build everything, run preflight and one step, create no run"
     )
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train the student of a recipe: what `accelerate launch distill/train.py` runs."""
+    """Train the student of a recipe, as `accelerate launch distill/train.py` does."""
     arguments = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     plugins = [word for target in options.plugin for word in ("--plugin", target)]
     resuming = [options.target, *options.overrides, *plugins]
 
     def end(error: BaseException) -> int:
         directories = [run.path for run in stop.runs]
-        wrote = [run.end(error) for run in reversed(stop.runs)]
+        recorded = [run.end(error) for run in reversed(stop.runs)]
         out = None if options.dry_run else options.out
         if isinstance(error, Interrupted) and not stop.runs and out and is_main_process():
             write_interruption(error, out)
             directories = [out]
-        if is_main_process() or any(wrote):
+        if is_main_process() or any(recorded):
             message = exit_message(error, directories, arguments, resuming)
-            with suppress(OSError):  # a closed terminal, or a pipe whose reader was stopped too
+            with suppress(OSError):  # a closed terminal or pipe
                 print(visible(message), file=sys.stderr, flush=True)
         return exit_code(error)
 
@@ -155,7 +153,7 @@ def train(options: argparse.Namespace) -> int:
         from distill.recipe import load
 
         _load_plugins(options)
-        load(options.target, options.overrides)  # bad recipes are answered before torch is imported
+        load(options.target, options.overrides)  # reports bad recipes before torch is imported
         from distill import api
 
         if options.dry_run:
@@ -176,7 +174,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _show(run: Path) -> None:
-    """Print the table of a finished run, and where everything is."""
+    """Print the table of a finished run, and the paths of its files."""
     from distill.console import console, say
     from distill.report.comparison import compare
     from distill.report.tables import render_console
@@ -188,7 +186,7 @@ def _show(run: Path) -> None:
 
 
 def validate(options: argparse.Namespace) -> None:
-    """Check a recipe and print it as a run would resolve it."""
+    """Check a recipe and print it fully resolved."""
     from distill.recipe import load
 
     print(load(options.target, options.overrides).to_yaml(), end="")
@@ -207,7 +205,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure a run's exported student, or a teacher alone, on the test set."""
+    """Evaluate a run's exported student, or a teacher, on the test set."""
     from distill import api
     from distill.commands import table
     from distill.console import console
@@ -221,7 +219,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Put teacher, student and control of one or more runs side by side."""
+    """Compare teacher, student and control of one or more runs in a report."""
     from distill import api
     from distill.console import console, say
     from distill.report.tables import render_console
@@ -234,17 +232,17 @@ def compare(options: argparse.Namespace) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run directory")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the timm folder goes")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the timm folder to write")
     parser.add_argument("--onnx", action="store_true", help="with model.onnx: pixels in [0, 1] to logits, in float32")
     parser.add_argument("--fp16", action="store_true", help="store the weights as float16: half the file")
     parser.add_argument(
-        "--head", choices=("fused", "cls", "dist"), default="fused", help="one of the two heads alone (default: both)"
+        "--head", choices=("fused", "cls", "dist"), default="fused", help="only one of the two heads (default: both)"
     )
     parser.add_argument("--license", default="unknown", metavar="ID", help="for the model card, such as apache-2.0")
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a run's student as a timm folder, for ONNX too, or with less of it."""
+    """Write a run's student as a timm folder, optionally with ONNX, in float16 or with one head."""
     from distill import api
     from distill.console import say
 
@@ -268,7 +266,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Say what an exported student sees in images: the five most probable classes of each."""
+    """Print the five most probable classes of images for an exported student."""
     from distill import api
     from distill.console import console, say
     from distill.exports.prediction import table
@@ -284,7 +282,7 @@ def _teachers_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def teachers(options: argparse.Namespace) -> None:
-    """List the known teachers; with NAME, what is known of that one and its feature maps."""
+    """List the known teachers; with NAME, its zoo entry and feature maps."""
     from distill.console import console
     from distill.recipe import load_teachers_recipe
     from teachers.listing import known_teachers, one_teacher
@@ -301,7 +299,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", nargs="?", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--size", choices=("nano", "micro", "tiny", "small"), help="only this student, vit_SIZE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, and the table beside it")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures to this file, and the table beside it"
+    )
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -323,10 +323,10 @@ COMMANDS: dict[
     "train": ("train the student of a recipe", _train_arguments, train),
     "validate": ("check a recipe and print it resolved", _recipe_arguments, validate),
     "schema": ("print the JSON schema of recipes", _no_arguments, schema),
-    "evaluate": ("measure a run's student, or a teacher alone", _evaluate_arguments, evaluate),
-    "compare": ("put runs side by side in a report", _compare_arguments, compare),
+    "evaluate": ("evaluate a run's student, or a teacher", _evaluate_arguments, evaluate),
+    "compare": ("compare runs in a report", _compare_arguments, compare),
     "export": ("write a run's student as a timm folder", _export_arguments, export),
-    "predict": ("say what an exported student sees in images", _predict_arguments, predict),
+    "predict": ("classify images with an exported student", _predict_arguments, predict),
     "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
     "teachers": ("list the known teachers, or one's feature maps", _teachers_arguments, teachers),
 }

@@ -1,4 +1,4 @@
-"""Behind `distill evaluate`: models on the test set, outside any training."""
+"""Implementation of `distill evaluate`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from teachers import Teacher
 
 
 def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str, Metrics]:
-    """Measure a run's export, and its teacher, on the test set, and write its predictions anew.
+    """Evaluate a run's export, and its teacher, on the test set, and rewrite its predictions.
 
     Raises:
-        InputError: no run there, or one in use or without an export; or its data or teacher are not where its recipe
-        says.
+        InputError: no run there, or it is in use or has no export, or its data or teacher cannot be opened.
     """
     run.check_free(path)
     recipe = from_mapping(run.read_recipe(path).model_dump(), overrides, source=str(path / "resolved.yaml"))
@@ -43,23 +42,23 @@ def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str
     if teacher is not None:
         say(teacher.describe())
         for split in splits if teacher.num_classes else ():
-            evaluator.ask(teacher, split)
-    answers = {split: evaluator.predict(student, split) for split in splits}
-    predictions = answers["test"]
+            evaluator.predict_teacher(teacher, split)
+    outputs = {split: evaluator.predict(student, split) for split in splits}
+    predictions = outputs["test"]
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
     with safe_open(earlier if earlier.exists() else path / "export" / WEIGHTS_FILE, "pt") as file:
         metadata = (file.metadata() or {}) | {"data": dataset.info.digest}
     save_predictions(earlier, predictions, labels, metadata)
-    analyse(path, student, teacher, dataset, predictions, answers.get("validation", {}))
+    analyse(path, student, teacher, dataset, predictions, outputs.get("validation", {}))
     return _measured(predictions, labels)
 
 
 def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
-    """Measure the teacher of a recipe on the test set of its data.
+    """Evaluate the teacher of a recipe on the test set of its data.
 
     Raises:
-        InputError: it has none, or the data or the teacher are not where it says.
+        InputError: it has none, or data or teacher cannot be opened.
     """
     accelerator, dataset, teacher = _set_up(recipe, given)
     if teacher is None:
@@ -67,7 +66,9 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
     if not teacher.num_classes:
         raise InputError(f"{recipe.name}: {teacher.name} has no classifier, so it has no accuracy.")
     say(teacher.describe())
-    return _measured({"teacher": Classification(dataset, accelerator).ask(teacher, "test")}, dataset.labels("test"))
+    return _measured(
+        {"teacher": Classification(dataset, accelerator).predict_teacher(teacher, "test")}, dataset.labels("test")
+    )
 
 
 def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher | None]:
@@ -88,7 +89,7 @@ def _measured(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, Me
 
 
 def table(measured: Mapping[str, Metrics]) -> Table:
-    """For a console."""
+    """A table for the console."""
     shown = Table("model", "correct", "top-1 %", "top-5 %", "NLL")
     for name, metrics in measured.items():
         shown.add_row(

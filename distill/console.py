@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress display on a terminal, plain lines elsewhere; one process speaks."""
+"""Console output: a progress display on a terminal, plain lines elsewhere; main process only."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _log = logging.getLogger("distill")
 
 
 def say(text: str) -> None:
-    """Print a line as it is, whatever brackets names from recipes and paths have in them."""
+    """Print a line without interpreting markup in it."""
     console.print(visible(text), soft_wrap=True, markup=False, emoji=False)
 
 
 def _made_visible(record: logging.LogRecord) -> bool:
-    """Files are named in the log, and a file's name may be anything."""
+    """Escape unprintable characters of log records, for example in file names."""
     record.msg, record.args = visible(record.getMessage()), None
     return True
 
 
 class _OnFullDisk(logging.Handler):
-    """A full disk costs lines of the log, and not a stack trace for each."""
+    """Drops log lines on a full disk, without stack traces."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -41,13 +41,11 @@ class LogFile(_OnFullDisk, logging.FileHandler):
 
 
 class _LogStream(_OnFullDisk, logging.StreamHandler):
-    """Standard output, which may lead to a file."""
+    """Standard output, which may be a file."""
 
 
 def set_up_logging(*, is_main: bool) -> None:
-    """Send the project's log to the console of the main process, and silence the others below errors. A program that
-    handles its log itself goes on doing so.
-    """
+    """Log to the console on the main process, and only errors on the others. Existing handlers are kept."""
     _log.setLevel(logging.INFO if is_main else logging.ERROR)
     _log.addFilter(_made_visible)
     if not _log.hasHandlers():
@@ -58,7 +56,7 @@ def set_up_logging(*, is_main: bool) -> None:
         else:
             handler = _LogStream(console.file)
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        # What the progress display shows already goes to the run's log file alone.
+        # What the progress display shows is written to the run's log file only.
         handler.addFilter(lambda record: not getattr(record, "displayed", False))
         _log.addHandler(handler)
 
@@ -91,11 +89,11 @@ class TrainingDisplay:
         self._progress.stop()
 
     def advance(self, step: int) -> None:
-        """Steps done so far."""
+        """Set the number of finished steps."""
         self._progress.update(self._task, completed=step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """The means of the last logging interval."""
+        """Show the means of the last logging interval."""
         parts = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.startswith("loss"))
         text = f"epoch {step / self._steps_per_epoch:.2f}  {parts}  {values['images_per_second']:.0f} img/s"
         if self._live:
@@ -103,6 +101,6 @@ class TrainingDisplay:
         _log.info("step %d  %s", step, text, extra={"displayed": self._live})
 
     def accuracy(self, text: str) -> None:
-        """The newest evaluation, kept in view."""
+        """Show the newest evaluation."""
         self._accuracy = text
         _log.info(text)

@@ -1,5 +1,4 @@
-"""`--dry-run`: everything a run would do, up to its first step, and no run made. Data and weights that are
-not there yet are downloaded and packed."""
+"""`--dry-run`: everything up to the first step, without a run directory. Missing data and weights are downloaded."""
 
 from __future__ import annotations
 
@@ -23,9 +22,7 @@ from distill.trainer import Trainer
 
 
 def dry_run(recipe: Recipe, given: Given) -> None:
-    """Build everything, run preflight and one step, print what a run would be, and write nothing; on all processes of
-    this launch, as `distill.pipeline.launch`.
-    """
+    """Build everything, run preflight and one step, and print sizes and costs; on all processes of this launch."""
     with joined(given) as shared:
         recipe = with_precision(recipe)
         _dry_run(recipe, build_accelerator(recipe.train, Path()), given)
@@ -36,9 +33,9 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     dataset = open_data(recipe, accelerator, given.data)
     untrained = [spec for spec in recipe.teachers if not is_trained(recipe, spec)]
     for spec in untrained:
-        say(f"teacher.recipe: {spec.recipe} is not trained yet; its own dry run comes first, this one does without it.")
+        say(f"teacher.recipe: {spec.recipe} is not trained yet: its own dry run, then that of the student without it.")
         _dry_run(teacher_recipe(recipe, spec), accelerator, given)
-    asked = recipe
+    original = recipe
     if untrained:
         recipe = recipe.as_control()
     teacher = build_teacher(recipe, dataset, accelerator, given.teacher)
@@ -57,14 +54,14 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     info, side = dataset.info, recipe.data.resolution
     flops = count_flops(trainer.student, torch.zeros(1, info.channels, side, side))
     counts = count_parameters(trainer.student, teacher)
-    say(asked.to_yaml())
+    say(original.to_yaml())
     say(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
     say(f"FLOPs       {flops / 1e9:.4f} G for the student's forward pass of one image")
     say(f"memory      {memory / 2**20:,.0f} MiB at its peak in this process")
     say(f"steps       {trainer.total_steps:,}, {trainer.steps_per_epoch:,} an epoch")
     if trainer.cache is not None:
         file = trainer.cache.file
-        say(f"cache       {file.path}, {file.size / 1e6:,.1f} MB, of which {file.missing / 1e6:,.1f} MB are to be made")
+        say(f"cache       {file.path}, {file.size / 1e6:,.1f} MB, of which {file.missing / 1e6:,.1f} MB are missing")
     say(f"first step  loss {values.get('loss', math.nan):.4f}")
 
 

@@ -1,4 +1,4 @@
-"""Logits of a whole split, from any number of processes, in file order; everything else is computed from them."""
+"""Distributed prediction of a split in file order, evaluators, and the predictions file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.launching.processes import with_process_index
 from distill.launching.signals import stoppable
-from distill.out_of_memory import forget, is_out_of_memory
+from distill.out_of_memory import is_out_of_memory, release_frames
 from distill.report.metrics import measure
 from distill.students import Student
 from teachers import Teacher
@@ -55,7 +55,7 @@ def predict(
     part = batch_size
     rows = []
     for images, _ in batches:
-        asked = part
+        before = part
         while (outputs_of_batch := _forward_in_parts(forward, images, part)) is None:
             if part == 1:
                 raise RunFailed(
@@ -63,7 +63,7 @@ def predict(
                     "Take a smaller model or resolution, or a device with more memory."
                 )
             part = -(-min(part, len(images)) // 2)
-        if part < asked:
+        if part < before:
             _log.warning("evaluation: out of memory; from now on %d images at a time", part)
         rows.append(outputs_of_batch)
     outputs = [torch.cat(column) for column in zip(*rows, strict=True)]
@@ -76,21 +76,21 @@ def predict(
 
 
 def _forward_in_parts(forward: Callable[[Tensor], Sequence[Tensor]], images: Tensor, size: int) -> list[Tensor] | None:
-    """float32 outputs on images [B, C, H, W], so many at a time; None where they do not fit into the memory."""
+    """float32 outputs on images [B, C, H, W], `size` at a time; None if out of memory."""
     try:
         parts = [[output.float() for output in forward(part)] for part in images.split(size)]
         return [torch.cat(column) for column in zip(*parts, strict=True)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        forget(error)
+        release_frames(error)
     if images.device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 
 
 def _same_outputs(outputs: list[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """A process whose share is empty takes part in the gathering with as many outputs as the others, as wide."""
+    """Outputs for gathering; a process without samples gets empty ones of the others' number and width."""
     widths = max(gather_object([[output.shape[1] for output in outputs]]), key=len)
     return outputs or [torch.zeros(0, width, device=accelerator.device) for width in widths]
 
@@ -102,10 +102,10 @@ def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:
 
 
 class Evaluator:
-    """Measures a student on a split, on all processes together."""
+    """Evaluates a student on a split, on all processes together."""
 
     primary: str
-    """The value by which checkpoints are chosen: the higher, the better."""
+    """Name of the value by which checkpoints are selected; higher is better."""
 
     def __call__(self, student: Student, split: Split) -> dict[str, float]:
         """Values by name, the same on every process. Leaves the student in eval mode."""
@@ -113,7 +113,7 @@ class Evaluator:
 
 
 class Classification(Evaluator):
-    """Accuracies in percent of each head and of their mean, and the agreement with a teacher that was asked."""
+    """Accuracies in percent of each head and of their mean, and agreement with the teacher."""
 
     primary = "student/top1"
 
@@ -121,15 +121,15 @@ class Classification(Evaluator):
         """`batch_size`: images at a time on each process."""
         self.dataset, self.accelerator, self.batch_size = dataset, accelerator, max(SMALLEST_BATCH, batch_size)
         self.teacher_logits: dict[Split, Tensor] = {}
-        """[N, classes] of each split that the teacher was asked about."""
+        """[N, classes] by split, for the agreement."""
 
-    def ask(self, teacher: Teacher, split: Split) -> Tensor:
-        """The teacher's logits [N, classes] on a split, kept for what is measured on it later."""
+    def predict_teacher(self, teacher: Teacher, split: Split) -> Tensor:
+        """The teacher's logits [N, classes] on a split, stored for the agreement."""
         (self.teacher_logits[split],) = self._predict(lambda images: [teacher(images)], split)
         return self.teacher_logits[split]
 
     def predict(self, student: Student, split: Split) -> dict[str, Tensor]:
-        """The student's logits on a split by head, as `named_heads`, and `teacher` where it was asked."""
+        """The student's logits on a split, as `named_heads`, and `teacher` if predicted before."""
         student.eval()
         outputs = self._predict(lambda images: list(student.logits(images).values()), split)
         named = named_heads(dict(zip(student.heads, outputs, strict=True)))
@@ -148,7 +148,7 @@ def named_heads(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-    """Percent correct under the names of `metrics.jsonl`: `student/top1` is the fused answer."""
+    """Metrics under the names of `metrics.jsonl`; `student/top1` is that of the mean over heads."""
     teacher = predictions.get("teacher")
     values: dict[str, float] = {}
     for name, logits in predictions.items():

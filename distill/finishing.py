@@ -1,6 +1,4 @@
-"""How a run ends: the weights it was for, as an export; from the export the predictions on the test set and what the
-report needs; the comparison with the control, and the report.
-"""
+"""The end of a run: export of the selected weights, predictions and analysis, check of the control, and report."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ _log = logging.getLogger("distill")
 
 @dataclass(frozen=True)
 class SelectedWeights:
-    """The weights that a run is for: the best on the split that selects, or the last ones where none does."""
+    """The weights to export: the best on the selection split, or the last ones without such a split."""
 
     step: int
     weights: str
@@ -48,39 +46,41 @@ class SelectedWeights:
 
 
 def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], analysed: bool) -> None:
-    """Export the chosen weights, and from the export write the predictions on the test set: its one reading.
+    """Export the selected weights, and evaluate the export on the test set, once.
 
     Args:
-        analysed: whether to write what a report needs of the models, too.
+        analysed: whether to write the analysis for the report.
 
     Raises:
-        RunFailed: the checkpoint of the chosen weights is damaged, or there is no room for the files.
+        RunFailed: the checkpoint of the selected weights is damaged, or there is no disk space.
     """
     run, dataset, evaluator, teacher = tracking.run, trainer.dataset, trainer.evaluator, trainer.teacher
-    chosen = SelectedWeights.of(trainer.progress, averaged=trainer.ema is not None)
-    described = dict(metadata) | {"step": str(chosen.step), "weights": chosen.weights}
+    selected = SelectedWeights.of(trainer.progress, averaged=trainer.ema is not None)
+    described = dict(metadata) | {"step": str(selected.step), "weights": selected.weights}
     if trainer.selection_split is not None:
         described[f"{trainer.selection_split}_top1"] = f"{trainer.progress.best_top1:.2f}"
     on_main(
-        lambda: export_chosen(chosen, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described)
+        lambda: export_selected(
+            selected, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described
+        )
     )
     student, _ = load_export(run.export)
     student.to(trainer.accelerator.device)
     if teacher is not None and teacher.num_classes:
-        evaluator.ask(teacher, "test")
+        evaluator.predict_teacher(teacher, "test")
     predictions, labels = evaluator.predict(student, "test"), dataset.labels("test")
     on_main(lambda: write_predictions(run, predictions, labels, {"data": dataset.info.digest, **described}))
     on_main(lambda: describe_export(run.path))
     if analysed:
         validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
         on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
-    run.status(exported=asdict(chosen))
-    epoch = chosen.step / trainer.steps_per_epoch
-    tracking.test(chosen.step, epoch, chosen.weights, accuracies(predictions, labels))
+    run.status(exported=asdict(selected))
+    epoch = selected.step / trainer.steps_per_epoch
+    tracking.test(selected.step, epoch, selected.weights, accuracies(predictions, labels))
 
 
-def export_chosen(
-    chosen: SelectedWeights,
+def export_selected(
+    selected: SelectedWeights,
     student: Student,
     run: Run,
     *,
@@ -88,17 +88,17 @@ def export_chosen(
     dataset: Dataset,
     metadata: Mapping[str, str],
 ) -> None:
-    """Load the chosen weights from their checkpoint into `student` and export it; on the main process.
+    """Load the selected weights from their checkpoint into `student` and export it; on the main process.
 
     Raises:
-        RunFailed: the checkpoint is damaged, or there is no room for the export.
+        RunFailed: the checkpoint is damaged, or there is no disk space.
     """
-    folder = checkpoint.folder_of_step(run.checkpoints, chosen.step)
+    folder = checkpoint.folder_of_step(run.checkpoints, selected.step)
     try:
         checkpoint.verify(folder)
     except InputError as damage:
-        raise RunFailed(f"{damage} A resumed run takes the best of those that are left.") from None
-    student.load_state_dict(checkpoint.read_tensors(folder, "model" if chosen.weights == "raw" else "ema"))
+        raise RunFailed(f"{damage} A resumed run uses the best of the remaining ones.") from None
+    student.load_state_dict(checkpoint.read_tensors(folder, "model" if selected.weights == "raw" else "ema"))
     images, _ = next(dataset.evaluation_batches("test", 0, 1, 1))
     student.preparation = Preparation.of(images[0], recipe.data.resolution)
     names = dataset.info.class_names
@@ -108,12 +108,11 @@ def export_chosen(
 
 
 def describe_export(path: Path) -> None:
-    """Let the export of the run at `path` say what the run's files have learnt since: its accuracy on the test set, its
-    teacher's and its control's. On the main process.
+    """Update the export's model card with the test accuracies of student, teacher and control; on the main process.
 
     Raises:
         InputError: the export is damaged.
-        RunFailed: there is no room.
+        RunFailed: there is no disk space.
     """
     student, class_names = load_export(path / "export")
     card = card_of_run(path, class_names)
@@ -129,14 +128,14 @@ def write_predictions(run: Run, predictions: Mapping[str, Tensor], labels: Tenso
     """Write the run's `predictions.safetensors`; on the main process.
 
     Raises:
-        RunFailed: there is no room for them.
+        RunFailed: there is no disk space.
     """
     with indispensable(run.predictions, sum(values.nbytes for values in (labels, *predictions.values()))):
         save_predictions(run.predictions, predictions, labels, metadata)
 
 
 def check_control(student: Path, tracking: Tracking) -> None:
-    """Compare what student and control began with and saw. Collective.
+    """Compare initial weights and batches of student and control. Collective.
 
     Raises:
         RunFailed: the control differs in more than the teacher.
@@ -161,8 +160,8 @@ def check_control(student: Path, tracking: Tracking) -> None:
 
 
 def report_on(directory: Path) -> None:
-    """Write the comparison of a finished run; what keeps it from being written is a warning."""
-    # Plots take half a second to import; the first step should not wait for them.
+    """Write the report of a finished run; a failure is a warning."""
+    # Plots take half a second to import, which should not delay the first step.
     from distill.report.comparison import compare
     from distill.report.document import write_report
 

@@ -1,6 +1,6 @@
-"""What options are made of: the base of a recipe's sections and of the options that variants bring. No torch.
+"""Base classes of a recipe's sections and of variants' options. No torch.
 
-A variant's module holds `class Options`, a subclass of one of those here, with a help text for each key.
+A variant's module has a `class Options`, a subclass of one of these, with a help text for each key.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 
 class Section(BaseModel):
-    """Common ground of all sections: unknown keys are errors, types are strict, values never change."""
+    """Base of all sections: unknown keys are errors, types are strict, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _visible(text: str) -> str:
-    """Names and paths go to consoles, files and pages: none may steer a terminal, break a line or turn it around."""
+    """Refuse control characters, since names and paths are shown on consoles and pages."""
     if any(ord(character) < 32 or character in _INVISIBLE for character in text):
         raise ValueError("should have no control characters in it")
     return text
@@ -37,7 +37,7 @@ Key = tuple[str | int, ...]
 
 
 class Problem(NamedTuple):
-    """Values that are fine alone and impossible together."""
+    """Values that do not fit together."""
 
     keys: tuple[Key, ...]
     """The recipe paths involved; the problem is reported under the first."""
@@ -45,30 +45,30 @@ class Problem(NamedTuple):
 
 
 class Options(Section):
-    """Options of a variant, as a recipe gives them; each key with its help."""
+    """Options of a variant in a recipe."""
 
     def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
-        """What is impossible in this recipe, whose section at the path `at` this is. Without torch."""
+        """Problems of this section, at the path `at`, with the rest of the recipe. Must not import torch."""
         return iter(())
 
 
 class Grid(NamedTuple):
-    """What a student's blocks work on, as far as the recipe tells."""
+    """Tokens of a student's blocks, as far as the recipe defines them."""
 
     depth: int
     """Number of blocks."""
     side: int | None
-    """Of the square patch grid; None where patches do not fit the image."""
+    """Of the square patch grid; None: patches do not fit the image."""
     prefix_tokens: int
 
 
 class AnyAttention(Options):
-    """What stands under `student.attention`."""
+    """`student.attention` of any kind."""
 
     kind: str
 
     def check_grid(self, grid: Grid, recipe: Any, at: Key) -> Iterator[Problem]:
-        """What is impossible on this grid. Without torch."""
+        """Problems with this grid. Must not import torch."""
         return iter(())
 
 
@@ -86,7 +86,7 @@ class AttentionOptions(AnyAttention):
     )
 
     def chosen(self, depth: int) -> list[int]:
-        """The blocks of a student of this depth that use it."""
+        """The blocks of a student of this depth that use this attention."""
         return list(range(depth)) if isinstance(self.blocks, str) else self.blocks
 
     def check_grid(self, grid: Grid, recipe: Any, at: Key) -> Iterator[Problem]:
@@ -97,16 +97,16 @@ class AttentionOptions(AnyAttention):
                 ((*at, "blocks"), ("student", "model")), f"{model} has blocks 0 to {grid.depth - 1}, got {wrong}"
             )
         if len(set(blocks)) != len(blocks):
-            yield Problem(((*at, "blocks"),), f"a block stands twice in {blocks}")
+            yield Problem(((*at, "blocks"),), f"duplicate block in {blocks}")
 
 
 class StudentOptions(Options):
-    """Base of the options of a student, and those of a student that has none of its own: `student` in a recipe."""
+    """`student` in a recipe; base of the options of student families."""
 
     family: ClassVar[str] = "timm_model"
-    """The variant that builds it."""
+    """The variant that builds the student."""
     models: ClassVar[Sequence[str]] = ()
-    """The values of `model` that choose this variant; any other name is timm's."""
+    """Values of `model` for this variant; other names are timm's."""
     model: Text = Field("vit_tiny", description="vit_nano, micro, tiny, small, base, large, huge, or any timm name.")
     patch_size: Side | None = Field(None, description="Patch side in pixels of a vit_* student; null: 16.")
     stem: Literal["patch", "conv"] = Field(
@@ -116,7 +116,7 @@ class StudentOptions(Options):
     attention: AnyAttention = Field(StandardAttention(), description="The attention of the student's blocks.")
     distillation_token: bool | None = Field(
         None,
-        description="DeiT's second token and head; null: yes for vit_*, while other models have the heads they have.",
+        description="DeiT's second token and head; null: yes for vit_*; cannot be set for other models.",
     )
     drop_path: float = Field(
         0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
@@ -125,7 +125,7 @@ class StudentOptions(Options):
     weights: Text | None = Field(None, description="Start from an earlier export folder.")
 
     def grid(self, resolution: int) -> Grid | None:
-        """What its blocks work on; None where only building it tells."""
+        """Its token grid; None: not known before it is built."""
         return None
 
     def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
@@ -136,7 +136,7 @@ class StudentOptions(Options):
 
 
 class SourceOptions(Options):
-    """Base of the options of a teacher that is no frozen network: `source: Literal["name"]` is its discriminator."""
+    """Base of the options of a teacher source: `source: Literal["name"]` is its discriminator."""
 
     source: str
 
@@ -144,11 +144,13 @@ class SourceOptions(Options):
 class WeightSchedule(Section):
     start: NonNegative = Field(1.0, description="Weight at the first step.")
     end: NonNegative = Field(0.0, description="Weight from `until` on.")
-    until: Annotated[Probability, Field(gt=0.0)] = Field(1.0, description="Share of the run after which it is `end`.")
-    shape: Literal["linear", "cosine"] = Field("linear", description="Of the way from `start` to `end`.")
+    until: Annotated[Probability, Field(gt=0.0)] = Field(
+        1.0, description="Fraction of the run after which it is `end`."
+    )
+    shape: Literal["linear", "cosine"] = Field("linear", description="Interpolation from `start` to `end`.")
 
     def at(self, progress: float) -> float:
-        """The weight after a share `progress`, 0 to 1, of the run."""
+        """The weight at `progress`, 0 to 1, of the run."""
         way = min(1.0, progress / self.until)
         if self.shape == "cosine":
             way = (1.0 - math.cos(math.pi * way)) / 2.0
@@ -156,7 +158,7 @@ class WeightSchedule(Section):
 
     @property
     def mean(self) -> float:
-        """Over the run; either shape is halfway on average."""
+        """Mean over the run; both shapes have the same mean."""
         return self.until * (self.start + self.end) / 2.0 + (1.0 - self.until) * self.end
 
 
@@ -170,21 +172,21 @@ Weight = Annotated[
 
 
 def weight(default: float | WeightSchedule) -> Any:
-    """The field of a method's weight with another default."""
-    return Field(default, description="Weight in the loss, a number or its course over the run.")
+    """The field of a method's weight with this default."""
+    return Field(default, description="Weight in the loss, a number or a schedule over the run.")
 
 
 class Needs(NamedTuple):
-    """What a method asks of the step."""
+    """What a method needs in a step."""
 
     logits: bool = False
-    """The teacher's logits; the method then teaches a head of the student, the distillation head where there is one."""
+    """The teacher's logits; the method then trains the student's distillation head, else its only head."""
     maps: bool = False
     """Feature maps of the teacher."""
     views: int = 1
     """Augmented views of each image."""
     compares_samples: bool = False
-    """Samples of a micro-batch with one another, so that its size matters."""
+    """Whether samples of a micro-batch are compared, so that its size matters."""
 
 
 class MethodOptions(Options):
@@ -195,7 +197,7 @@ class MethodOptions(Options):
     weight: Weight = weight(1.0)
 
     def weight_at(self, progress: float) -> float:
-        """The weight after a share `progress`, 0 to 1, of the run."""
+        """The weight at `progress`, 0 to 1, of the run."""
         return self.weight.at(progress) if isinstance(self.weight, WeightSchedule) else self.weight
 
     @property
@@ -218,7 +220,7 @@ class MethodOptions(Options):
 
 
 class LogitsOptions(MethodOptions):
-    """Of a method that compares the student's logits with the teacher's."""
+    """Base of the options of a method on logits."""
 
     needs = Needs(logits=True)
 
@@ -233,11 +235,11 @@ class Pair(Section):
 
 
 class MapsOptions(MethodOptions):
-    """Of a method that compares the student's tokens on the patch grid with feature maps of the teacher."""
+    """Base of the options of a method on feature maps."""
 
     needs = Needs(maps=True)
     pairing: ClassVar[Literal["all", "middle", "last"]] = "all"
-    """What is compared where no `pairs` are given: all maps, spread evenly over the blocks, or one pair."""
+    """Default pairs: all maps, spread evenly over the blocks, or one pair."""
     pairs: Annotated[list[Pair], Field(min_length=1)] | None = Field(
         None, description="Blocks of the student and maps of the teacher; null: as the method's paper pairs them."
     )

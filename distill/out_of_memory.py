@@ -1,4 +1,4 @@
-"""Running out of memory: what it looks like, and what to set when it happens."""
+"""Detection of out-of-memory errors, and advice on settings."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from distill.data import BatchPlan
 from distill.errors import RunFailed
 from distill.recipe import Recipe
 
-# What torch's CPU allocator, CUDA, cuBLAS, cuDNN, the C++ library and oneDNN say; only CUDA's caching allocator has a
-# class for it.
+# Messages of torch's CPU allocator, CUDA, cuBLAS, cuDNN, the C++ library and oneDNN; only CUDA's caching allocator has
+# its own exception class.
 SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 ONEDNN = ("could not create a primitive", "could not execute a primitive")
 _log = logging.getLogger("distill")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the lack of memory, of whatever kind."""
+    """Whether the error means out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (text in ONEDNN or any(sign in text for sign in SIGNS))
 
 
-def forget(error: BaseException) -> None:
-    """Let go of what the functions that failed still hold."""
+def release_frames(error: BaseException) -> None:
+    """Release the tensors that the failed functions' frames refer to."""
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 @contextmanager
 def advising(recipe: Recipe, plan: BatchPlan, paired: bool) -> Iterator[None]:
-    """Within, the lack of memory ends in the settings to try next.
+    """Turn out-of-memory errors into advice on settings.
 
     Args:
         paired: samples are mixed in pairs.
 
     Raises:
-        RunFailed: the memory did not suffice.
+        RunFailed: out of memory; the message has the setting to try next.
     """
     try:
         yield
@@ -50,12 +50,12 @@ def advising(recipe: Recipe, plan: BatchPlan, paired: bool) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _log.info("out of memory: %s", str(error).partition("\n")[0])
-        forget(error)
+        release_frames(error)
         raise RunFailed(_advice(recipe, plan, paired)) from None
 
 
 def _advice(recipe: Recipe, plan: BatchPlan, paired: bool) -> str:
-    happened = f"out of memory with {plan.micro_batch} images at a time."
+    problem = f"out of memory with {plan.micro_batch} images at a time."
     share = plan.micro_batch * plan.accumulation
     smaller = [
         accumulation
@@ -70,5 +70,5 @@ def _advice(recipe: Recipe, plan: BatchPlan, paired: bool) -> str:
     elif not recipe.train.gradient_checkpointing:
         setting, stays = "train.gradient_checkpointing=true", "."
     else:
-        return f"{happened}\nTake a smaller student, teacher or data.resolution, or a device with more memory."
-    return f"{happened}\nSet {setting}{stays} --resume accepts it, and --dry-run tells in seconds whether it fits."
+        return f"{problem}\nTake a smaller student, teacher or data.resolution, or a device with more memory."
+    return f"{problem}\nSet {setting}{stays} --resume accepts it, and --dry-run shows in seconds whether it fits."

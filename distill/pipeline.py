@@ -1,4 +1,4 @@
-"""A whole run: the teacher first where a recipe trains it, its preflight, the student, the control, the comparison."""
+"""A whole run: training of the teacher if needed, preflight, student, control and report."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ from distill.tracking import Tracking
 from distill.trainer import Trainer
 from teachers import Teacher
 
-MOST_NAMED = 10
-"""Files that are left out of the data, in status.json."""
+MAX_NAMED = 10
+"""Most skipped data files that status.json lists."""
 _log = logging.getLogger("distill")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What all runs of one launch share."""
+    """State shared by all runs of one launch."""
 
     stop: StopRequest
     threads: int
@@ -65,8 +65,8 @@ class Launch:
 
 @contextmanager
 def joined(given: Given) -> Iterator[Launch]:
-    """Start the processes of this launch, which log on the main one and stop together; the `StopRequest` is made
-    before. An exception within becomes that of the process that failed first. Collective.
+    """Start the processes of this launch; needs a `StopRequest`. An exception within is replaced by that of the process
+    that failed first. Collective.
     """
     stop = StopRequest.current()
     stop.loaded()
@@ -83,14 +83,14 @@ def joined(given: Given) -> Iterator[Launch]:
 
 
 def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str | None, given: Given) -> Path:
-    """Run a recipe on all processes of this launch; its run directory, once it is finished and has its report.
+    """Run a recipe on all processes of this launch, with its report; returns the run directory.
 
     Args:
         source: the recipe's file, if it has one.
 
     Raises:
-        InputError: something the user gave cannot be used; nothing half-written is left.
-        RunFailed: the run cannot go on.
+        InputError: the recipe or an argument cannot be used; nothing half-written is left.
+        RunFailed: the run cannot continue.
         Interrupted: stopped early, resumable.
     """
     with joined(given) as shared:
@@ -107,7 +107,7 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
 def execute(
     recipe: Recipe, location: RunLocation, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
 ) -> None:
-    """One run, from wherever it stands to `finished`; its teacher's and its control's run within."""
+    """Execute or continue one run to its end, its teacher's and control's runs included."""
     directory = Run(location.directory, is_main=PartialState().is_main_process)
     on_main(directory.claim)
     shared.stop.runs.append(directory)
@@ -140,7 +140,7 @@ def _execute(
         dataset = open_data(recipe, accelerator, shared.given.data)
     check_data(location, dataset)
     if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
-        # What is wrong with the student shows before its teacher is trained.
+        # Report errors of the student before its teacher is trained.
         Trainer(recipe, accelerator, dataset, None)
         train_teachers(recipe, shared)
         accelerator = build_accelerator(recipe.train, location.directory)
@@ -175,11 +175,11 @@ def _execute(
         status = on_main(lambda: run.read_status(location.directory))
         left_out = dataset.info.left_out
         if left_out:
-            _log.warning("data: %d files are left out, the first: %s", len(left_out), left_out[0])
+            _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])
         directory.status(
             "running",
             data_digest=dataset.info.digest,
-            data_left_out={"count": len(left_out), "first": left_out[:MOST_NAMED]},
+            data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},
             teacher_weights=weights,
             parameters=count_parameters(trainer.student, teacher),
         )
@@ -198,7 +198,7 @@ def _execute(
 
 
 def execute_control(recipe: Recipe, location: RunLocation, shared: Launch, dataset: Dataset) -> None:
-    """The control's run under `control/`, unless it is finished already."""
+    """Execute the control's run under `control/`, unless it is finished."""
     control, directory = recipe.as_control(), location.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
         execute(control, on_main(lambda: newest_location(directory, control, shared.given)), shared, dataset=dataset)
@@ -237,10 +237,10 @@ def _train(
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:
-    """The recipe's data on this process's device; downloads and packing happen once, on the main process.
+    """The recipe's data on this process's device; the main process downloads and packs them first.
 
     Raises:
-        InputError: they cannot be had, or have no order of ours that a teacher's cache could go by.
+        InputError: they cannot be opened, or their order does not allow a teacher cache.
     """
 
     def open_it() -> Dataset:
@@ -267,9 +267,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None 
 
 
 def train_teachers(recipe: Recipe, shared: Launch) -> None:
-    """Train each teacher that comes as a recipe and is not trained yet, or was interrupted; or wait for another run
-    that trains it.
-    """
+    """Train each unfinished teacher that a recipe trains, or wait for another run that trains it."""
     for spec in recipe.teachers:
         while spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
             teacher = teacher_recipe(recipe, spec)
@@ -283,7 +281,7 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
                 while on_main(partial(run.holder_of, directory)) is not None:
                     time.sleep(1)
             except InputError:
-                if not on_main(partial(is_trained, recipe, spec)):  # just now, by the other run
+                if not on_main(partial(is_trained, recipe, spec)):  # the other run has just finished it
                     raise
 
 

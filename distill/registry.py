@@ -1,13 +1,13 @@
-"""Finds variants by name: built in, from installed packages (entry points) and from plugins given by hand.
+"""Registry of variants: built in, from entry points of installed packages, and from plugins.
 
-A variant is an attention kind, a student, a distillation method, a source of what teaches, or a dataset reader: one
-module that holds its options, its checks and its code, and registers its class:
+A variant is an attention kind, a student, a distillation method, a teacher source or a dataset reader: one module that
+holds its options, its checks and its code, and registers its class:
 
     @register("methods", "hard", Options)
     class Hard(Method): ...
 
-Recipes are data: they name variants and load nothing. A name stands for a file of this package, for an entry point of
-an installed package (group `distill.methods`, ...), or for what a `--plugin` registered.
+Recipes name variants and load no code. A name refers to a file of this package, to an entry point of an installed
+package (group `distill.methods`, ...), or to what a `--plugin` registered.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ GROUPS = {
     "teachers": "teaching",
     "datasets": "data",
 }
-"""Group -> the folder of its built-in variants, one a file, under the variant's name."""
+"""Group -> folder of its built-in variants, one per file with the variant's name."""
 LIGHT = ("__future__", "collections", "typing", "pydantic", "distill.options", "distill.recipe")
-"""What a variant's options may import: nothing of it imports torch."""
+"""What a variant's options may import: modules without torch."""
 Implementation = TypeVar("Implementation", bound=type)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What stands behind a name."""
+    """A registered variant."""
 
     group: str
     name: str
     options: type[Options]
     implementation: Any
     origin: str
-    """The module that brought it, or the plugin file."""
+    """Its module, or the plugin file."""
 
     def describe(self) -> str:
-        """Module and version, or file and hash: what a resumed run has to have again."""
+        """Module and version, or file and hash; compared on resume."""
         if self.origin in _files:
             return f"{self.origin} sha256:{_files[self.origin].digest}"
         package = self.origin.partition(".")[0]
@@ -89,9 +89,9 @@ def register(group: str, name: str, options: type[Options]) -> Callable[[Impleme
         module = implementation.__module__
         origin = next((path for path, file in _files.items() if file.module.__name__ == module), module)
         if (known := _registered.get((group, name))) is not None and known.origin != origin:
-            raise InputError(f"{origin}: {group} '{name}' is there already, from {known.origin}. Rename one of them.")
+            raise InputError(f"{origin}: {group} '{name}' is already registered by {known.origin}. Rename one of them.")
         if name in builtin_names(group) and origin != _builtin_module(group, name):
-            raise InputError(f"{origin}: {group} '{name}' is built in. Give yours another name.")
+            raise InputError(f"{origin}: {group} '{name}' is built in. Use another name.")
         _registered[group, name] = Variant(group, name, options, implementation, origin)
         return implementation
 
@@ -99,10 +99,10 @@ def register(group: str, name: str, options: type[Options]) -> Callable[[Impleme
 
 
 def find(group: str, name: str) -> Variant:
-    """The variant of that name, imported.
+    """Import and return the variant of that name.
 
     Raises:
-        InputError: nothing that is installed or loaded has it.
+        InputError: it is neither installed nor loaded.
     """
     if (group, name) not in _registered:
         if name in builtin_names(group):
@@ -112,22 +112,21 @@ def find(group: str, name: str) -> Variant:
     if (group, name) not in _registered:
         known = ", ".join(names(group))
         raise InputError(
-            f"{group} '{name}' is not there; known are {known}. If a plugin brings it, give --plugin MODULE|FILE.py."
+            f"{group} '{name}' is unknown; known are {known}. If a plugin has it, give --plugin MODULE|FILE.py."
         )
     return _registered[group, name]
 
 
 def names(group: str) -> list[str]:
-    """Every name that a recipe can use: built-in ones first."""
+    """All names that a recipe can use, built-in ones first."""
     loaded = (name for of, name in _registered if of == group)
     return list(dict.fromkeys([*builtin_names(group), *loaded, *entry_points(group)]))
 
 
 def options_of(group: str, names: Iterable[str] = ()) -> dict[str, type[Options]]:
-    """Name -> options of the built-in variants, of what is loaded, and of these `names` where a package brings them.
+    """Name -> options of built-in and loaded variants, and of those of `names` that installed packages have.
 
-    Those of built-in variants are read without importing the variant, and torch with it; they are these classes also
-    where the variant has been imported since.
+    Options of built-in variants are read without importing the variant and torch, and stay the same classes afterwards.
     """
     found = {name: _builtin_options(group, name) for name in builtin_names(group)}
     for name in names:
@@ -138,11 +137,11 @@ def options_of(group: str, names: Iterable[str] = ()) -> dict[str, type[Options]
 
 
 def load_plugin(target: str) -> None:
-    """Import a module, or a Python file (`FILE.py`), for what it registers. A second time does nothing, unless the file
-    has changed: then it is imported anew in place of the first.
+    """Import a module or a Python file (`FILE.py`) that registers variants. A file is imported again only if it has
+    changed.
 
     Raises:
-        InputError: it is not there, fails to import, or registers a name that is taken.
+        InputError: it is missing, fails to import, or registers a name that is taken.
     """
     if not target.endswith(".py"):
         _guarded(target, lambda: importlib.import_module(target))
@@ -180,7 +179,7 @@ def _guarded(target: str, load: Callable[[], object]) -> None:
         load()
     except InputError as error:
         raise InputError(f"--plugin {error}") from None
-    except Exception as error:  # of a stranger's code: anything
+    except Exception as error:  # plugin code may raise anything
         raise InputError(f"--plugin {target}: fails to import: {type(error).__name__}: {error}") from error
 
 
@@ -190,7 +189,7 @@ def _load_entry_point(group: str, name: str) -> None:
         point.load()
     except InputError:
         raise
-    except Exception as error:  # of a stranger's package: anything
+    except Exception as error:  # a package may raise anything
         raise InputError(
             f"{group} '{name}': {point.value} of {_package(point)} fails to import: {type(error).__name__}: {error}"
         ) from error
@@ -207,13 +206,13 @@ def _package(point: metadata.EntryPoint) -> str:
 
 @cache
 def entry_points(group: str) -> dict[str, metadata.EntryPoint]:
-    """Those of installed packages by name; the package of a name that stands twice is named when it is loaded."""
+    """Entry points of installed packages by name."""
     return {point.name: point for point in metadata.entry_points(group=f"distill.{group}")}
 
 
 @cache
 def builtin_names(group: str) -> list[str]:
-    """The files of the group's folder that have options of their own."""
+    """Names of the group's files with a `class Options`."""
     folder = Path(__file__).parent / GROUPS[group]
     return [path.stem for path in sorted(folder.glob("*.py")) if "\nclass Options(" in path.read_text(encoding="utf-8")]
 
@@ -223,7 +222,7 @@ def _builtin_module(group: str, name: str) -> str:
 
 
 class _OptionsLoader(importlib.machinery.SourceFileLoader):
-    """Loads, of the file of a built-in variant, the class `Options` alone, and the imports that need no torch."""
+    """Loads only the class `Options` of a built-in variant's file, and the imports without torch."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -234,13 +233,13 @@ class _OptionsLoader(importlib.machinery.SourceFileLoader):
 
 @cache
 def _builtin_options(group: str, name: str) -> type[Options]:
-    """`Options` of a built-in variant, which is not imported itself."""
+    """`Options` of a built-in variant, without importing the variant."""
     path = Path(__file__).parent / GROUPS[group] / f"{name}.py"
     loader = _OptionsLoader(f"{_builtin_module(group, name)}.options", str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # where pydantic looks up the types that annotations name
+    sys.modules[module.__name__] = module  # pydantic looks up the types of annotations there
     loader.exec_module(module)
     options: type[Options] = module.__dict__["Options"]
     return options
@@ -253,9 +252,7 @@ def _is_light(statement: ast.stmt) -> bool:
 
 
 def origins(chosen: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Of these variants, (group, name), those that are not built in: 'methods/queue' -> module and version, or file and
-    hash.
-    """
+    """Origins of those of these variants (group, name) that are not built in; see `recipe.used`."""
     return {
         f"{group}/{name}": find(group, name).describe()
         for group, name in chosen
@@ -264,16 +261,14 @@ def origins(chosen: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def plugins() -> list[str]:
-    """What `load_plugin` was given so far, for a process that is to have the same."""
+    """Arguments of `load_plugin` so far, for another process."""
     return list(_plugins)
 
 
 def check_available(variants: Mapping[str, str], where: str) -> None:
-    """Raise InputError for the first of these variants, as `origins` describes them, that is not there; it says what
-    brings it.
-    """
+    """Raise InputError for the first of these variants, from `origins`, that is missing, with its origin."""
     for key, origin in variants.items():
         group, _, name = key.partition("/")
         if name not in names(group):
             source = origin.partition(" ")[0]
-            raise InputError(f"{where}: needs {group} '{name}', which {source} brings. Give --plugin {source}.")
+            raise InputError(f"{where}: needs {group} '{name}' of {source}. Give --plugin {source}.")

@@ -1,4 +1,4 @@
-"""Where a run goes, and whether it may go on there: a resumed run has its recipe, data, teachers and plugins again."""
+"""The run directory of a launch, and checks that a resumed run has the same recipe, data, teachers and plugins."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from distill.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunLocation:
-    """Where a run happens and from which checkpoint it continues, if from any."""
+    """Directory of a run, and the checkpoint to continue from, if any."""
 
     directory: Path
     checkpoint: Path | None = None
     resumed: bool = False
     named: bool = False
-    """Whether the user named this very checkpoint."""
+    """Whether the user named this checkpoint."""
 
 
 def locate(recipe: Recipe, out: Path | None, resume: str | None, given: Given) -> RunLocation:
     """The run directory, and the checkpoint to continue from.
 
     Raises:
-        InputError: the directory is taken, finished, in use or of another recipe, or there is nothing to resume at that
-        path.
+        InputError: the directory exists, is finished, in use or of another recipe, or there is nothing to resume.
     """
     if resume is None:
         directory = out or run.new_path(recipe)
@@ -45,7 +44,7 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None, given: Given) -
         if not target.is_dir() or not run.read_status(directory):
             raise InputError(f"--resume {resume}: neither a run directory nor a checkpoint in one.")
         if out is not None and out.resolve() != directory:
-            raise InputError(f"--out {out}: a resumed run stays in its directory, {directory}. Leave --out away.")
+            raise InputError(f"--out {out}: a resumed run stays in its directory, {directory}. Leave out --out.")
         if directory != target:
             check_given(directory, given)
             run.check_resumable(directory, recipe)
@@ -55,7 +54,7 @@ def locate(recipe: Recipe, out: Path | None, resume: str | None, given: Given) -
 
 
 def newest_location(directory: Path, recipe: Recipe, given: Given) -> RunLocation:
-    """A run at `directory`, continued where it stopped, or from its beginning where there is none yet.
+    """The newest checkpoint of the run at `directory`, or its beginning if there is none.
 
     Raises:
         InputError: it cannot be continued.
@@ -68,7 +67,7 @@ def newest_location(directory: Path, recipe: Recipe, given: Given) -> RunLocatio
 
 
 def resumed_directory(out: Path | None, resume: str | None) -> Path | None:
-    """The run that --out and --resume name; None where they leave it to the recipe, or name a new one."""
+    """The run that --out and --resume name; None: determined by the recipe, or a new run."""
     if resume in (None, "auto"):
         return out if resume else None
     target = Path(str(resume)).resolve()
@@ -76,7 +75,7 @@ def resumed_directory(out: Path | None, resume: str | None) -> Path | None:
 
 
 def check_given(directory: Path | None, given: Given) -> None:
-    """Raise InputError if the run at `directory` began with what Python code handed over, and does not now."""
+    """Raise InputError if the run at `directory` began with Python objects that are not given now."""
     if directory is not None and (directory / "resolved.yaml").exists():
         given.check_all_there(run.read_recipe(directory), directory)
 
@@ -85,11 +84,13 @@ def check_data(location: RunLocation, dataset: Dataset) -> None:
     """Raise InputError if a resumed run began on other data."""
     digest = on_main(lambda: run.read_status(location.directory).get("data_digest"))
     if location.resumed and digest not in (None, dataset.info.digest):
-        raise InputError(f"{location.directory}: this run began on other data than data.root and data.name now give.")
+        raise InputError(
+            f"{location.directory}: this run began on other data than those of data.root and data.name now."
+        )
 
 
 def check_variants(location: RunLocation, variants: dict[str, str]) -> None:
-    """Raise InputError if a resumed run began with other code in what plugins bring."""
+    """Raise InputError if a resumed run began with other plugin code."""
     began_with = (
         on_main(lambda: run.read_environment(location.directory).get("variants", {})) if location.resumed else variants
     )
@@ -102,9 +103,7 @@ def check_variants(location: RunLocation, variants: dict[str, str]) -> None:
 
 
 def check_teacher(location: RunLocation, weights: dict[str, str]) -> None:
-    """Raise InputError if a resumed run began with other weights in its teachers; these have no hash but the one that
-    was written down then.
-    """
+    """Raise InputError if a resumed run began with other teacher weights, by the digests in its status."""
     began_with = on_main(lambda: run.read_status(location.directory).get("teacher_weights", {}))
     for where, digest in weights.items() if location.resumed else ():
         if began_with.get(where, digest) != digest:

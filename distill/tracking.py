@@ -1,4 +1,4 @@
-"""Where the events of a run go: one call each, to metrics.jsonl, status.json, the console, TensorBoard and W&B."""
+"""Logs the events of a run to metrics.jsonl, status.json, the console, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distill.run import Run
 
 
 class Tracking:
-    """The events of one run. Every process calls; the main one writes.
+    """Logs the events of one run; called on every process, written by the main one.
 
-    Trackers get every line of metrics.jsonl: of training under the same keys, of an evaluation under `raw/` or `ema/`
-    (the weights), of the exported weights under `test/`, of any other event under its name.
+    Trackers get every line of metrics.jsonl: training under the same keys, evaluations with the prefix `raw/` or `ema/`
+    (the weights), those of the exported weights with `test/`, other events with their name.
     """
 
     def __init__(
@@ -30,27 +30,27 @@ class Tracking:
         run.listeners.append(self._track)
 
     def start(self) -> None:
-        """Start the recipe's trackers, which get the recipe as their configuration."""
+        """Start the recipe's trackers, with the recipe as configuration."""
         config = {key: str(value) for key, value in self._recipe.flat().items()}
         self._accelerator.init_trackers(self._recipe.name, config=config)
 
     def close(self) -> None:
-        """Finish the trackers; `Accelerator.end_training` would end the process group too, which other runs need."""
+        """Finish the trackers; `Accelerator.end_training` would also destroy the process group."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
     def training(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Means since the last such line, after `step` steps."""
+        """Log means since the last such line, after `step` steps."""
         self.run.log("train", step=step, epoch=epoch, **values)
         self.run.status(step=step, epoch=epoch, metrics=dict(values))
         self.display.show(step, values)
 
     def evaluation(self, step: int, epoch: float, split: str, weights: str, values: Mapping[str, float]) -> None:
-        """Accuracies of the 'raw' or 'ema' weights after `step` steps, on the split that selects."""
+        """Log accuracies of the 'raw' or 'ema' weights after `step` steps, on the selection split."""
         self._evaluation(weights, step, epoch, split, weights, values)
 
     def test(self, step: int, epoch: float, weights: str, values: Mapping[str, float]) -> None:
-        """Accuracies of the exported weights, which are those after `step` steps, on the test set."""
+        """Log test accuracies of the exported weights, those after `step` steps."""
         self._evaluation("test", step, epoch, "test", weights, values)
 
     def _evaluation(
@@ -66,6 +66,6 @@ class Tracking:
         if line["event"] != "train":
             prefix = self._evaluated if line["event"] == "eval" else line["event"]
             values = {f"{prefix}/{key}": value for key, value in values.items()}
-        # W&B drops what comes with a step before its last one; the test set is read last, for the best step.
+        # W&B drops values of earlier steps than its last one; the test evaluation may be of an earlier step.
         self._step = max(self._step, line["step"])
         self._accelerator.log({**values, "epoch": line["epoch"]}, step=self._step)

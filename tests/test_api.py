@@ -274,7 +274,7 @@ def test_one_call_at_a_time() -> None:
             return 8
 
         def __getitem__(self, index: int) -> Any:
-            with pytest.raises(distill.InputError, match="another run, evaluation or export goes on in this process"):
+            with pytest.raises(distill.InputError, match="another run, evaluation or export is active in this process"):
                 distill.train(RECIPE, data=held())
             raise RuntimeError("looked")
 

@@ -185,7 +185,7 @@ def test_problems_name_the_bases_and_all_come_at_once(tmp_path: Path, base: Path
 
 def test_a_base_is_no_override(tmp_path: Path, base: Path) -> None:
     for recipe in (child(tmp_path), base):
-        with pytest.raises(InputError, match="base: overrides change what the files say"):
+        with pytest.raises(InputError, match="base: cannot be overridden"):
             load(recipe, [f"base={base}"])
 
 

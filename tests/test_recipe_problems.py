@@ -190,7 +190,7 @@ def test_numbers_are_finite(key: str, value: str) -> None:
         (["student.stem=conv", "data.resolution=36", "student.patch_size=6"], "student.stem", "power of 2"),
         (["student.attention.blocks=[6]"], "student.attention.blocks", "0 to 5, got [6]"),
         (["student.attention.blocks=[-1]"], "student.attention.blocks", "got [-1]"),
-        (["student.attention.blocks=[0, 0]"], "student.attention.blocks", "twice"),
+        (["student.attention.blocks=[0, 0]"], "student.attention.blocks", "duplicate"),
         (["student.attention.max_area=0"], "student.attention.max_area", "1 to the 66 tokens"),
         (["student.attention.max_area=67"], "student.attention.max_area", "66 tokens, got 67"),
         (

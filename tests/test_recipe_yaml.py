@@ -31,9 +31,9 @@ MERGED_BOMB = "a: &a {x: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "line 2, column 1): key 'train' stands twice"),
-        ("train: {epochs: 1, seed: 0, epochs: 2}\n", "key 'epochs' stands twice"),
-        ("teacher:\n  - model: a\n    model: b\n", "line 3, column 5): key 'model' stands twice"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "line 2, column 1): duplicate key 'train'"),
+        ("train: {epochs: 1, seed: 0, epochs: 2}\n", "duplicate key 'epochs'"),
+        ("teacher:\n  - model: a\n    model: b\n", "line 3, column 5): duplicate key 'model'"),
         ("train: [\n", "not valid YAML (line 2"),
         ("\tname: x\n", "not valid YAML (line 1"),
         ("name: a\n---\nname: b\n", "another document"),
@@ -42,7 +42,7 @@ MERGED_BOMB = "a: &a {x: 1}\n" + "".join(
         ("just words\n", "not a str"),
         pytest.param("[" * 4000, "not valid YAML", id="deep"),
         ("name: \x00\n", "not valid YAML"),
-        ("teacher: &a {model: x, again: *a}\n", "line 1, column 31): an alias refers to the section it stands in"),
+        ("teacher: &a {model: x, again: *a}\n", "line 1, column 31): an alias refers to a section that contains it"),
         pytest.param(BOMB, "more than 100,000 values", id="bomb"),
         pytest.param(MERGED_BOMB, "more than 100,000 values", id="merged bomb"),
         ("- " * 60, "nested more than 50 deep"),

@@ -583,7 +583,7 @@ def test_a_dry_run_says_the_size_and_makes_nothing(
     api.dry_run(recipe)
     printed = " ".join(capsys.readouterr().out.split())
     assert "cache runs/teacher-cache/" in printed
-    assert ".logits, 0.0 MB, of which 0.0 MB are to be made" in printed
+    assert ".logits, 0.0 MB, of which 0.0 MB are missing" in printed
     assert list(tmp_path.iterdir()) == []
     first = float(printed.rsplit("loss ", 1)[1])
     go(recipe, tmp_path / "run", None)

@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, with their digests."""
+"""Atomic file writing, digests and checksums."""

@@ -1,6 +1,6 @@
-"""The checksum of a .safetensors file: a SHA-256 of all of it, header and metadata included, kept in its own metadata.
+"""Checksum of a .safetensors file: a SHA-256 of the whole file, header included, in its own metadata.
 
-Neither the format nor its library notices a changed byte. The digest is taken with zeros in its own place.
+The format itself does not detect changed bytes. The digest is computed with zeros in its own position.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 CHECKSUM = "sha256/file"
 PLACEHOLDER = "0" * 64
-"""Stands in the metadata where the digest goes."""
+"""In the metadata while the digest is computed."""
 
 
 def has_right_checksum(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether the file, whose metadata these are, has a checksum, and every byte is what was written."""
+    """Whether the file with this metadata has a checksum, and it is correct."""
     stated = metadata.get(CHECKSUM, "").encode()
     with path.open("rb") as file:
         size = file.read(8)

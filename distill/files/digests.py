@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, types, shapes and bytes; the same whatever file or order the tensors came in."""
+    """SHA-256 (hex) of names, dtypes, shapes and bytes; independent of the order."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

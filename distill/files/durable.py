@@ -1,4 +1,4 @@
-"""Files and folders that a crash, of the process or of the machine, leaves whole or not there."""
+"""Atomic, flushed writing of files, and removal of folders."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _log = logging.getLogger("distill")
 
 
 class NewFile:
-    """A file that is being written; on the disk once its block ends. Not atomic by itself.
+    """Context manager for a new file, flushed to disk at its end. Not atomic by itself.
 
-    An error waits for the end of the block: `torch.save` would turn it into one of its own.
+    Errors are raised at the end of the block, because `torch.save` would replace them.
 
     Raises:
         OSError: at the end of the block; it names the path.
@@ -37,7 +37,7 @@ class NewFile:
         faults.point(f"{self._name} opened")
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append `data`; unbuffered, so that what fails and what a crash leaves are as they look."""
+        """Append `data`, unbuffered."""
         rest = memoryview(data)
         self._sha256.update(rest)
         try:
@@ -49,10 +49,10 @@ class NewFile:
         return len(data)
 
     def flush(self) -> None:
-        """Asked for by `torch.save`; nothing waits here."""
+        """Required by `torch.save`; nothing is buffered."""
 
     def sha256(self) -> str:
-        """Of what was given to `write`, whatever became of it."""
+        """Of all data given to `write`, even if writing failed."""
         return self._sha256.hexdigest()
 
     def __enter__(self) -> NewFile:
@@ -71,7 +71,7 @@ class NewFile:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[NewFile]:
-    """A file that takes the place of `path` when the block ends well; otherwise nothing changes."""
+    """Context manager for a file that replaces `path` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with NewFile(temporary, path.name) as file:
@@ -84,12 +84,12 @@ def replacing(path: Path) -> Iterator[NewFile]:
 
 
 def flush_folder(path: Path) -> None:
-    """Put on the disk which names are in the folder."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some network file systems
             raise
     finally:
         os.close(descriptor)
@@ -97,20 +97,19 @@ def flush_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder: renamed first, so that no part of it is ever taken for the whole. What cannot be removed then
-    is a warning.
+    """Remove a folder, after renaming it, so that a partly removed one is never used. Failures to remove are warnings.
 
     Raises:
-        OSError: it cannot be renamed and stands where it stood.
+        OSError: it cannot be renamed.
     """
-    doomed = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.tmp")
-    path.rename(doomed)
+    renamed = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.tmp")
+    path.rename(renamed)
     faults.point(f"{path.name} renamed to be removed")
-    clear(doomed)
+    clear(renamed)
 
 
 def clear(leftover: Path) -> None:
-    """Remove a file, a link or a folder that nobody looks for; what cannot be removed is a warning."""
+    """Remove an unused file, link or folder; a failure is a warning."""
     try:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -128,18 +127,18 @@ _ADVICE = {
 
 
 def describe_failure(path: Path, error: OSError, needed: int) -> str:
-    """What could not be written, why, the bytes it takes, and what to change."""
+    """An error message: path, reason, needed and free bytes, and advice."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-    advice = _ADVICE.get(error.errno or 0, "Make its folder writable, on a disk in order.")
+    advice = _ADVICE.get(error.errno or 0, "Make its folder writable, and check the disk.")
     return f"{path}: cannot be written: {error.strerror or error} ({needed:,} bytes needed, {free:,} free). {advice}"
 
 
 @contextmanager
 def indispensable(path: Path, needed: int) -> Iterator[None]:
-    """A block that writes `path`, of about so many bytes, without which the run cannot end well.
+    """For a block that writes `path`, of about `needed` bytes, which the run needs to finish.
 
     Raises:
-        RunFailed: it could not be written.
+        RunFailed: in place of OSError.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Writing .safetensors whole or not at all, and the same bytes for the same content.
+"""Atomic and deterministic writing of .safetensors files.
 
-The library's own writer leaves the order of the metadata to chance (a hash map), the file to its owner alone, and says
-of a full disk only that something went wrong.
+The library's own writer has a random order of metadata, private file permissions, and unspecific errors on a full
+disk.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _DTYPES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` and `metadata` to `path`: under another name first, flushed to disk, then renamed."""
+    """Write `tensors` and `metadata` to `path` atomically."""
     with replacing(path) as file:
         fill(file, tensors, metadata)
 
 
 def fill(file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` and `metadata` into a new file in the format of safetensors; where `metadata` has a CHECKSUM,
-    whatever it says, the file gets the right one.
+    """Write `tensors` and `metadata` to a new file in safetensors format; a key CHECKSUM in `metadata` gets the file's
+    checksum.
     """
     metadata = metadata or {}
     if CHECKSUM in metadata:
@@ -44,9 +44,9 @@ def fill(file: NewFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
 
 
 def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The size of the header (8 bytes, the least first), the header as JSON, the tensors' bytes."""
+    """The size of the header (8 bytes, little-endian), the header as JSON, the tensors' bytes."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    # Wide elements first, as the library does, so that each tensor begins where its elements may.
+    # Wide elements first, as in the library, for aligned tensors.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     end = 0
     for name in names:

@@ -1,4 +1,4 @@
-"""Text and JSON of files and consoles: written whole or not at all, and with no name in it that could do anything."""
+"""Text and JSON files, and escaping for consoles and Markdown."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from distill.files.durable import replacing
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, under another name first, flushed to disk, then renamed."""
+    """Write `text` to `path` in UTF-8, atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file.
+    """The JSON object in a file; None if it does not exist.
 
     Raises:
-        InputError: it cannot be read or holds something else.
+        InputError: it cannot be read or is no JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -49,8 +49,8 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def visible(text: str) -> str:
-    """The text, with escapes in the place of what does not print, except for line breaks and tabs: what steers a
-    terminal, turns the direction of writing, or is the part of a file's name that is no UTF-8.
+    """The text with unprintable characters escaped, except line breaks and tabs: control characters, bidirectional
+    overrides, and parts of file names that are no UTF-8.
     """
     if text.isprintable():
         return text
@@ -60,6 +60,6 @@ def visible(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """The text as itself in one line of Markdown, or one cell of its tables: no HTML, link, image, code or emphasis."""
+    """The text escaped for one line of Markdown or a table cell."""
     line = html.escape(" ".join(visible(text).split("\n")), quote=False)
     return re.sub(r"([\\`*\[\]|!~])", r"\\\1", line)

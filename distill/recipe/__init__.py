@@ -1,4 +1,4 @@
-"""The recipe: everything a run is told, typed and checked, without importing torch.
+"""Recipes: typed and validated configuration of runs, without torch.
 
 A recipe is YAML plus `key=value` overrides. `load` returns one validated, frozen object or raises `InputError` with
 every problem at once, each under its dotted path.

@@ -1,4 +1,4 @@
-"""Values that are fine alone and impossible together."""
+"""Checks of combinations of values in a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distill.recipe.schema import Recipe
 
 
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
-    """All of them, in the order of the recipe's keys; what concerns a variant alone, its options check."""
+    """All problems, in the order of the recipe's keys; variants' options check their own."""
     student = recipe.student.check(recipe, ("student",))
     return [*_data(recipe), *_teacher(recipe), *student, *_losses(recipe), *_train(recipe)]
 
@@ -22,7 +22,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     if data.select_on == "test" and data.validation:
         yield Problem(
             (("data", "select_on"), ("data", "validation")),
-            "choosing on the test set leaves nothing for data.validation to do; set data.validation to 0",
+            "selection on the test set does not use a validation split; set data.validation to 0",
         )
     crop = data.augment.random_resized_crop
     if crop is not None:
@@ -55,7 +55,7 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
         if teacher.recipe is not None and teacher.weights is not None:
             yield Problem(
                 ((*path, "weights"), (*path, "recipe")),
-                "a teacher that its recipe trains has its own weights; leave this out",
+                "a teacher that a recipe trains has its own weights; leave this out",
             )
         if teacher.mean is not None and teacher.std is not None and len(teacher.mean) != len(teacher.std):
             yield Problem(((*path, "mean"), (*path, "std")), "mean and std differ in their number of channels")

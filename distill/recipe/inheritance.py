@@ -13,18 +13,18 @@ from distill.recipe.reading import read_mapping, short
 
 KEY = "base"
 VARIANTS = ("kind", "source")
-"""Keys that say which variant a section is of, and with that which other keys it has; null: of none."""
+"""Keys that select the variant of a section, and thereby its other keys; null: none."""
 MOST_BASES = 10
 _LONGEST_PATH = 1000
 
 
 def with_bases(raw: Mapping[Any, Any], path: Path, folder: Path) -> tuple[Mapping[Any, Any], list[Path]]:
-    """The recipe `raw` merged over its base, that over its own base and so on, and the files of these bases.
+    """Merge the recipe `raw` over its chain of bases; returns it and the files of the bases.
 
     Args:
         raw: a recipe as plain data; the result has no key `base`.
-        path: the recipe's, as messages name it.
-        folder: what the base is relative to. The base of a base is relative to the folder of the file that names it.
+        path: of the recipe, for messages.
+        folder: that `base` is relative to. The base of a base is relative to the file that names it.
 
     Raises:
         InputError: a base cannot be read, is its own base, or there are more than `MOST_BASES` of them.
@@ -51,7 +51,7 @@ def with_bases(raw: Mapping[Any, Any], path: Path, folder: Path) -> tuple[Mappin
 
 
 def _merged(base: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Mappings merge key by key; everything else replaces, null and lists too, and a section of another variant."""
+    """Merge mappings key by key; other values, lists, null and sections of another variant are replaced."""
     result = dict(base)
     for key, value in changes.items():
         before = result.get(key)

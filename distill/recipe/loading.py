@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to one validated recipe, or to all its problems at once."""
+"""Loads a recipe from YAML and `key=value` overrides, and reports all its problems at once."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ class Problem(NamedTuple):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe at `path` over its `base`, override, validate and resolve it.
+    """Read, merge with `base`, override, validate and resolve the recipe at `path`.
 
     Raises:
-        InputError: the file or its base is missing or no YAML mapping, or the recipe has problems: all of them are
-        listed.
+        InputError: the file or its base is missing or no YAML mapping, or lists all problems of the recipe.
     """
     path = Path(path)
     raw, bases = with_bases(read_mapping(path), path, path.parent)
@@ -44,7 +43,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_teachers_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at a path that ends in .yaml or .yml, or one of which only the teacher's name is given; see `load`."""
+    """The recipe at a path that ends in .yaml or .yml, or a recipe with the teacher of this name; see `load`."""
     if Path(target).suffix in {".yaml", ".yml"}:
         return load(target, overrides)
     return from_mapping({"teacher": {"model": target}}, overrides, source=target)
@@ -58,11 +57,11 @@ def from_mapping(
     data = {str(key): _plain(value, f"{source}: {short(str(key))}") for key, value in raw.items()}
     problems = [problem for text in overrides if (problem := _override(data, text))]
     if "base" in data:
-        problems.append(Problem(("base",), "overrides change what the files say; name the base in the recipe itself"))
+        problems.append(Problem(("base",), "cannot be overridden; name the base in the recipe itself"))
     recipe, invalid = _validate(data)
     problems += invalid
     if recipe is None:
-        # Combinations are checked even where single values are wrong, on the recipe without the wrong values.
+        # Check combinations also if single values are wrong, on the recipe without these.
         recipe, _ = _validate(_without(data, [problem.path for problem in invalid]))
     if recipe is not None:
         broken = {problem.path for problem in invalid}
@@ -88,7 +87,7 @@ def _plain(value: Any, where: str) -> Any:
     try:
         return json.loads(json.dumps(value, default=str))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: cannot be written out as plain data ({error}).") from None
+        raise InputError(f"{where}: is not plain data ({error}).") from None
 
 
 def _name_from(path: Path) -> str:
@@ -96,7 +95,7 @@ def _name_from(path: Path) -> str:
 
 
 def _override(data: dict[str, Any], text: str) -> Problem | None:
-    """Set one `dotted.key=value` in `data`; sections that are absent or null come into being."""
+    """Set one `dotted.key=value` in `data`; creates sections that are missing or null."""
     key, equals, value_text = text.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -140,7 +139,7 @@ def _validate(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
 
 
 def _path_in(data: Any, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Pydantic's location less the union tags in it, which are no keys of the recipe."""
+    """Pydantic's location without union tags, which are no keys of the recipe."""
     path: list[str | int] = []
     node = data
     for part in location:
@@ -151,7 +150,7 @@ def _path_in(data: Any, location: tuple[str | int, ...]) -> tuple[str | int, ...
 
 
 def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
-    """What one of pydantic's errors means in the words of the recipe."""
+    """One of pydantic's errors in terms of the recipe."""
     value, kind = item["input"], item["type"]
     if kind == "extra_forbidden":
         return [Problem(path, f"unknown key{_suggest(path)}")]
@@ -162,12 +161,12 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
                 Problem(
                     (*path, choice),
                     f"should be one of {item['ctx']['expected_tags']}, got {short(repr(value[choice]))}"
-                    f"{_nearest(value[choice], item['ctx']['expected_tags'])}; what a plugin brings needs --plugin",
+                    f"{_nearest(value[choice], item['ctx']['expected_tags'])}; a plugin's variant needs --plugin",
                 )
             ]
         known = _keys_under(path)
         unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
-        return [Problem(path, f"the key '{choice}' is missing; it says which one this is"), *unknown]
+        return [Problem(path, f"the key '{choice}' is missing; it selects the variant"), *unknown]
     if kind == UNKNOWN_SOURCE:
         return [Problem((*path, "source"), f"{item['msg']}; got {short(repr(value['source']))}")]
     shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
@@ -215,7 +214,7 @@ def _known_keys() -> list[tuple[str, ...]]:
 
 
 def _without(data: Any, paths: list[tuple[str | int, ...]]) -> Any:
-    """A deep copy of `data` in which nothing stands at any of `paths`."""
+    """A deep copy of `data` without the values at `paths`."""
     if isinstance(data, dict):
         return {
             key: _without(value, [path[1:] for path in paths if path[:1] == (key,)])

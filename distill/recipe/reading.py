@@ -1,4 +1,4 @@
-"""YAML files as plain data, within limits that no recipe comes near."""
+"""Reads YAML files as plain data, with limits on size and depth."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from distill.errors import InputError
 
 MOST_CHARACTERS = 1_000_000
 MOST_VALUES = 100_000
-"""Of a YAML text with its aliases written out: a few lines of them can stand for more than any memory holds."""
-DEEPEST = 50
+"""Of a YAML text with aliases expanded: a few lines of them can expand beyond any memory."""
+MAX_DEPTH = 50
 _SHOWN = 120
 """Characters of a wrong value in a message."""
 
 
 def short(value: object) -> str:
-    """A key, a path or a wrong value as a message shows it: printable, in one line of bounded length."""
+    """A key, path or value for a message: printable, in one line of bounded length."""
     text = value if isinstance(value, str) else str(value)
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """The YAML file at `path` as a mapping; an empty file is an empty one.
+    """The YAML file at `path` as a mapping; empty for an empty file.
 
     Raises:
         InputError: the file cannot be read, is too long or no YAML mapping.
@@ -48,14 +48,14 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def read_yaml(text: str, *, source: str) -> Any:
-    """YAML as plain data: no tags that build objects, no key twice, `1e-3` a number as in YAML 1.2.
+    """YAML as plain data: no object tags, no duplicate keys, `1e-3` is a number as in YAML 1.2.
 
     Raises:
         InputError: it is no YAML, nested too deeply, or more than `MOST_VALUES` values.
     """
     try:
         return _Loader(text).get_single_data()
-    except Exception as error:  # besides YAMLError, whatever Python's constructors say of `2024-13-45` or 5,000 digits
+    except Exception as error:  # besides YAMLError, Python's constructors fail on `2024-13-45` or 5,000 digits
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         reason = getattr(error, "problem", None) or short(" ".join(str(error).split()))
@@ -67,23 +67,23 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = self._values = 0
         self._sizes: dict[yaml.Node, int] = {}
-        """Values under each node that is complete, aliases written out."""
+        """Values under each complete node, aliases expanded."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Also checks the limits, before anything is built: merging `<<` copies what aliases only point to."""
+        """Check the limits before objects are built: merging `<<` copies what aliases refer to."""
         event: Any = self.peek_event()
         mark, before = event.start_mark, self._values
         self._depth += 1
-        if self._depth > DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} deep", problem_mark=mark)
+        if self._depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
         node = super().compose_node(parent, index)
-        assert node is not None, "only a whole document can be absent"
+        assert node is not None, "only a whole document can be missing"
         if isinstance(event, yaml.AliasEvent) and node not in self._sizes:
-            problem = "an alias refers to the section it stands in; write it out"
+            problem = "an alias refers to a section that contains it; write it out"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         self._values += self._sizes.get(node, 1)
         if self._values > MOST_VALUES:
-            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, aliases written out")
+            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, aliases expanded")
         self._sizes[node] = self._values - before
         self._depth -= 1
         return node
@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key '{short(key.value)}' stands twice", key.start_mark
+                        None, None, f"duplicate key '{short(key.value)}'", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""Every key of a recipe: its type, range, default and one line of help."""
+"""Sections and keys of recipes: types, ranges, defaults and help."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from distill.options import (
 )
 
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
-"""Marks a field that may change between a run and its resumption, or between a teacher's training and its reuse: it
-changes nothing of what is learned, but for rounding, the draws of drop path and, with gradient_accumulation, what looks
-at a micro-batch as a whole: batch norms, and the losses that compare its samples.
+"""Marks a field that may change on resume, or between a teacher's training and its reuse: it does not change what is
+trained, except for rounding, drop path draws and, with gradient_accumulation, batch norms and losses that compare
+samples of a micro-batch.
 """
 
 FROM_PYTHON = "python"
-"""The name of data, and of a teacher, that Python code hands over."""
+"""`data.name` and `teacher.model` of objects given in Python."""
 
 
 class RandomResizedCrop(Section):
@@ -44,53 +44,55 @@ class RandomResizedCrop(Section):
 
 
 class RandAugment(Section):
-    num_ops: int = Field(2, ge=1, le=8, description="Operations a sample, drawn with replacement from 15.")
+    num_ops: int = Field(2, ge=1, le=8, description="Operations per sample, drawn with replacement from 15.")
     magnitude: float = Field(9.0, ge=0.0, le=10.0, description="Mean strength of the operations, 0 to 10.")
     magnitude_std: float = Field(0.5, ge=0.0, description="Standard deviation of the strength, which stays in 0 to 10.")
-    probability: Probability = Field(0.5, description="Probability that an operation that was drawn is carried out.")
+    probability: Probability = Field(0.5, description="Probability that a drawn operation is applied.")
 
 
 class ColorJitter(Section):
     brightness: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
     contrast: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
     saturation: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
-    hue: float = Field(0.0, ge=0.0, le=0.5, description="Turns of the colour circle from -x to x; 0 is off.")
+    hue: float = Field(
+        0.0, ge=0.0, le=0.5, description="Hue shift from -x to x, in turns of the colour circle; 0 is off."
+    )
 
 
 class Augment(Section):
-    """Every part is drawn per sample from (seed, epoch, sample index)."""
+    """All draws are per sample, from (seed, epoch, sample index)."""
 
     crop_padding: int = Field(
-        0, ge=0, le=10_000, description="Zero-pad each side by this many pixels, then cut the original size at random."
+        0, ge=0, le=10_000, description="Zero-pad each side by this many pixels, then crop the original size at random."
     )
     random_resized_crop: RandomResizedCrop | None = Field(
-        None, description="Cut a box of random area and aspect ratio and resize it back (Szegedy et al. 2015)."
+        None, description="Crop a box of random area and aspect ratio and resize it (Szegedy et al. 2015)."
     )
     hflip: bool = Field(False, description="Mirror left to right with probability 1/2.")
     rand_augment: RandAugment | None = Field(
         None,
-        description="RandAugment (Cubuk et al. 2020) as timm's 'rand-m9-mstd0.5-inc1', which {} means; what a move "
-        "uncovers gets the data's mean colour.",
+        description="RandAugment (Cubuk et al. 2020); {} is timm's 'rand-m9-mstd0.5-inc1'. Moves fill with the data's "
+        "mean colour.",
     )
     trivial_augment: bool = Field(
         False,
-        description="TrivialAugment (Müller and Hutter 2021): one operation a sample, torchvision's wide ranges; what "
-        "a move uncovers gets the data's mean colour.",
+        description="TrivialAugment (Müller and Hutter 2021): one operation per sample, torchvision's wide ranges. "
+        "Moves fill with the data's mean colour.",
     )
     color_jitter: ColorJitter | None = Field(
         None,
-        description="torchvision's ColorJitter; after rand_augment or trivial_augment where both are given (timm then "
-        "leaves it out, unless forced).",
+        description="torchvision's ColorJitter, after rand_augment or trivial_augment if both are given (timm omits "
+        "it then, unless forced).",
     )
     random_erasing: Probability = Field(
         0.0, description="Probability of overwriting a random box with noise (Zhong et al. 2017; timm's 'pixel' mode)."
     )
     mixup: float = Field(0.0, ge=0.0, description="Beta parameter of mixup (Zhang et al. 2018); 0 is off.")
     cutmix: float = Field(0.0, ge=0.0, description="Beta parameter of CutMix (Yun et al. 2019); 0 is off.")
-    mix_probability: Probability = Field(1.0, description="Share of sample pairs that are mixed at all.")
-    mix_switch: Probability = Field(0.5, description="Share of mixed pairs that use CutMix when both are on.")
+    mix_probability: Probability = Field(1.0, description="Fraction of sample pairs that are mixed.")
+    mix_switch: Probability = Field(0.5, description="Fraction of mixed pairs that use CutMix if both are on.")
     mix_off_epoch: int = Field(
-        0, ge=0, description="First epoch, counted from 0, whose images are not mixed any more; 0: all are mixed."
+        0, ge=0, description="First epoch, counted from 0, without mixing; 0: mix in all epochs."
     )
 
 
@@ -98,29 +100,27 @@ class Data(Options):
     """The data section; base of the options of a dataset reader that has keys of its own."""
 
     names: ClassVar[Sequence[str]] = ()
-    """Values of `name` that choose a reader: `hfds/` all that begin so, `.safetensors` all that end so."""
+    """Values of `name` for this reader; `hfds/` is a prefix, `.safetensors` a suffix."""
     name: Text = Field(
         "cifar10",
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
         "NAME.safetensors, a timm dataset name (hfds/..., wds/...), or python: what distill.train gets as data=.",
     )
-    root: Text = Field(
-        "data", description="Folder that holds the data, or that downloads go to.", json_schema_extra=MAY_CHANGE
-    )
+    root: Text = Field("data", description="Folder of the data and of downloads.", json_schema_extra=MAY_CHANGE)
     validation: float = Field(
         0.1,
         ge=0,
-        description="Share (below 1) or count of the training set held out, stratified and seeded; 0: none. Data "
-        "with a validation split of their own keep it.",
+        description="Fraction (below 1) or count of the training set held out, stratified and seeded; 0: none. Not "
+        "used for data with a validation split.",
     )
     select_on: Literal["validation", "test"] = Field(
         "validation",
-        description="Split on which checkpoints are chosen. 'test' makes test figures optimistic; the report says so.",
+        description="Split for selecting checkpoints. 'test' makes test figures optimistic; the report says so.",
     )
     resolution: Side = Field(32, description="The student's input size in pixels.")
     stream: bool | None = Field(
         None,
-        description="Decode images in workers, do not hold them in memory; null: stream what is too large to hold.",
+        description="Decode images in workers instead of holding them in memory; null: only if they are too large.",
     )
     workers: int | None = Field(
         None,
@@ -131,7 +131,7 @@ class Data(Options):
     )
     skip_unreadable: bool = Field(
         False,
-        description="Leave out what cannot be read of an image folder, and count it; false: refuse it, by name.",
+        description="Skip and count unreadable files of an image folder; false: such files are errors.",
     )
     augment: Augment = Field(Augment(), description="Augmentation of the training images.")
 
@@ -144,7 +144,7 @@ class Teacher(Section):
     )
     recipe: Text | None = Field(
         None,
-        description="A recipe that trains this teacher first; trained once, found again by its hash.",
+        description="A recipe that trains this teacher first; trained once, then found by its hash.",
     )
     weights: Text | None = Field(None, description="Local weights file; null: the model's own, downloaded.")
     min_accuracy: Probability | None = Field(
@@ -152,16 +152,18 @@ class Teacher(Section):
         description="Preflight: stop before training if the teacher's accuracy (0 to 1) is lower; null: well above "
         "chance.",
     )
-    weight: float = Field(1.0, gt=0, description="Share of this teacher in an ensemble, relative to the others.")
+    weight: float = Field(1.0, gt=0, description="Weight of this teacher in an ensemble, relative to the others.")
     mean: list[float] | None = Field(None, description="Channel means of its inputs in [0, 1]; null: the model's own.")
-    std: list[float] | None = Field(None, description="Channel deviations of its inputs; null: the model's own.")
+    std: list[float] | None = Field(
+        None, description="Channel standard deviations of its inputs; null: the model's own."
+    )
     size: Side | None = Field(None, description="Input size in pixels; null: the model's own.")
     interpolation: Interpolation | None = Field(
-        None, description="How images are resized to its size; null: the model's own."
+        None, description="Interpolation of the resize to its size; null: the model's own."
     )
     cache: bool = Field(
         False,
-        description="Store its logits (float16, under runs/teacher-cache) and learn from the stored ones; in an "
+        description="Store its logits (float16, under runs/teacher-cache) and train with the stored ones; in an "
         "ensemble the same for all.",
     )
 
@@ -172,7 +174,7 @@ class Optim(Section):
         description="Optimizer, by timm's factory name; muon leaves all but the hidden matrices and kernels to AdamW, "
         "nmuon to NAdamW.",
     )
-    lr: float = Field(1.0e-3, gt=0.0, description="Peak learning rate, as it is: never scaled by the batch size.")
+    lr: float = Field(1.0e-3, gt=0.0, description="Peak learning rate, not scaled by the batch size.")
     min_lr: float = Field(0.0, ge=0.0, description="Learning rate at the end of the schedule.")
     weight_decay: float = Field(
         0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none."
@@ -190,9 +192,12 @@ class Optim(Section):
 
 class Train(Section):
     epochs: int = Field(300, gt=0, description="Passes over the training set.")
-    batch_size: int = Field(1024, gt=0, description="Global batch, whatever the number of processes.")
+    batch_size: int = Field(1024, gt=0, description="Global batch size, over all processes.")
     gradient_accumulation: int = Field(
-        1, gt=0, description="Micro-batches per step; the global batch stays what it is.", json_schema_extra=MAY_CHANGE
+        1,
+        gt=0,
+        description="Micro-batches per step; the global batch size does not change.",
+        json_schema_extra=MAY_CHANGE,
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory.", json_schema_extra=MAY_CHANGE
@@ -207,34 +212,34 @@ class Train(Section):
         "where Triton, a C compiler and Python's headers are.",
     )
     deterministic: bool = Field(
-        False, description="Only operations that repeat bit for bit on a GPU too, at some cost; a CPU's repeat anyway."
+        False, description="Bit-for-bit reproducible results on a GPU, at some cost; on a CPU they always are."
     )
     label_smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="Of the label loss.")
     max_steps: int | None = Field(
-        None, gt=0, description="End the run properly after this many steps; the schedule stays."
+        None, gt=0, description="Finish the run after this many steps; the schedule does not change."
     )
     max_bad_steps: int = Field(
         10,
         gt=0,
-        description="Fail after so many steps in a row with a loss or gradients that are not finite; none is applied.",
+        description="Fail after this many non-finite steps in a row; their updates are skipped.",
         json_schema_extra=MAY_CHANGE,
     )
     max_minutes: float | None = Field(
         None,
         gt=0.0,
-        description="Stop in time, resumable, after this many minutes of this launch.",
+        description="Save a checkpoint and stop after this many minutes of this launch.",
         json_schema_extra=MAY_CHANGE,
     )
     checkpoint_every: int | None = Field(
         None, gt=0, description="Steps between checkpoints; null: every epoch.", json_schema_extra=MAY_CHANGE
     )
     keep_checkpoints: int = Field(
-        2, gt=0, description="Newest checkpoints kept; the best one is kept besides.", json_schema_extra=MAY_CHANGE
+        2, gt=0, description="Number of newest checkpoints to keep, besides the best one.", json_schema_extra=MAY_CHANGE
     )
     log_every: int = Field(50, gt=0, description="Steps between lines of metrics.", json_schema_extra=MAY_CHANGE)
     log_gradient_share: bool = Field(
         False,
-        description="Also log each loss part's share of the norms of the gradients, at some cost a line.",
+        description="Also log each loss part's share of the gradient norms, at some cost per line.",
         json_schema_extra=MAY_CHANGE,
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
@@ -243,50 +248,50 @@ class Train(Section):
 
 
 class Recipe(Section):
-    """The sections as the core knows them; `recipe_model` adds the options of the variants that there are."""
+    """The recipe; `recipe_model` adds the options of known variants."""
 
     base: Text | None = Field(
         None,
-        exclude=True,  # a loaded recipe is whole
+        exclude=True,  # already merged in a loaded recipe
         description="A recipe that this one changes, relative to this file: mappings are merged, all else is replaced.",
     )
     name: str = Field(
         "",
         max_length=100,
         pattern=r"^[A-Za-z0-9._-]*$",
-        description="Of the run; empty: the recipe's file name.",
+        description="Name of the run; empty: the recipe's file name.",
         json_schema_extra=MAY_CHANGE,
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and drop path.")
-    data: Data = Field(Data(), description="What is learned from.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, order, augmentation and drop path.")
+    data: Data = Field(Data(), description="The dataset and its augmentation.")
     teacher: Teacher | list[Teacher] | SourceOptions | None = Field(
-        None, description="One teacher, a list of them (an ensemble), another source of what teaches, or null."
+        None, description="One teacher, a list of them (an ensemble), another teacher source, or null."
     )
-    student: StudentOptions = Field(StudentOptions(), description="What is trained.")
+    student: StudentOptions = Field(StudentOptions(), description="The model to train.")
     label_weight: float | None = Field(
         None,
         ge=0.0,
-        description="Of the label loss; null: 0.5 where another loss teaches a head, else 1. Then the heads share it.",
+        description="Weight of the label loss; null: 0.5 with a method on logits, else 1, for the mean over the heads.",
     )
     distill: list[MethodOptions] = Field(
         [], description="Distillation losses, added up with their weights; []: plain training."
     )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
-    train: Train = Field(Train(), description="The loop.")
+    train: Train = Field(Train(), description="The training loop.")
     control: bool = Field(
         False, description="Also train the same student without the teacher, same seed, for the report."
     )
 
     @property
     def teachers(self) -> list[Teacher]:
-        """The frozen networks that teach, as a list; empty where there is none."""
+        """The frozen teachers as a list, which may be empty."""
         if isinstance(self.teacher, list):
             return self.teacher
         return [self.teacher] if isinstance(self.teacher, Teacher) else []
 
     @property
     def source(self) -> SourceOptions | None:
-        """What teaches instead of a frozen network."""
+        """The teacher source, if it is no frozen network."""
         return self.teacher if isinstance(self.teacher, SourceOptions) else None
 
     def replace(self, **sections: Any) -> Recipe:
@@ -298,12 +303,12 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def digest(self, ignore: Iterable[str] = ()) -> str:
-        """SHA-256 (hex) of the recipe's content less the dotted keys in `ignore`."""
+        """SHA-256 (hex) of the recipe's content without the dotted keys in `ignore`."""
         flat = {key: value for key, value in self.flat().items() if key not in set(ignore)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
     def loss_weights(self, progress: float) -> dict[str, float]:
-        """Of each part of the loss after a share `progress`, 0 to 1, of the run."""
+        """Weight of each loss part at `progress`, 0 to 1, of the run."""
         assert self.label_weight is not None, "a loaded recipe has it resolved"
         return {"label": self.label_weight} | {
             objective.method: objective.weight_at(progress) for objective in self.distill
@@ -326,9 +331,7 @@ class Recipe(Section):
         )
 
     def as_control(self) -> Recipe:
-        """The same student on the same batches without the teacher: its heads share the labels at the weight of all
-        losses on the heads.
-        """
+        """The recipe without teacher; its label loss, a mean over heads, has the weight of all losses on heads."""
         assert self.label_weight is not None, "a loaded recipe has it resolved"
         on_heads = [objective.mean_weight for objective in self.distill if objective.needs.logits]
         weight = self.label_weight + sum(on_heads)

@@ -1,4 +1,4 @@
-"""Student sizes that a recipe can name; here, without torch, so that recipes can be checked against them."""
+"""Named sizes of vision transformers, without torch, for the validation of recipes."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The recipe's schema with the options of all variants that there are: each brings its own keys."""
+"""The recipe's schema with the options of all known variants."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distill.options import Options, StandardAttention, StudentOptions
 from distill.recipe.schema import Data, Recipe, Teacher
 
 UNKNOWN_SOURCE = "unknown_source"
-"""Type of pydantic's error where `teacher.source` names nothing."""
+"""Type of pydantic's error for an unknown `teacher.source`."""
 Variants = tuple[tuple[str, type[Options]], ...]
 
 
 def recipe_model(raw: Mapping[str, Any]) -> type[Recipe]:
-    """The recipe's class for this plain data: with the built-in variants, the plugins that are loaded, and what
-    installed packages bring of the names that stand in it.
+    """The recipe class for this plain data, with the options of built-in variants, of loaded plugins, and of installed
+    packages' variants that it names.
     """
     student, losses, teacher, data = (raw.get(key) for key in ("student", "distill", "teacher", "data"))
     methods = [loss.get("method") for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, list) else []
@@ -29,13 +29,13 @@ def recipe_model(raw: Mapping[str, Any]) -> type[Recipe]:
         "attention": [attention.get("kind")] if isinstance(attention, Mapping) else [],
         "students": _families(student.get("model") if isinstance(student, Mapping) else None),
         "teachers": [teacher.get("source")] if isinstance(teacher, Mapping) else [],
-        "datasets": _asked(data.get("name") if isinstance(data, Mapping) else None),
+        "datasets": _entry_points(data.get("name") if isinstance(data, Mapping) else None),
     }
     return _model(**{group: _options(group, names) for group, names in named.items()})
 
 
 def _families(model: Any) -> list[str]:
-    """Installed packages are asked for a model that no built-in family has."""
+    """Entry points to load for a model that no built-in family has."""
     families: Mapping[str, Any] = registry.options_of("students")
     built_in = [name for options in families.values() for name in options.models]
     return [] if model is None or model in built_in else list(registry.entry_points("students"))
@@ -51,11 +51,11 @@ def _model(
 ) -> type[Recipe]:
     kinds = _union({"standard": StandardAttention} | dict(attention), "kind")
     families = {name: _with_attention(options, kinds) for name, options in students}
-    usual = StudentOptions.model_fields["model"].default
+    default_model = StudentOptions.model_fields["model"].default
     by_model = {model: name for name, options in families.items() for model in options.models}
 
     def family(value: Any) -> str:
-        model = value.get("model", usual) if isinstance(value, Mapping) else getattr(value, "model", None)
+        model = value.get("model", default_model) if isinstance(value, Mapping) else getattr(value, "model", None)
         return by_model.get(model, StudentOptions.family) if isinstance(model, str) else StudentOptions.family
 
     student: Any = Annotated[
@@ -63,7 +63,7 @@ def _model(
         Discriminator(family),
     ]
     fields: dict[str, Any] = {
-        "student": (student, Field(families[by_model[usual]](), description=_help("student"))),
+        "student": (student, Field(families[by_model[default_model]](), description=_help("student"))),
         "distill": (list.__class_getitem__(_union(dict(methods), "method")), Field([], description=_help("distill"))),
         "teacher": (_teacher(dict(teachers)), Field(None, description=_help("teacher"))),
     }
@@ -73,7 +73,7 @@ def _model(
 
 
 def _data(readers: Mapping[str, Any]) -> Any:
-    """Readers with keys of their own, and the section as it is for all others."""
+    """Readers with their own keys, and the plain section for all others."""
 
     def reader(value: Any) -> str:
         name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
@@ -90,33 +90,31 @@ def _reads(reader: str, options: type[Data], name: str) -> bool:
     )
 
 
-def _asked(name: Any) -> list[str]:
-    """Installed packages are asked for data that no reader that is there has."""
+def _entry_points(name: Any) -> list[str]:
+    """Entry points to load for data that no known reader has."""
     readers: Mapping[str, Any] = registry.options_of("datasets")
     known = name is None or any(_reads(reader, options, str(name)) for reader, options in readers.items())
     return [] if known else list(registry.entry_points("datasets"))
 
 
 def _readers(name: str) -> Mapping[str, Any]:
-    return registry.options_of("datasets", _asked(name))
+    return registry.options_of("datasets", _entry_points(name))
 
 
 def reader_of(name: str) -> str | None:
-    """The dataset reader that a `data.name` chooses; None where there is none."""
+    """The dataset reader of a `data.name`; None: there is none."""
     return next((reader for reader, options in _readers(name).items() if _reads(reader, options, name)), None)
 
 
 def reader_names() -> list[str]:
-    """What `data.name` may be, as the readers declare it, and what installed packages bring."""
+    """Values of `data.name`, as readers declare them, and readers of installed packages."""
     readers: Mapping[str, Any] = registry.options_of("datasets")
     known = [name for reader, options in readers.items() for name in options.names or (reader,)]
     return list(dict.fromkeys([*known, *registry.entry_points("datasets")]))
 
 
 def used(recipe: Recipe) -> dict[str, str]:
-    """What the variants in a recipe that are not built in came from: 'methods/queue' -> module and version, or file and
-    hash.
-    """
+    """Origins of a recipe's variants that are not built in: 'methods/queue' -> module and version, or file and hash."""
     chosen = [("methods", section.method) for section in recipe.distill]
     chosen += [("students", recipe.student.family), ("datasets", reader_of(recipe.data.name) or "")]
     chosen.append(("attention", recipe.student.attention.kind))
@@ -154,6 +152,6 @@ def _teacher(sources: Mapping[str, type[Options]]) -> Any:
         Annotated[Annotated[list[Teacher], Field(min_length=1)], Tag("ensemble")],
         *([Annotated[_union(sources, "source"), Tag("source")]] if sources else []),
     ]
-    unknown = "no source of what teaches has this name; what a plugin brings needs --plugin"
+    unknown = "no teacher source has this name; a plugin's source needs --plugin"
     choice = Discriminator(shape, custom_error_type=UNKNOWN_SOURCE, custom_error_message=unknown)
     return Annotated[Union[tuple(branches)], choice] | None  # noqa: UP007 (of a list)

@@ -276,4 +276,4 @@ def test_the_command_refuses_or_counts(stream: bool, toy: Toy, root: Path, tmp_p
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["data_left_out"]["count"] == 1
     assert "3.png" in status["data_left_out"]["first"][0]
-    assert "1 files are left out" in (tmp_path / "run" / "train.log").read_text()
+    assert "1 files are skipped" in (tmp_path / "run" / "train.log").read_text()

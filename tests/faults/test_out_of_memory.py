@@ -146,14 +146,14 @@ def one_then_the_other() -> None:
 def both_in_turn() -> None:
     """Both run out of memory; process 0 has said so and ended before process 1 can."""
     allow(3)
-    leave = Ranks.leave
+    write = Ranks.write_exit_message
 
-    def wait_and_leave(ranks: Ranks, error: BaseException) -> None:
+    def wait_and_write(ranks: Ranks, error: BaseException) -> None:
         if os.environ["RANK"] == "1":
             await_the_other(ranks)
-        leave(ranks, error)
+        write(ranks, error)
 
-    Ranks.leave = wait_and_leave  # type: ignore[method-assign]
+    Ranks.write_exit_message = wait_and_write  # type: ignore[method-assign]
 
 
 def await_the_other(ranks: Ranks) -> None:

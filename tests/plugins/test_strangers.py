@@ -152,7 +152,7 @@ def test_two_plugins_of_one_name_are_refused(command: Command, toy: Toy, tmp_pat
         )
     refused = command("validate", toy.recipe, "--plugin", "one.py", "--plugin", "other.py")
     assert refused.returncode == 2
-    assert "is there already" in refused.stderr
+    assert "is already registered by" in refused.stderr
     assert command("validate", toy.recipe, "--plugin", "one.py").returncode == 0
 
 
