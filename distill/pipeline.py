@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,9 +231,7 @@ def _train(
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
-    # No report shows a teacher's own run.
-    analysed = shared.stop.runs[0] is directory or directory.path.name == "control"
-    finish(trainer, tracking, metadata, analysed)
+    finish(trainer, tracking, metadata, location.analysed)
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:
@@ -273,7 +271,7 @@ def train_teachers(recipe: Recipe, shared: Launch) -> None:
             teacher = teacher_recipe(recipe, spec)
             directory = teacher_directory(recipe, spec)
             try:
-                location = on_main(partial(newest_location, directory, teacher, shared.given))
+                location = replace(on_main(partial(newest_location, directory, teacher, shared.given)), analysed=False)
                 _log.info("training the teacher %s first, in %s", teacher.name, directory)
                 execute(teacher, location, shared, source=Path(spec.recipe))
             except run.InUse as holder:

@@ -22,6 +22,8 @@ class RunLocation:
     resumed: bool = False
     named: bool = False
     """Whether the user named this checkpoint."""
+    analysed: bool = True
+    """Whether the report needs an analysis; none shows a teacher's own run."""
 
 
 def locate(recipe: Recipe, out: Path | None, resume: str | None, given: Given) -> RunLocation:

@@ -140,7 +140,7 @@ print(faults())
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_a_launch_with_shards_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(InputError, match=f"told to use {name}, .*--multi_gpu"):
+    with pytest.raises(InputError, match=f"{name} is configured, .*--multi_gpu"):
         start_processes()
 
 

@@ -46,7 +46,7 @@ def test_a_teacher_in_training_is_waited_for(monkeypatch: pytest.MonkeyPatch, re
     left = answers(
         monkeypatch,
         is_trained=[False, True],
-        newest_place=[run.InUse("in use by 7. Wait.")],
+        newest_location=[run.InUse("in use by 7. Wait.")],
         holder_of=["7", "7", None],
     )
     train_teachers(recipe, NOBODY)
@@ -55,11 +55,11 @@ def test_a_teacher_in_training_is_waited_for(monkeypatch: pytest.MonkeyPatch, re
 
 
 def test_a_teacher_that_became_ready_meanwhile_is_taken(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
-    answers(monkeypatch, is_trained=[False, True, True], newest_place=[InputError("this run is finished")])
+    answers(monkeypatch, is_trained=[False, True, True], newest_location=[InputError("this run is finished")])
     train_teachers(recipe, NOBODY)
 
 
 def test_any_other_problem_of_the_teachers_run_is_said(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
-    answers(monkeypatch, is_trained=[False, False], newest_place=[InputError("the recipe has changed")])
+    answers(monkeypatch, is_trained=[False, False], newest_location=[InputError("the recipe has changed")])
     with pytest.raises(InputError, match="the recipe has changed"):
         train_teachers(recipe, NOBODY)

@@ -157,7 +157,7 @@ def both_in_turn() -> None:
 
 
 def await_the_other(ranks: Ranks) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 20
     while not ranks.ended() and time.monotonic() < until:
         time.sleep(0.02)
     print("the other is gone")

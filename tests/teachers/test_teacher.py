@@ -128,7 +128,7 @@ def test_a_teacher_of_grey_images(tmp_path: Path) -> None:
     path = _save(timm.create_model("cifar_resnet20", num_classes=5, in_chans=1), tmp_path / "grey.safetensors")
     teacher = load_teacher({"model": "cifar_resnet20", "weights": str(path), "mean": [0.5], "std": [0.5]}, 5)
     assert teacher(_images(2, 1, 8, 8)).shape == (2, 5)
-    with pytest.raises(InputError, match="3 channels; give both"):
+    with pytest.raises(InputError, match="1 and 3 channels; give equally many"):
         load_teacher({"model": "cifar_resnet20", "weights": str(path), "mean": [0.5]}, 5)
 
 

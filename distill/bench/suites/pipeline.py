@@ -4,6 +4,7 @@ processes over one.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -138,7 +139,8 @@ def seconds_an_image(processes: int, threads: int, steps: int = STEPS["cpu"]) ->
     """In training by a launch of CPU processes with so many threads each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", __name__, str(threads), str(steps)]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}  # without it accelerate joins no CPU processes
+    return float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def _train(threads: int, steps: int) -> None:
