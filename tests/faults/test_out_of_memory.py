@@ -18,7 +18,6 @@ from distill.errors import RunFailed
 from distill.evaluation import predict
 from distill.launching.processes import build_accelerator
 from distill.launching.ranks import Ranks
-from distill.launching.signals import StopRequest
 from distill.pipeline import open_data
 from distill.students import Student
 from distill.trainer import Trainer
@@ -128,21 +127,6 @@ def test_one_pair_at_a_time_is_the_least(toy: Toy, tmp_path: Path, changes: tupl
     assert expected in launched.output
 
 
-def one_then_the_other() -> None:
-    """Only process 1 runs out of memory, and has said so when process 0 ends before it."""
-    allow(3, rank=1)
-    destroy = torch.distributed.destroy_process_group
-
-    def and_wait() -> None:
-        destroy()
-        ranks = StopRequest.current()._ranks
-        assert ranks is not None
-        await_the_other(ranks)
-
-    if os.environ["RANK"] == "1":
-        torch.distributed.destroy_process_group = and_wait
-
-
 def both_in_turn() -> None:
     """Both run out of memory; process 0 has said so and ended before process 1 can."""
     allow(3)
@@ -157,17 +141,16 @@ def both_in_turn() -> None:
 
 
 def await_the_other(ranks: Ranks) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not ranks.ended() and time.monotonic() < until:
         time.sleep(0.02)
     print("the other is gone")
 
 
-@pytest.mark.parametrize("short", [one_then_the_other, both_in_turn])
-def test_one_process_says_it_whoever_is_gone(toy: Toy, tmp_path: Path, short: Callable[[], None]) -> None:
+def test_one_process_says_it_when_the_other_is_gone(toy: Toy, tmp_path: Path) -> None:
     """Without torchrun, what processes share ends with process 0."""
     command = ["train", toy.recipe, "train.gradient_accumulation=1", "--out", "run"]
-    launched = launch(command, cwd=tmp_path, processes=2, before=short)
+    launched = launch(command, cwd=tmp_path, processes=2, before=both_in_turn)
     assert launched.wait() == [3, 3], launched.output
     assert "the other is gone" in launched.output
     assert launched.output.count("failed: ") == 1, launched.output
