@@ -56,6 +56,11 @@ def test_impossible_classes_do_not_break_the_divergence() -> None:
     assert fidelity(student, teacher, labels).kl == math.inf
 
 
+def test_the_divergence_of_logits_far_apart_is_finite() -> None:
+    far, labels = np.array([[0.0, 1000.0]], np.float32), np.array([1])
+    assert fidelity(far, far[:, ::-1], labels).kl == pytest.approx(1000.0)
+
+
 def test_the_two_by_two_holds_the_mistakes_of_the_teacher() -> None:
     (teacher, labels), (student, _), (control, _) = drawn(0), drawn(1), drawn(2)
     for table in inheritance(student, control, teacher, labels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import rel_entr, softmax
+from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix
 
 from distill.report.comparison import Comparison, Row
@@ -71,12 +71,16 @@ def fidelity(logits: Floats, teacher: Floats, labels: Ints) -> Fidelity:
     """Of a model's logits [N, classes] to the teacher's."""
     says, teacher_says = logits.argmax(1), teacher.argmax(1)
     same, right, wrong = says == teacher_says, says == labels, teacher_says != labels
-    own, target = (softmax(values.astype(np.float64), axis=1) for values in (logits, teacher))
+    own, target = (log_softmax(values.astype(np.float64), axis=1) for values in (logits, teacher))
+    # From logarithms: a model's probability that is too small to store is not 0. One of 0 of the teacher's adds nothing.
+    probabilities = np.exp(target)
+    possible = probabilities > 0
+    parts = probabilities * (np.where(possible, target, 0.0) - np.where(possible, own, 0.0))
     return Fidelity(
         agreement=100 * float(same.mean()),
         agreement_where_right=None if wrong.all() else 100 * float(same[~wrong].mean()),
         agreement_where_wrong=100 * float(same[wrong].mean()) if wrong.any() else None,
-        kl=float(rel_entr(target, own).sum(1).mean()),
+        kl=float(parts.sum(1).mean()),
         teacher_wrong=int(wrong.sum()),
         same_mistakes=int((wrong & same).sum()),
         other_mistakes=int((wrong & ~same & ~right).sum()),
