@@ -48,6 +48,8 @@ class Options(Data):
 
 @register("datasets", "folder", Options)
 class FolderReader(DataReader):
+    skips_unreadable = True
+
     @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
         folder = scan(opening.root, skip=options.skip_unreadable)

@@ -149,6 +149,9 @@ class DataReader:
     `options`: of the registered class, the recipe's data section with the reader's own keys.
     """
 
+    skips_unreadable = False
+    """Whether data.skip_unreadable may be true."""
+
     @classmethod
     def open(cls, options: Any, opening: Opening) -> Dataset:
         """The dataset. Several processes may open the same data at once.
@@ -190,12 +193,11 @@ def open_dataset(
             f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, where a final / is a prefix of "
             "timm's names and .safetensors the suffix of a packed file; a plugin's dataset needs --plugin"
         )
-    if spec.skip_unreadable and reader != "folder":
+    implementation: type[DataReader] = registry.find("datasets", reader).implementation
+    if spec.skip_unreadable and not implementation.skips_unreadable:
         raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
     workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
-    opening = Opening(spec, seed, device, process_index, workers, given)
-    dataset: Dataset = registry.find("datasets", reader).implementation.open(spec, opening)
-    return dataset
+    return implementation.open(spec, Opening(spec, seed, device, process_index, workers, given))
 
 
 def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:

@@ -8,12 +8,12 @@ from typing import ClassVar
 from distill.data.dataset import Dataset
 from distill.data.opening import DataReader, Opening
 from distill.errors import InputError
-from distill.recipe import Data
+from distill.recipe import FROM_PYTHON, Data
 from distill.registry import register
 
 
 class Options(Data):
-    names: ClassVar[Sequence[str]] = ("python",)
+    names: ClassVar[Sequence[str]] = (FROM_PYTHON,)
 
 
 @register("datasets", "python", Options)

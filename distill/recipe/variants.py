@@ -77,33 +77,30 @@ def _data(readers: Mapping[str, Any]) -> Any:
 
     def reader(value: Any) -> str:
         name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
-        return next((key for key, options in readers.items() if _reads(key, options, str(name))), "")
+        return _reader_in(readers, str(name)) or ""
 
     branches = [Annotated[Data, Tag("")], *(Annotated[options, Tag(name)] for name, options in readers.items())]
     return Annotated[Union[tuple(branches)], Discriminator(reader)]  # noqa: UP007 (of a list)
 
 
-def _reads(reader: str, options: type[Data], name: str) -> bool:
-    return any(
-        name == known or (known.endswith("/") and name.startswith(known)) or (known[0] == "." and name.endswith(known))
-        for known in options.names or (reader,)
-    )
+def _reader_in(readers: Mapping[str, Any], name: str) -> str | None:
+    for reader, options in readers.items():
+        for known in options.names or (reader,):
+            prefix, suffix = known.endswith("/") and name.startswith(known), known[0] == "." and name.endswith(known)
+            if name == known or prefix or suffix:
+                return reader
+    return None
 
 
 def _entry_points(name: Any) -> list[str]:
     """Entry points to load for data that no known reader has."""
-    readers: Mapping[str, Any] = registry.options_of("datasets")
-    known = name is None or any(_reads(reader, options, str(name)) for reader, options in readers.items())
+    known = name is None or _reader_in(registry.options_of("datasets"), str(name)) is not None
     return [] if known else list(registry.entry_points("datasets"))
-
-
-def _readers(name: str) -> Mapping[str, Any]:
-    return registry.options_of("datasets", _entry_points(name))
 
 
 def reader_of(name: str) -> str | None:
     """The dataset reader of a `data.name`; None: there is none."""
-    return next((reader for reader, options in _readers(name).items() if _reads(reader, options, name)), None)
+    return _reader_in(registry.options_of("datasets", _entry_points(name)), name)
 
 
 def reader_names() -> list[str]:
