@@ -72,7 +72,7 @@ def fidelity(logits: Floats, teacher: Floats, labels: Ints) -> Fidelity:
     says, teacher_says = logits.argmax(1), teacher.argmax(1)
     same, right, wrong = says == teacher_says, says == labels, teacher_says != labels
     own, target = (log_softmax(values.astype(np.float64), axis=1) for values in (logits, teacher))
-    # From logarithms: a model's probability that is too small to store is not 0. One of 0 of the teacher's adds nothing.
+    # From logarithms: a model's probability too small to store is not 0. One of 0 of the teacher's adds nothing.
     probabilities = np.exp(target)
     possible = probabilities > 0
     parts = probabilities * (np.where(possible, target, 0.0) - np.where(possible, own, 0.0))
