@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Files of tests run side by side: threads that wait for work must not keep the cores from others. libgomp reads this
-# when torch is imported.
+# Files of tests run side by side, each worker of pytest-xdist with its share of the cores: threads of one that wait for
+# those of another would take several times as long. libgomp reads both when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, share or cores)
 
 import pytest
 import timm
