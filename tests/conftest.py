@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,15 +144,10 @@ def environment(**values: str) -> dict[str, str]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """Runs the real `distill` command in an empty folder."""
+    """Runs the `distill` command in a process of its own, in an empty folder."""
+    from tests import warm
 
-    def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "distill.cli", *map(str, arguments)],
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
-
-    return run
+    return lambda *arguments, timeout=120.0: warm.run(arguments, cwd=tmp_path, timeout=timeout)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ once, and the time spent waiting for data is known.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,32 +218,6 @@ def test_without_a_compiler_auto_compiles_nothing(
     assert "headers" in (compilation._missing() or "")
     monkeypatch.setattr(compilation, "has_triton", lambda: False)
     assert "Triton" in (compilation._missing() or "")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_run_on_a_cpu_begins_as_an_eager_one(toy: Toy) -> None:
-    torch._dynamo.utils.counters.clear()
-    losses: dict[bool, list[float]] = {}
-    for compiled in (False, True):
-        train = {"compile": compiled, "precision": "fp32", "ema": None}
-        trainer = trainer_of(toy_recipe(toy, student={"drop_path": 0.0}, train=train))
-        assert all(
-            (module is not None and module._compiled_call_impl is not None) == compiled
-            for module in (trainer.student, trainer.source and trainer.source.teacher)
-        )
-        losses[compiled] = []
-        batches = batches_of(trainer)
-        for _ in range(3):
-            take_steps(trainer, batches, 1)
-            losses[compiled].append(trainer.accumulator.read(16)["loss"])
-    assert losses[True][0] == pytest.approx(losses[False][0], abs=1e-5)
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-    # Nothing was compiled again: not for the second micro-batch, not for evaluation at another size.
-    trainer.evaluator.predict(trainer.student, "validation")
-    assert trainer.teacher is not None
-    trainer.teacher(torch.rand(3, 3, 8, 8))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 # The teacher's precision

@@ -1,11 +1,17 @@
-"""The `distill` command in real processes that need not import torch again: forked from one that has."""
+"""The `distill` command in real processes that need not import torch again: forked from one that has.
+
+They load their exports themselves; tests/test_export.py has the fresh process that does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -13,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 Before = Callable[[], None]
@@ -25,6 +32,7 @@ class Launched:
 
     processes: list[ForkServerProcess]
     console: Path
+    """Its standard output and standard error."""
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Their exit codes; after the timeout they are killed."""
@@ -50,31 +58,56 @@ def _context() -> Any:
     return context
 
 
-def launch(arguments: Sequence[object], *, cwd: Path, processes: int = 1, before: Before | None = None) -> Launched:
-    """`distill ARGUMENTS` in so many processes of one group, on the CPU."""
+def launch(
+    arguments: Sequence[object],
+    *,
+    cwd: Path,
+    processes: int = 1,
+    before: Before | None = None,
+    errors: Path | None = None,
+) -> Launched:
+    """`distill ARGUMENTS` in so many processes of one group, on the CPU; `errors`: a file for standard error alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    console = cwd / f"console-{time.monotonic_ns()}"
+    console = cwd.with_name(f"{cwd.name}.console-{time.monotonic_ns()}")
     started = []
     for rank in range(processes):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
         environment = {name: str(value) for name, value in group.items()} if processes > 1 else {}
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        files = [str(console), str(errors or console)]
         started.append(
-            _context().Process(
-                target=_child, args=([*map(str, arguments)], str(cwd), str(console), environment, before)
-            )
+            _context().Process(target=_child, args=([*map(str, arguments)], str(cwd), files, environment, before))
         )
         started[-1].start()
     return Launched(started, console)
 
 
-def _child(arguments: list[str], cwd: str, console: str, environment: dict[str, str], before: Before | None) -> None:
-    file = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def run(arguments: Sequence[object], *, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`distill ARGUMENTS` to its end, like `subprocess.run`."""
+    errors = cwd.with_name(f"{cwd.name}.errors-{time.monotonic_ns()}")
+    launched = launch(arguments, cwd=cwd, errors=errors)
+    (code,) = launched.wait(timeout)
+    return subprocess.CompletedProcess([*map(str, arguments)], code, launched.output, errors.read_text())
+
+
+def reload_here(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+    """In place of the fresh process that loads an export: most of a run's seconds would be its imports."""
+    from distill.exports.folder import reload
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        reload(*command[3:5])
+    return subprocess.CompletedProcess(command, 0, output.getvalue(), "")
+
+
+def _child(
+    arguments: list[str], cwd: str, files: list[str], environment: dict[str, str], before: Before | None
+) -> None:
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "OMP_"))]:
         del os.environ[name]
@@ -84,8 +117,11 @@ def _child(arguments: list[str], cwd: str, console: str, environment: dict[str, 
     try:
         import distill.console
         from distill.cli import main
+        from distill.exports import folder
 
         distill.console.console.file = sys.stdout
+        folder.subprocess = SimpleNamespace(run=reload_here)  # type: ignore[assignment]
+        sys.argv = ["distill", *arguments]
         if before is not None:
             before()
         code = main(arguments)

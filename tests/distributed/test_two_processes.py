@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from distill import run
+from distill.launching.exit_messages import EXIT_INTERRUPTED
 from distill.launching.processes import bf16_instructions
+from tests import warm
 from tests.conftest import Counted, Toy, environment
 
 EVEN = (
@@ -96,13 +98,14 @@ def test_one_set_of_files(runs: dict[int, Path]) -> None:
 
 def test_two_go_on_where_one_stopped(toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    stopped = launch(1, toy.recipe, "--out", out, *EVEN, "train.max_minutes=0.0001", cwd=tmp_path)
-    assert stopped.returncode != 0
+    arguments = ["train", toy.recipe, "--out", out, *EVEN]
+    stopped = warm.launch([*arguments, "train.max_minutes=0.0001"], cwd=tmp_path)
+    assert stopped.wait() == [EXIT_INTERRUPTED], stopped.output
     status = run.read_status(out)
     assert status["state"] == "interrupted"
     assert "time limit" in status["reason"]
-    finished = launch(2, toy.recipe, "--out", out, *EVEN, "--resume", "auto", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    finished = warm.launch([*arguments, "--resume", "auto"], cwd=tmp_path, processes=2)
+    assert finished.wait() == [0, 0], finished.output
     assert run.read_status(out)["state"] == "finished"
     steps = [line["step"] for line in run.read_metrics(out, "train")]
     assert steps == list(range(1, 51))
@@ -120,11 +123,12 @@ def test_a_batch_that_does_not_divide_over_processes(toy: Toy, tmp_path: Path) -
 
 def test_bf16_runs_on_the_cpu(toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = launch(2, toy.recipe, "--out", out, "train.precision=bf16", "train.max_steps=3", cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
+    arguments = ["train", toy.recipe, "--out", out, "train.precision=bf16", "train.max_steps=3"]
+    done = warm.launch(arguments, cwd=tmp_path, processes=2)
+    assert done.wait() == [0, 0], done.output
     chosen, why = ("bf16", "with this CPU's") if bf16_instructions() else ("fp32", "instead of bf16")
     assert json.loads((out / "environment.json").read_text())["precision"] == chosen
-    assert f"precision: {chosen}" in result.stdout + result.stderr
-    assert (result.stdout + result.stderr).count(why) == 1, "one process speaks"
+    assert f"precision: {chosen}" in done.output
+    assert done.output.count(why) == 1, "one process speaks"
     weights = load_file(out / "checkpoints" / "last" / "model.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}

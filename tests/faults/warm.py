@@ -11,12 +11,13 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tests.conftest import environment
+from tests.warm import reload_here
 
 
 class Warm:
@@ -93,7 +94,7 @@ def _become(request: Mapping[str, Any]) -> None:
         if "file_size" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
         sys.argv = ["distill", *request["arguments"]]
-        export.subprocess = SimpleNamespace(run=_forked_reload)  # type: ignore[assignment]
+        export.subprocess = SimpleNamespace(run=reload_here)  # type: ignore[assignment]
         if request.get("modest") and os.geteuid() == 0:
             _drop_capabilities()
         passed, point = [], faults.point
@@ -112,26 +113,6 @@ def _drop_capabilities() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
-
-
-def _forked_reload(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
-    """In place of the fresh process that loads an export: most of a run's seconds would be its imports."""
-    from distill.exports.folder import reload
-
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(writer, 1)
-        try:
-            reload(*command[3:])
-            sys.stdout.flush()
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as output:
-        text = output.read()
-    os.waitpid(child, 0)
-    return subprocess.CompletedProcess(command, 0, text, "")
 
 
 if __name__ == "__main__":
