@@ -35,8 +35,8 @@ from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
 from teachers import Teacher, load_teacher
 from tests.conftest import Toy
-from tests.distributed.test_two_processes import launch
 from tests.test_resume import go
+from tests.warm import launch
 
 Mapping = dict[str, Any]
 STEPS_AN_EPOCH = 6  # 96 training images in batches of 16, each of two micro-batches
@@ -187,11 +187,10 @@ def test_streamed_images(toy: Toy, tmp_path: Path, asked: Counter[str]) -> None:
 def test_one_process_and_two(toy: Toy, tmp_path: Path) -> None:
     """Two replay what one recorded, and one what two recorded."""
     go(cached(toy, STEPS_AN_EPOCH), tmp_path / "one", None)
-    result = launch(
-        2, toy.recipe, "--out", tmp_path / "two", "teacher.cache=true", "train.max_steps=9",
-        "train.gradient_accumulation=1", cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    arguments = ["train", toy.recipe, "--out", "two", "teacher.cache=true", "train.max_steps=9",
+                 "train.gradient_accumulation=1"]  # fmt: skip
+    done = launch(arguments, cwd=tmp_path, processes=2)
+    assert done.wait() == [0, 0], done.output
     assert hits(tmp_path / "two") == [1.0] * STEPS_AN_EPOCH + [0.0] * 3
     go(cached(toy, 9, train={"batch_size": 32}), tmp_path / "again", None)
     assert hits(tmp_path / "again") == [1.0] * 4 + [0.5] + [0.0] * 4

@@ -54,7 +54,7 @@ class Launched:
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.pipeline", "distill.dry_run", "distill.commands", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["distill.dry_run", "distill.commands", "distill.report.document"])
     return context
 
 
@@ -65,8 +65,14 @@ def launch(
     processes: int = 1,
     before: Before | None = None,
     errors: Path | None = None,
+    report: bool = False,
 ) -> Launched:
-    """`distill ARGUMENTS` in so many processes of one group, on the CPU; `errors`: a file for standard error alone."""
+    """`distill ARGUMENTS` in so many processes of one group, on the CPU.
+
+    Args:
+        errors: a file for standard error alone.
+        report: whether a run ends with its report, which takes longer than all else that a small one does.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,7 +85,9 @@ def launch(
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         files = [str(console), str(errors or console)]
         started.append(
-            _context().Process(target=_child, args=([*map(str, arguments)], str(cwd), files, environment, before))
+            _context().Process(
+                target=_child, args=([*map(str, arguments)], str(cwd), files, environment, before, report)
+            )
         )
         started[-1].start()
     return Launched(started, console)
@@ -88,7 +96,7 @@ def launch(
 def run(arguments: Sequence[object], *, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`distill ARGUMENTS` to its end, like `subprocess.run`."""
     errors = cwd.with_name(f"{cwd.name}.errors-{time.monotonic_ns()}")
-    launched = launch(arguments, cwd=cwd, errors=errors)
+    launched = launch(arguments, cwd=cwd, errors=errors, report=True)
     (code,) = launched.wait(timeout)
     return subprocess.CompletedProcess([*map(str, arguments)], code, launched.output, errors.read_text())
 
@@ -104,7 +112,12 @@ def reload_here(command: Sequence[str], **_: object) -> subprocess.CompletedProc
 
 
 def _child(
-    arguments: list[str], cwd: str, files: list[str], environment: dict[str, str], before: Before | None
+    arguments: list[str],
+    cwd: str,
+    files: list[str],
+    environment: dict[str, str],
+    before: Before | None,
+    report: bool,
 ) -> None:
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -116,11 +129,14 @@ def _child(
     code = 1
     try:
         import distill.console
+        from distill import pipeline
         from distill.cli import main
         from distill.exports import folder
 
         distill.console.console.file = sys.stdout
         folder.subprocess = SimpleNamespace(run=reload_here)  # type: ignore[assignment]
+        if not report:
+            pipeline.report_on = lambda _: None
         sys.argv = ["distill", *arguments]
         if before is not None:
             before()

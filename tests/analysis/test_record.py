@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +21,9 @@ from distill.recipe import from_mapping
 from distill.report.comparison import compare
 from distill.report.sections import sections
 from distill.run import read_recipe
-from tests.conftest import Command, Toy, environment
+from tests.conftest import Command, Toy
 from tests.formulas import cifar_resnet_forward
+from tests.warm import launch
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,8 @@ def finished(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     recipe = folder / "toy.yaml"
     recipe.write_text(yaml.safe_dump(toy.mapping(train={"epochs": 1, "keep_checkpoints": 1}, control=True)))
-    subprocess.run(
-        [sys.executable, "-m", "distill.cli", "train", str(recipe), "--out", str(folder / "run")],
-        check=True, capture_output=True, env=environment(), cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    done = launch(["train", recipe, "--out", "run"], cwd=folder)
+    assert done.wait() == [0], done.output
     return folder / "run"
 
 

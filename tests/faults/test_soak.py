@@ -90,7 +90,7 @@ def leftovers(place: Path) -> list[Path]:
 def test_kills_change_nothing(toy: Toy, tmp_path: Path, counted: Counted) -> None:
     soak = Soak(tmp_path / "soak", toy.recipe)
     expected = soak.undisturbed()
-    place = soak.killed(3)
+    place = soak.killed(2)
     equal = same(expected, place) and not leftovers(place)
     counted("a run goes on after kills", done=int(equal), of=1, kills=soak.kills)
 

@@ -46,7 +46,7 @@ def recipe(toy: Toy, folder: Path, changes: dict[str, Any]) -> Path:
 
 
 def train(folder: Path, *arguments: object) -> tuple[int, str]:
-    launched = launch(["train", *arguments], cwd=folder)
+    launched = launch(["train", *arguments], cwd=folder, report="whole" in arguments)
     return launched.wait(250)[0], launched.output
 
 
