@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from distill.training.compilation import Compilation
 from distill.training.gradient_shares import GradientShares
 from distill.training.nonfinite import Ema, NonFiniteSteps
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
-from distill.training.saving import Progress, TrainState, record_checkpoint, restore, save
+from distill.training.saving import CheckpointWriter, Progress, TrainState, record_checkpoint, restore
 from distill.training.task import build_task
 from teachers import Teacher
 
@@ -96,6 +96,9 @@ class Trainer:
         self.ema_updater = None if self.ema is None else Ema(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
+        self.saving: Progress | None = None
+        """That of the checkpoint which is being written."""
+        self.writer = CheckpointWriter()
         self.accumulator = MetricAccumulator(accelerator)
         self.loader_bound = False
         self.gradient_shares = GradientShares(train, accelerator, self.student)
@@ -142,6 +145,12 @@ class Trainer:
         return self.progress.step == self.total_steps or self.progress.step % self.steps_per_epoch == 0
 
     @property
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate here: at the end of the run, and of every `train.evaluate_every` epochs."""
+        every = (self.recipe.train.evaluate_every or 1) * self.steps_per_epoch
+        return self.progress.step == self.total_steps or self.progress.step % every == 0
+
+    @property
     def selection_split(self) -> Split | None:
         """The split on which the best checkpoint is selected; None: there is none, and the last checkpoint is used."""
         if self.recipe.data.select_on == "test":
@@ -156,9 +165,9 @@ class Trainer:
             RunFailed: too many non-finite steps in a row.
         """
         train, progress, run, display = self.recipe.train, self.progress, tracking.run, tracking.display
-        with display, deferred():
+        with display, deferred(), closing(self.writer):
             display.advance(progress.step)
-            if self.at_boundary and progress.evaluated_at < progress.step:
+            if self.evaluation_due and progress.evaluated_at < progress.step:
                 self.evaluate(tracking)  # resumed between an epoch's last step and its evaluation
             self.accumulator.start_clock()
             unmixed = self.recipe.data.augment.mix_off_epoch
@@ -182,6 +191,7 @@ class Trainer:
                         self.log(tracking)
                     if (reason := stop.reason()) is not None:
                         self.save(run)
+                        self.finish_saving()
                         raise Interrupted(reason)
                     if self.at_boundary:
                         break
@@ -189,9 +199,11 @@ class Trainer:
                         with self.accumulator.paused():
                             self.save(run)
                 with self.accumulator.paused():
-                    self.evaluate_or_save(tracking)
+                    if self.evaluation_due:
+                        self.evaluate_or_save(tracking)
                     if self.checkpoint_due() or progress.step == self.total_steps:
                         self.save(run)
+            self.finish_saving()
 
     def evaluate_or_save(self, tracking: Tracking) -> None:
         """Evaluate; if interrupted, save the state before it, so that a resumed run repeats the evaluation."""
@@ -203,6 +215,7 @@ class Trainer:
             self.progress = before
             run.cut_metrics(size)
             self.save(run)
+            self.finish_saving()
             raise
 
     def checkpoint_due(self) -> bool:
@@ -257,6 +270,7 @@ class Trainer:
 
     def log(self, tracking: Tracking) -> None:
         """Log the means over all processes since the last call."""
+        self.writer.poll()
         self.read_skipped()
         values = self.accumulator.read(self.plan.batch_size) | self.gradient_shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
@@ -300,24 +314,31 @@ class Trainer:
         )
 
     def save(self, run: Run) -> None:
-        """Write a checkpoint. A failure is a warning, since the next one may succeed.
-
-        Raises:
-            RunFailed: the last checkpoint of the run cannot be written.
-        """
+        """Begin to write a checkpoint, after the one before. Collective."""
+        self.finish_saving()
         self.read_skipped()
         metrics = self.accumulator.state()
         if self.cache is not None:
             self.cache.flush()
-        problem = on_main(lambda: save(self.state, self.progress, run, epoch=self.epoch, also={"metrics": metrics}))
-        if problem is None:
-            self.saved = replace(self.progress)
+        self.saving = replace(self.progress)
+        on_main(lambda: self.writer.start(self.state, self.progress, run, epoch=self.epoch, also={"metrics": metrics}))
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint is written. A failure is a warning, since the next one may succeed. Collective.
+
+        Raises:
+            RunFailed: the last checkpoint of the run cannot be written.
+        """
+        if self.saving is None:
             return
-        step = self.progress.step
-        if step == self.total_steps:
+        saving, self.saving = self.saving, None
+        if (problem := on_main(self.writer.wait)) is None:
+            self.saved = saving
+            return
+        if saving.step == self.total_steps:
             raise RunFailed(problem)
         _log.warning("%s Training continues; older checkpoints are intact.", problem)
-        if self.progress.best_step == step:  # its weights are lost with the next step
+        if self.progress.best_step == saving.step:  # its weights are lost
             self.progress.copy_best(self.saved)
 
     def restore(self, folder: Path, run: Run) -> None:

@@ -230,6 +230,9 @@ class Train(Section):
         description="Save a checkpoint and stop after this many minutes of this launch.",
         json_schema_extra=MAY_CHANGE,
     )
+    evaluate_every: int | None = Field(
+        None, gt=0, description="Epochs between evaluations on the validation split; null: every epoch."
+    )
     checkpoint_every: int | None = Field(
         None, gt=0, description="Steps between checkpoints; null: every epoch.", json_schema_extra=MAY_CHANGE
     )

@@ -1,11 +1,12 @@
-"""Saving and restoring the training state of a run; links, pruning and status after a checkpoint."""
+"""Saving the training state of a run on a thread, and restoring it; links, pruning and status after a checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distill import checkpoint
 from distill.errors import InputError
@@ -65,29 +67,77 @@ class TrainState:
         return {stem: state for stem, state in states.items() if state}
 
 
-def save(train_state: TrainState, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]) -> str | None:
-    """Write a checkpoint, on the main process; returns an error message, or None on success.
+class CheckpointWriter:
+    """Writes checkpoints on a thread, from copies taken at their step, at most one at a time. On the main process."""
 
-    Args:
-        also: further plain data, returned by `restore`.
-    """
-    folder = checkpoint.folder_of_step(run.checkpoints, progress.step)
-    tensors, optimizer = train_state.states(), train_state.optimizer.state_dict()
-    state = {
-        **also,
-        "progress": asdict(progress),
-        "metrics_size": run.metrics_size(),
-        "scaler": None if train_state.scaler is None else train_state.scaler.state_dict(),
-    }
-    needed, free = checkpoint.size(tensors, optimizer), shutil.disk_usage(run.path).free
-    if needed > free:  # only a hint: the estimate is rough
-        _log.warning("%s: needs %s bytes, and %s are free", folder, f"{needed:,}", f"{free:,}")
-    try:
-        checkpoint.write(folder, tensors, optimizer, state)
-    except OSError as error:
-        return describe_failure(folder, error, needed)
-    record_checkpoint(train_state, folder, progress, run, epoch=epoch)
-    return None
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._record: Callable[[], object] = bool
+        self._problem: str | None = None
+        self._error: BaseException | None = None
+
+    def start(
+        self, train_state: TrainState, progress: Progress, run: Run, *, epoch: float, also: Mapping[str, Any]
+    ) -> None:
+        """Copy the state, and begin to write it; waits for the checkpoint before.
+
+        Args:
+            also: further plain data, returned by `restore`.
+        """
+        self.wait()
+        folder, progress = checkpoint.folder_of_step(run.checkpoints, progress.step), replace(progress)
+        tensors, optimizer = (
+            tree_map_only(Tensor, _copy, values)
+            for values in (train_state.states(), train_state.optimizer.state_dict())
+        )
+        # Logged before it is written: the order of the lines does not depend on how long that takes.
+        run.log("checkpoint", step=progress.step, epoch=epoch, path=str(folder.relative_to(run.path)))
+        state = {
+            **also,
+            "progress": asdict(progress),
+            "metrics_size": run.metrics_size(),
+            "scaler": None if train_state.scaler is None else train_state.scaler.state_dict(),
+        }
+        needed, free = checkpoint.size(tensors, optimizer), shutil.disk_usage(run.path).free
+        if needed > free:  # only a hint: the estimate is rough
+            _log.warning("%s: needs %s bytes, and %s are free", folder, f"{needed:,}", f"{free:,}")
+
+        def write() -> None:
+            try:
+                checkpoint.write(folder, tensors, optimizer, state)
+            except OSError as error:
+                self._problem = describe_failure(folder, error, needed)
+            except BaseException as error:
+                self._error = error
+
+        self._problem = self._error = None
+        self._record = lambda: record_checkpoint(train_state, folder, progress, run, epoch=epoch)
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Record a checkpoint that has been written since the last call."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> str | None:
+        """Wait until the checkpoint is written, and record it; an error message if that failed."""
+        self.close()
+        if self._error is not None:
+            raise self._error
+        return self._problem
+
+    def close(self) -> None:
+        """Like `wait`, without errors."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._problem is None and self._error is None:
+                self._record()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
 
 
 def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, dict[str, Any]]:
@@ -119,7 +169,7 @@ def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, 
 
 
 def record_checkpoint(train_state: TrainState, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:
-    """Update links, metrics and status for the checkpoint at `folder`, and prune older ones; on the main process.
+    """Update links and status for the checkpoint at `folder`, and prune older ones; on the main process.
 
     Also called on resume, since the previous process may have been killed before it.
     """
@@ -131,7 +181,6 @@ def record_checkpoint(train_state: TrainState, folder: Path, progress: Progress,
     except OSError as error:
         _log.warning("%s: cannot create the links: %s", run.checkpoints, error.strerror)
     checkpoint.prune(run.checkpoints, train_state.keep)
-    run.log("checkpoint", step=progress.step, epoch=epoch, path=str(folder.relative_to(run.path)))
     run.status(step=progress.step, epoch=epoch)
 
 

@@ -102,7 +102,7 @@ def test_a_full_disk(
 def test_a_limit_to_the_size_of_files(warm: Warm, toy: Toy, tmp_path: Path, counted: Counted, limit: int) -> None:
     """3,000 bytes are too few for the metrics too, 4 MB for the optimizer's state alone."""
     longer = ["train.epochs=5"]
-    assert start(warm, toy, tmp_path, *longer, fault="checkpoint line").returncode == -signal.SIGKILL
+    assert start(warm, toy, tmp_path, *longer, fault="best linked").returncode == -signal.SIGKILL
     result = start(warm, toy, tmp_path, *longer, file_size=limit)
     failed(result, tmp_path / "run", path="step_00000010", reason="File too large")
     assert result.stdout.count("Training continues") == 3
@@ -163,7 +163,7 @@ def test_two_processes_take_the_same_decision(toy: Toy, tmp_path: Path, counted:
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_training(warm: Warm, toy: Toy, tmp_path: Path) -> None:
-    assert start(warm, toy, tmp_path, fault="checkpoint line").returncode == -signal.SIGKILL
+    assert start(warm, toy, tmp_path, fault="best linked").returncode == -signal.SIGKILL
     out = tmp_path / "run"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
     out.chmod(0o555)

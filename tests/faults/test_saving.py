@@ -107,7 +107,8 @@ def test_a_torn_line_and_an_old_checkpoint_that_cannot_be_removed(warm: Warm, to
     out = tmp_path / "run"
     with (out / "metrics.jsonl").open("ab") as file:
         file.write(b'{"event": "train", "st')
-    assert [line["step"] for line in run.read_metrics(out, "checkpoint")] == [2]
+    assert [line["step"] for line in run.read_metrics(out, "checkpoint")] == [2, 4]
+    assert [path.name for path in checkpoint.existing(out / "checkpoints")] == ["step_00000002"]
     (old,) = checkpoint.existing(out / "checkpoints")
     old.chmod(0o555)
     result = start(warm, toy, tmp_path, last_only, modest=True)
