@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
+from timm.optim.muon import Muon, zeropower_via_newtonschulz
 from timm.scheduler import CosineLRScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.errors import InputError
 from distill.recipe.schema import Optim
 from distill.students import register_models
+from distill.training.muon import BatchedMuon, iteration_dtype
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
@@ -126,3 +134,82 @@ def test_one_learning_rate_schedules_muon_and_its_adamw(name: str) -> None:
         assert move.norm() > 0, key
     matrix = moves[0]["blocks.1.mlp.fc1.weight"]
     assert float(matrix.double().svd().S[0]) == pytest.approx(0.01 * 0.2 * 384**0.5, rel=0.3)  # Liu et al. 2025
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _muons(name: str, **options: Any) -> Iterator[tuple[torch.nn.Module, torch.optim.Optimizer]]:
+    """timm's and ours, with the same groups, on equal models with kernels of convolutions."""
+    for batched in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(_area_vit(), torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(4, 8, 3))
+        model.to(memory_format=torch.channels_last)
+        optimizer = create_optimizer_v2(model, opt=name, lr=3e-3, weight_decay=0.05, momentum=0.95, **options)
+        assert isinstance(optimizer, Muon)
+        yield model, BatchedMuon.of(optimizer) if batched else optimizer
+
+
+def _give_gradients(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["muon", "nmuon"])
+def test_batched_muon_makes_timms_updates_in_few_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_our_type = partial(zeropower_via_newtonschulz, dtype=iteration_dtype(torch.device("cpu")))
+    monkeypatch.setattr("timm.optim.muon.zeropower_via_newtonschulz", in_our_type)
+    (timms, its), (ours, batched) = _muons(name, layer_decay=0.9)
+    counts = []
+    for step in range(4):
+        for model, optimizer in ((timms, its), (ours, batched)):
+            _give_gradients(model, step)
+            with Operators() as operators:
+                optimizer.step()
+            counts.append(operators.count)
+    for (key, expected), found in zip(timms.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=key)
+    assert counts[-1] < 0.7 * counts[-2], "two blocks in twelve groups"
+
+
+def test_the_operators_of_batched_muon_do_not_grow_with_the_depth() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+    optimizer = build_optimizer(Optim(name="nmuon", momentum=0.95), model)
+    for step in range(2):
+        _give_gradients(model, step)
+        with Operators() as operators:
+            optimizer.step()
+    assert operators.count <= 300
+
+
+def test_a_skipped_step_of_batched_muon_changes_nothing_and_a_scaled_one_what_it_would() -> None:
+    (model, optimizer), (other, unscaled) = ([*_muons("nmuon")][1] for _ in range(2))
+    for step in (0, 1):
+        for one, its in ((model, optimizer), (other, unscaled)):
+            _give_gradients(one, step)
+            its.step()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    for one, its in ((model, optimizer), (other, unscaled)):
+        _give_gradients(one, 2)
+        its.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    for parameter in model.parameters():
+        parameter.grad *= 1024.0
+    optimizer.grad_scale = torch.tensor(1024.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    unscaled.step()
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)

@@ -14,10 +14,12 @@ from timm.optim import (
     list_optimizers,
     param_groups_weight_decay,
 )
+from timm.optim.muon import Muon
 from torch import nn
 
 from distill.errors import InputError
 from distill.recipe.schema import Optim
+from distill.training.muon import BatchedMuon
 
 
 def build_optimizer(spec: Optim, model: nn.Module, methods: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -45,6 +47,8 @@ def build_optimizer(spec: Optim, model: nn.Module, methods: nn.Module | None = N
     optimizer = create_optimizer_v2(
         model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments
     )
+    if isinstance(optimizer, Muon) and optimizer.defaults["algo"] == "muon":
+        optimizer = BatchedMuon.of(optimizer)
     for group in param_groups_weight_decay(methods, spec.weight_decay) if methods is not None else ():
         if group["params"]:
             optimizer.add_param_group(group | ({"use_fallback": True} if "ns_steps" in parameters else {}))
