@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,10 +55,12 @@ class NonFiniteSteps:
         self._accelerator, self._prepared = accelerator, optimizer
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self._statistics = [
-            buffer for module in student.modules() if isinstance(module, _NormBase) for buffer in module.buffers()
-        ]
-        self._statistics_before: list[Tensor] = []
+        self._statistics: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        """Of batch norms; all of one type are copied in one launch."""
+        for module in student.modules():
+            for buffer in module.buffers() if isinstance(module, _NormBase) else ():
+                self._statistics[buffer.dtype].append(buffer)
+        self._statistics_before: dict[torch.dtype, Tensor] = {}
         self._has_stepped = False
         self._bucket_sums: list[Tensor] = []
         self._unread: list[_Check] = []
@@ -76,7 +79,7 @@ class NonFiniteSteps:
 
     def begin_step(self) -> None:
         self._bucket_sums.clear()
-        self._statistics_before = [buffer.clone() for buffer in self._statistics]
+        self._statistics_before = {dtype: _joined(buffers) for dtype, buffers in self._statistics.items()}
 
     @torch.no_grad()
     def check(self, step: int, losses: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -125,8 +128,10 @@ class NonFiniteSteps:
         elif not self.skipped.item():
             self._prepared.step()
             self._has_stepped = True
-        for buffer, before in zip(self._statistics, self._statistics_before, strict=True):
-            buffer.copy_(torch.where(self.skipped, before, buffer))
+        for dtype, buffers in self._statistics.items():
+            kept = torch.where(self.skipped, self._statistics_before[dtype], _joined(buffers))
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
     def read(self, limit: int) -> int:
         """Number of skipped steps since the last call, which are also logged; synchronises. Collective.
@@ -191,6 +196,10 @@ class NonFiniteSteps:
             indices = [part for part, is_finite in parts if not is_finite] or check.indices
             located = (confidence, check.step, torch.cat(list(indices)).tolist())
         return located
+
+
+def _joined(buffers: Sequence[Tensor]) -> Tensor:
+    return torch.cat([buffer.view(-1) for buffer in buffers])
 
 
 class Ema:
