@@ -78,7 +78,7 @@ def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher
             raise InputError(
                 f"teacher.recipe: {spec.recipe} is not trained yet. Launch it, or the student's recipe, first."
             )
-    set_threads()
+    set_threads(recipe.train.threads)
     accelerator = Accelerator(mixed_precision="no")
     dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data)
     return accelerator, dataset, build_teacher(recipe, dataset, accelerator, given.teacher)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from distill.console import say
 from distill.flops import count_flops
 from distill.given import Given
-from distill.launching.processes import build_accelerator, with_precision
+from distill.launching.processes import build_accelerator, set_threads, with_precision
 from distill.out_of_memory import advising
 from distill.pipeline import count_parameters, joined, open_data
 from distill.recipe import Recipe
@@ -23,10 +23,11 @@ from distill.trainer import Trainer
 
 def dry_run(recipe: Recipe, given: Given) -> None:
     """Build everything, run preflight and one step, and print sizes and costs; on all processes of this launch."""
-    with joined(given) as shared:
+    with joined() as stop:
+        set_threads(recipe.train.threads)
         recipe = with_precision(recipe)
         _dry_run(recipe, build_accelerator(recipe.train, Path()), given)
-        shared.stop.finish()
+        stop.finish()
 
 
 def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:

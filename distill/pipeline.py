@@ -64,17 +64,16 @@ class Launch:
 
 
 @contextmanager
-def joined(given: Given) -> Iterator[Launch]:
+def joined() -> Iterator[StopRequest]:
     """Start the processes of this launch; needs a `StopRequest`. An exception within is replaced by that of the process
     that failed first. Collective.
     """
     stop = StopRequest.current()
     stop.loaded()
-    threads = set_threads()
     set_up_logging(is_main=start_processes().is_main_process)
     join_processes(stop)
     try:
-        yield Launch(stop, threads, given)
+        yield stop
     except BaseException as error:
         cause = stop.exit_cause(error)
         if cause is error:
@@ -93,9 +92,11 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
         RunFailed: the run cannot continue.
         Interrupted: stopped early, resumable.
     """
-    with joined(given) as shared:
+    with joined() as stop:
         recipe = with_precision(recipe)
         location = on_main(lambda: locate(recipe, out, resume, given))
+        earlier = on_main(lambda: run.read_environment(location.directory)) if location.resumed else {}
+        shared = Launch(stop, set_threads(recipe.train.threads, earlier.get("threads")), given)
         shared.stop.limit(recipe.train.max_minutes)
         execute(recipe, location, shared, source=source)
         shared.stop.finish()

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from distill import registry
+from distill.cores import CoreContention
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
@@ -41,6 +42,8 @@ from teachers import Teacher
 
 LOADER_BOUND = 0.1
 """Fraction of the time spent waiting for data above which a warning is logged."""
+CONTENDED = 0.2
+"""Fraction of the threads' time spent waiting for a core above which a warning is logged."""
 _log = logging.getLogger("distill")
 
 
@@ -101,6 +104,8 @@ class Trainer:
         self.writer = CheckpointWriter()
         self.accumulator = MetricAccumulator(accelerator)
         self.loader_bound = False
+        self.contention = CoreContention()
+        self.contended = False
         self.gradient_shares = GradientShares(train, accelerator, self.student)
         self.evaluator = Classification(dataset, accelerator, batch_size=self.plan.micro_batch)
 
@@ -287,6 +292,15 @@ class Trainer:
                 "step %d: %.0f %% of the time since the last line was spent waiting for data; raise data.workers if "
                 "there are idle cores",
                 self.progress.step, 100 * values["data_wait"],
+            )  # fmt: skip
+
+        threads, waiting = torch.get_num_threads(), self.contention.fraction(torch.get_num_threads())
+        if threads > 1 and not self.contended and waiting > CONTENDED:
+            self.contended = True
+            _log.warning(
+                "step %d: the %d threads spent %.0f %% of their time waiting for cores that other processes use; to go "
+                "faster, stop this run and resume it with train.threads=%d",
+                self.progress.step, threads, 100 * waiting, threads - 1,
             )  # fmt: skip
 
     def evaluate(self, tracking: Tracking) -> None:

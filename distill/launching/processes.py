@@ -19,10 +19,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 
-from distill.cores import share_of_cores
+from distill.cores import share_of_cores, share_of_free_cores
 from distill.errors import InputError, RunFailed
 from distill.launching.determinism import set_deterministic
 from distill.launching.exit_messages import describe
+from distill.launching.launcher import is_launched
 from distill.launching.ranks import Ranks
 from distill.launching.signals import StopRequest
 from distill.recipe.schema import Recipe, Train
@@ -191,14 +192,32 @@ def restore_malloc() -> None:
         _keeps_freed_memory = False
 
 
-def set_threads() -> int:
-    """Set torch's threads to this process's share of the cores, and return it.
+def set_threads(asked: int | None = None, earlier: int | None = None) -> int:
+    """Set torch's threads, and return their number: that of the cores that are free. Collective.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1, even for a single process.
+    Args:
+        asked: the number to set instead.
+        earlier: that of the run that is resumed. Kept, so that it continues bit for bit, if there are so many cores.
     """
-    threads = share_of_cores()
+    threads = on_main(lambda: asked or _number_of_threads(earlier))
     torch.set_num_threads(threads)
     return threads
+
+
+def _number_of_threads(earlier: int | None) -> int:
+    most = share_of_cores()
+    if earlier is not None and earlier <= most:
+        return earlier
+    if earlier is not None:
+        _log.warning("the run began with %d threads; here are %d cores: it continues to rounding", earlier, most)
+    # `accelerate launch` and torchrun set it to 1 where the user did not.
+    given = "" if is_launched() else os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if given.isdecimal() and int(given):
+        return int(given)
+    free = share_of_free_cores()
+    if free < most:
+        _log.info("threads: %d; other processes use the other cores (train.threads sets the number)", free)
+    return free
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -211,6 +211,13 @@ class Train(Section):
         description="torch.compile the student and its teacher, on CUDA into CUDA graphs; auto: on CUDA, "
         "where Triton, a C compiler and Python's headers are.",
     )
+    threads: int | None = Field(
+        None,
+        gt=0,
+        description="CPU threads of each process; null: the cores that are free at the start, or OMP_NUM_THREADS where "
+        "no launcher set it. A resumed run keeps its number.",
+        json_schema_extra=MAY_CHANGE,
+    )
     deterministic: bool = Field(
         False, description="Bit-for-bit reproducible results on a GPU, at some cost; on a CPU they always are."
     )
