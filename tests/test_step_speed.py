@@ -360,6 +360,7 @@ def test_muon_resumes_bit_for_bit(toy: Toy, tmp_path: Path) -> None:
     undisturbed, resumed = trainer_of(recipe), trainer_of(recipe)
     take_steps(undisturbed, batches_of(undisturbed), 2)
     undisturbed.save(directory)
+    undisturbed.finish_saving()
     take_steps(undisturbed, batches_of(undisturbed), 2)
     resumed.restore(checkpoint.folder_of_step(directory.checkpoints, 2), directory)
     take_steps(resumed, batches_of(resumed), 2)
