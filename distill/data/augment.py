@@ -67,6 +67,7 @@ class Augmenter:
         self.num_classes = num_classes
         self.device = device
         self.paired = bool(spec.mixup or spec.cutmix)
+        self._compiled = False
         self._crop = None if cropped else spec.random_resized_crop
         self._fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=device)
         self._operations = Operations(spec, device)
@@ -107,16 +108,21 @@ class Augmenter:
         """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
         self._operations.prepare(*images.shape[2:])
         self._prepare_noise(*images.shape[1:])
-        mixing = self.paired and not 0 < self.spec.mix_off_epoch <= epoch
-        return self._augment(self._epoch_keys(seed, epoch, view), images, labels, indices, mixing)
+        off = 0 < self.spec.mix_off_epoch <= epoch
+        mixed = None
+        if self.paired and (self._compiled or not off):  # a tensor: switching off compiles nothing anew
+            mixed = torch.full((), 0.0 if off else self.spec.mix_probability, device=self.device)
+        return self._augment(self._epoch_keys(seed, epoch, view), images, labels, indices, mixed)
 
     def compile(self) -> None:
         """Compile from the next call on, to fuse hundreds of kernels; for a GPU and batches of one size."""
+        self._compiled = True
         self._augment = torch.compile(self._augment, dynamic=False)  # type: ignore[method-assign]
 
     def _augment(
-        self, key: Tensor, images: Tensor, labels: Tensor, indices: Tensor, mixing: bool
+        self, key: Tensor, images: Tensor, labels: Tensor, indices: Tensor, mixed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """`mixed`: the probability that a pair is mixed, float32 []; None: none is."""
         hashed = hashes(key, indices)
         rows = self._rows
         flip = uniform(hashed[rows["flip"]][0]) < 0.5 if "flip" in rows else None
@@ -130,7 +136,7 @@ class Augmenter:
         if "erase" in rows:
             floats = self._erase(floats, hashed[rows["erase"]])
         targets = one_hot(labels, self.num_classes)
-        if mixing:
+        if mixed is not None:
             pair_hashes = hashes(key[rows["pair"]], indices[::2])
             floats, targets = mix_pairs(
                 floats,
@@ -139,7 +145,7 @@ class Augmenter:
                 pair_hashes,
                 mixup=self._mixup,
                 cutmix=self._cutmix,
-                probability=self.spec.mix_probability,
+                probability=mixed,
                 switch=self.spec.mix_switch,
             )
         return floats, targets

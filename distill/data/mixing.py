@@ -31,7 +31,7 @@ def mix_pairs(
     *,
     mixup: Tensor | None,
     cutmix: Tensor | None,
-    probability: float,
+    probability: Tensor | float,
     switch: float,
 ) -> tuple[Tensor, Tensor]:
     """Mix every sample with its neighbour; images float32 [B, C, H, W] and targets float32 [B, K] -> the same.

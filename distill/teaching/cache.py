@@ -146,7 +146,8 @@ def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str)
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     samples = dataset.info.sizes["train"]
     first = min(FINGERPRINT_IMAGES, samples - samples % 2) or 1
-    (batch,) = next(dataset.training_batches(BatchPlan(seed=recipe.seed, batch_size=first), 0))
+    with torch.compiler.set_stance("force_eager"):  # a batch of another size, for which nothing is compiled
+        (batch,) = next(dataset.training_batches(BatchPlan(seed=recipe.seed, batch_size=first), 0))
     return {
         "format": FORMAT,
         "distill": __version__,

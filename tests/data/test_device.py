@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.data import BatchPlan, open_dataset, rows
-from distill.recipe import Data
+from distill.recipe import Augment, Data
 
 SPEC = Data(
     name="digits",
@@ -78,6 +79,25 @@ def test_no_compiled_index_arithmetic_leaves_32_bits(spec: Data, monkeypatch: py
     indices = torch.arange(8)
     augmenter(torch.zeros(8, 1, 32, 32, dtype=torch.uint8), indices, indices, seed=0, epoch=0)
     assert max(seen) >= 2**31 - 1  # hashes of what was given to it
+
+
+def test_switching_mixing_off_compiles_nothing_anew_and_gives_what_eager_code_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    augment = {"hflip": True, "mixup": 0.8, "cutmix": 1.0, "mix_probability": 0.7, "mix_off_epoch": 2}
+    spec = Data(name="digits", resolution=32, augment=Augment.model_validate(augment))
+    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    indices = torch.arange(8)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = (open_dataset(spec, seed=0, device=torch.device("cpu")).augmenter for _ in range(2))
+    compiled.compile()
+    for epoch in range(4):
+        expected, found = (one(images, indices, indices, seed=0, epoch=epoch) for one in (eager, compiled))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert (found[1].max(1).values < 1).any() == (epoch < 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @SPECS
