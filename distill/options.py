@@ -200,6 +200,11 @@ class MethodOptions(Options):
         """The weight at `progress`, 0 to 1, of the run."""
         return self.weight.at(progress) if isinstance(self.weight, WeightSchedule) else self.weight
 
+    def has_ended(self, progress: float) -> bool:
+        """Whether the weight is 0 from `progress`, 0 to 1, of the run on."""
+        schedule = self.weight
+        return isinstance(schedule, WeightSchedule) and schedule.end == 0 and progress >= schedule.until
+
     @property
     def mean_weight(self) -> float:
         return self.weight.mean if isinstance(self.weight, WeightSchedule) else self.weight

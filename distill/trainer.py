@@ -182,8 +182,6 @@ class Trainer:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
-                if epoch == unmixed:
-                    self.accumulator.expect_compilation()
                 for micro_batches in self.accumulator.timed(with_process_index(batches)):
                     if progress.step % self.steps_per_epoch == 0:
                         # Only the first sample of the global batch: it does not depend on the number of processes.
@@ -279,7 +277,7 @@ class Trainer:
         self.read_skipped()
         values = self.accumulator.read(self.plan.batch_size) | self.gradient_shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
-        values |= {f"weight/{name}": weights[name] for name in self.recipe.scheduled}
+        values |= {f"weight/{name}": weights.get(name, 0.0) for name in self.recipe.scheduled}
         if (cache := self.cache) is not None:
             values["teacher_cache/hits"] = cache.take_hits()
             cache.flush()

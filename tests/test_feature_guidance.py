@@ -18,8 +18,10 @@ import distill.exports.folder
 from distill import checkpoint, run
 from distill.data import Batch
 from distill.errors import InputError, Interrupted
+from distill.features import Features
+from distill.options import MethodOptions
 from distill.recipe import Recipe, from_mapping
-from distill.teaching.source import StepIndex
+from distill.teaching.source import Frozen, StepIndex
 from distill.trainer import Trainer
 from distill.training.optim import build_optimizer
 from distill.training.task import build_task
@@ -110,6 +112,7 @@ def test_the_export_is_the_student_alone(toy: Toy, undisturbed: Path) -> None:
 def test_without_owners_there_is_no_such_file(toy: Toy, tmp_path: Path) -> None:
     trainer = trainer_of(recipe_of(toy, distill=[{"method": "hard"}, {"method": "similarity"}]))
     trainer.save(directory_at(tmp_path / "run"))
+    trainer.finish_saving()
     assert not list((tmp_path / "run").rglob("methods*"))
     assert list((tmp_path / "run").rglob("ema.safetensors"))
 
@@ -145,20 +148,22 @@ def test_the_parts_recombine_to_the_loss(undisturbed: Path) -> None:
     for index, line in enumerate(lines):
         assert line["weight/guide"] == pytest.approx(2.5 * max(0.0, 1 - index / 18 / 0.7))
         assert {key for key in line if key.startswith("weight/")} == {"weight/guide"}, "the others do not change"
+        assert ("loss/guide" in line) == (index / 18 < 0.7), "then it has ended"
+        guide = line["weight/guide"] * line.get("loss/guide", 0.0)
         weighted = 0.5 * line["loss/label"] + 0.25 * line["loss/hard"] + 1e-3 * line["loss/fitnet"]
-        assert line["loss"] == pytest.approx(weighted + line["weight/guide"] * line["loss/guide"], rel=1e-5)
+        assert line["loss"] == pytest.approx(weighted + guide, rel=1e-5)
     assert lines[-1]["weight/guide"] == 0.0
-    assert lines[-1]["loss/guide"] > 0, "unweighted"
     assert lines[8]["loss/guide"] < lines[0]["loss/guide"]
 
 
 def test_shares_are_logged_and_sum_to_one(undisturbed: Path) -> None:
     for line in train_lines(undisturbed):
         shares = {key: value for key, value in line.items() if key.startswith("gradient_share/")}
-        assert shares.keys() == {f"gradient_share/{name}" for name in ("label", "hard", "guide", "fitnet")}
+        teaching = ["guide"] if "loss/guide" in line else []
+        assert shares.keys() == {f"gradient_share/{name}" for name in ("label", "hard", *teaching, "fitnet")}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
         assert all(0 <= share <= 1 for share in shares.values())
-        assert (shares["gradient_share/guide"] == 0) == (line["weight/guide"] == 0)
+        assert ("gradient_share/guide" in shares) == (line["weight/guide"] > 0)
 
 
 @pytest.mark.parametrize(
@@ -382,3 +387,29 @@ def test_before_its_teacher_is_trained_a_student_is_built_without_maps(toy: Toy)
     trainer = trainer_of(recipe_of(toy))
     without = build_task(trainer.recipe, trainer.student, None, num_classes=4)
     assert (without.blocks, dict(without.methods), without.methods.state_dict()) == ((), {}, {})
+
+
+def test_methods_that_have_ended_cost_nothing_and_change_nothing(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From half of the run on the teacher is not asked; the student is as if the methods went on with weight 0."""
+    ending = {"start": 1.0, "end": 0.0, "until": 0.5}
+    recipe = recipe_of(toy, distill=[{"method": "guide", "weight": ending}, {"method": "fitnet", "weight": ending}])
+    asked: list[int] = []
+    ask = Frozen.ask
+
+    def counting(source: Frozen, views: Any, index: StepIndex) -> list[Features]:
+        asked.append(index.step)
+        return ask(source, views, index)
+
+    monkeypatch.setattr(Frozen, "ask", counting)
+    go(recipe, tmp_path / "ended", None)
+    assert set(asked) == set(range(9)), "of 18 steps"
+    lines = list(run.read_metrics(tmp_path / "ended", "train"))
+    for part in ("loss/guide", "loss/fitnet"):
+        assert [line["step"] for line in lines if part in line] == list(range(1, 10))
+    assert all(line["weight/guide"] == 0.0 for line in lines[9:])
+    monkeypatch.setattr(MethodOptions, "has_ended", lambda *_: False)
+    go(recipe, tmp_path / "weightless", None)
+    for name in ("export/model.safetensors", "checkpoints/last/methods.safetensors"):
+        assert (tmp_path / "ended" / name).read_bytes() == (tmp_path / "weightless" / name).read_bytes()

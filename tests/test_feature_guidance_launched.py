@@ -20,7 +20,7 @@ from tests.warm import launch
 def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
     settings = ["student.drop_path=0", "train.gradient_accumulation=1", "train.max_steps=12", "train.epochs=9",
                 "train.ema=null", "distill=[{method: hard, weight: 0.25}, {method: guide}, {method: fitnet, weight: "
-                "0.001}]"]  # fmt: skip
+                "{start: 0.001, end: 0, until: 0.15}}]"]  # fmt: skip
     lines = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -30,6 +30,7 @@ def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
         lines.append(train_lines(folder / "run"))
     one, two = lines
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 13))
+    assert [line["step"] for line in one if "loss/fitnet" in line] == list(range(1, 10)), "then it has ended"
     for key in ("loss", "loss/label", "loss/hard", "loss/guide"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=1e-5), key
     ends = [checkpoint.read_tensors(tmp_path / name / "run" / "checkpoints" / "last", "methods") for name in "12"]

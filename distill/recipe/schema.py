@@ -318,10 +318,12 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
     def loss_weights(self, progress: float) -> dict[str, float]:
-        """Weight of each loss part at `progress`, 0 to 1, of the run."""
+        """Weight of each loss part at `progress`, 0 to 1, of the run, without methods that have ended."""
         assert self.label_weight is not None, "a loaded recipe has it resolved"
         return {"label": self.label_weight} | {
-            objective.method: objective.weight_at(progress) for objective in self.distill
+            objective.method: objective.weight_at(progress)
+            for objective in self.distill
+            if not objective.has_ended(progress)
         }
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,7 +81,9 @@ class MetricAccumulator:
         """
         assert self.sums is not None, "metrics are read after at least one step"
         *sums, applied = self.accelerator.reduce(self.sums, "mean").tolist()
-        values = {name: total / applied for name, total in zip(self.names, sums, strict=True)} if applied else {}
+        # NaN: a method that has ended.
+        totals = {name: total for name, total in zip(self.names, sums, strict=True) if not math.isnan(total)}
+        values = {name: total / applied for name, total in totals.items()} if applied else {}
         seconds = time.perf_counter() - self.began
         values["images_per_second"] = self.steps * batch_size / seconds
         values["data_wait"] = min(1.0, self.waited / seconds)

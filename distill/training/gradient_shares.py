@@ -35,7 +35,8 @@ class GradientShares:
         return torch.compiler.set_stance("force_eager") if due else nullcontext()
 
     def measure(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-        """`parts`: losses by name; their graph is retained."""
+        """`parts`: losses by name, of which those without a weight have ended; their graph is retained."""
+        parts = {name: part for name, part in parts.items() if name in weights}
         scaler = self._accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()  # fp16 gradients would underflow
         norms = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -26,7 +27,7 @@ class Losses(NamedTuple):
     total: Tensor
     """label_weight * label + sum of weight * method (Touvron et al. 2021, arXiv 2012.12877, eqs. 2 and 3)."""
     parts: dict[str, Tensor]
-    """Unweighted, by name: 'label' and each method."""
+    """Unweighted, by name: 'label' and each method; NaN for one that has ended."""
 
 
 class Task(nn.Module):
@@ -55,13 +56,17 @@ class Task(nn.Module):
         self.views = max([1, *(method.options.needs.views for method in methods.values())])
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
-        self._steps: list[StepInputs] = []
-        """Micro-batches of the current step, for `after_step`."""
+        self._steps: list[tuple[StepInputs, list[Method]]] = []
+        """Micro-batches of the current step and their methods, for `after_step`."""
 
     def forward(self, batch: Batch, index: StepIndex, progress: float) -> Losses:
         """Losses of a micro-batch; `progress` of the run is 0 to 1."""
+        weights = self.weights(progress)
+        teaching = {name: cast(Method, method) for name, method in self.methods.items() if name in weights}
         views = (batch.images, *batch.views)
-        teacher = [] if self.source is None else self.source.ask(views, index)
+        teacher: Sequence[Features] = ()
+        if self.source is not None and teaching:
+            teacher = self.source.ask(views, index)
         student = [self.student(images, self.blocks) for images in views]
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):
@@ -73,19 +78,22 @@ class Task(nn.Module):
                     all_heads=self._label_all_heads,
                 )
             }
-            parts |= {name: method(step) for name, method in self.methods.items()}
-            weights = self.weights(progress)
+            parts |= {name: method(step) for name, method in teaching.items()}
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+            for name, method in self.methods.items():
+                if name not in teaching:  # DistributedDataParallel waits for the gradients of all parameters
+                    total = total + sum(0.0 * parameter.sum() for parameter in method.parameters())
+                    parts[name] = total.new_full((), math.nan)
         if self._keeps_steps:
-            self._steps.append(_detached(step))
+            self._steps.append((_detached(step), [*teaching.values()]))
         return Losses(total, parts)
 
     @torch.no_grad()
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Update methods and teacher after optimizer step `step` (from 0); `skipped`: bool [], on the device."""
-        for inputs in self._steps:
-            for method in self.methods.values():
-                cast(Method, method).after_step(inputs, skipped)
+        for inputs, methods in self._steps:
+            for method in methods:
+                method.after_step(inputs, skipped)
         self._steps.clear()
         if self.source is not None:
             self.source.after_step(step, skipped)
