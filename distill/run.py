@@ -30,6 +30,7 @@ from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
 from distill.files.text import read_json, write_text
+from distill.launching.determinism import allowed_tf32
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
 from distill.version import __version__
 
@@ -403,6 +404,7 @@ def describe_environment(
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": threads,
         "cores": cores(),
+        **({"tf32": allowed_tf32()} if device.type == "cuda" else {}),
     }
 
 

@@ -1,8 +1,9 @@
-"""`train.deterministic`: bit-for-bit reproducible results on a GPU; on a CPU they always are."""
+"""Arithmetic on a GPU: `train.deterministic`, bit-for-bit reproducible results, which a CPU always has; and no TF32."""
 
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -20,3 +21,18 @@ def set_deterministic(wanted: bool) -> None:
         torch.backends.cudnn.deterministic = wanted
     # Filling new memory with NaN is for debugging, and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def use_full_float32() -> None:
+    """Compute float32 as float32 on CUDA, not as TF32, which torch allows in convolutions: then evaluations agree with
+    those of a CPU. Who wants speed trains in bf16.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with warnings.catch_warnings():  # torch 2.9 has another interface, and inductor still reads this one
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def allowed_tf32() -> dict[str, bool]:
+    """Whether torch may compute float32 as TF32, by kind of operation."""
+    return {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32}

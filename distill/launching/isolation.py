@@ -84,7 +84,9 @@ def _torch_settings() -> Callable[[], None]:
     threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    cut_for_ddp = torch._dynamo.config.optimize_ddp
 
     def restore() -> None:
         torch.set_num_threads(threads)
@@ -94,7 +96,10 @@ def _torch_settings() -> Callable[[], None]:
         if now != deterministic:  # the call imports torch's compiler
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.deterministic = cudnn
+        if (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) != tf32:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch._dynamo.config.optimize_ddp = cut_for_ddp
 
     return restore
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import itertools
 import logging
 import os
@@ -18,10 +19,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from torch.nn.parallel import DistributedDataParallel
 
 from distill.cores import share_of_cores, share_of_free_cores
 from distill.errors import InputError, RunFailed
-from distill.launching.determinism import set_deterministic
+from distill.launching.determinism import set_deterministic, use_full_float32
 from distill.launching.exit_messages import describe
 from distill.launching.launcher import is_launched
 from distill.launching.ranks import Ranks
@@ -42,6 +44,18 @@ _groups = itertools.count()
 """Numbers the process groups of this process, one per run in Python."""
 
 
+class _ParallelOptions(DistributedDataParallelKwargs):
+    """Of DistributedDataParallel, without a broadcast of buffers in every forward pass: in training each process
+    normalises by its own batch, and the main process's running statistics are evaluated and saved.
+    """
+
+    def to_kwargs(self) -> dict[str, Any]:
+        # torch 2.13 has a new name for it.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return super().to_kwargs() | {name: False}
+
+
 def build_accelerator(train: Train, directory: Path) -> Accelerator:
     """The accelerator of one run, in the recipe's precision.
 
@@ -56,16 +70,15 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
         raise InputError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32.")
     for tracker in train.trackers:
         _require_tracker(tracker)
-    # No broadcast of buffers in every forward pass: in training each process normalises by its own batch, and the main
-    # process's running statistics are evaluated and saved. Gradients as bucket views save a copy.
-    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision=precision,
         dynamo_backend="no",  # see train.compile
         log_with=list(train.trackers) or None,
         project_dir=str(directory),
-        kwargs_handlers=[parallel],
     )
+    accelerator.ddp_handler = _ParallelOptions(gradient_as_bucket_view=True)  # which saves a copy
+    if accelerator.device.type == "cuda":
+        use_full_float32()
     # The loop divides by the accumulation steps itself; accelerate must not do so again.
     accelerator.gradient_accumulation_steps = 1
     return accelerator

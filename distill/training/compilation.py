@@ -63,6 +63,9 @@ class Compilation:
         if self.enabled:
             # Earlier runs of this process (teacher, student) hold memory and count towards the recompilation limit.
             torch.compiler.reset()
+            # Dynamo would cut the student at the buckets of DistributedDataParallel, to overlap their reduction with
+            # the backward pass. One graph is worth more: students have some tens of megabytes of gradients.
+            torch._dynamo.config.optimize_ddp = False
 
     def apply(self, module: nn.Module) -> None:
         """Compile the module in place, at its first call, if compilation is enabled."""
