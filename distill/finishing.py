@@ -71,12 +71,12 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
     predictions, labels = evaluator.predict(student, "test"), dataset.labels("test")
     on_main(lambda: write_predictions(run, predictions, labels, {"data": dataset.info.digest, **described}))
     on_main(lambda: describe_export(run.path))
-    if analysed:
-        validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
-        on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
     run.status(exported=asdict(selected))
     epoch = selected.step / trainer.steps_per_epoch
     tracking.test(selected.step, epoch, selected.weights, accuracies(predictions, labels))
+    if analysed:
+        validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
+        on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
 
 
 def export_selected(

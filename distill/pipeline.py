@@ -232,7 +232,7 @@ def _train(
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
-    finish(trainer, tracking, metadata, location.analysed)
+    finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+import distill
 import distill.exports.folder
-from distill import checkpoint, run
+from distill import checkpoint, finishing, run
 from distill.errors import InputError, Interrupted
 from distill.evaluation import Classification
 from distill.recipe import Recipe, from_mapping, load
@@ -285,3 +286,25 @@ def test_a_teachers_recipe_of_other_data_is_refused(with_recipe: Recipe, tmp_pat
     with pytest.raises(InputError, match=r"cnn\.yaml trains on digits, the student on toy\.safetensors"):
         go(with_recipe, tmp_path / "run", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cnn.yaml"]
+
+
+def test_evaluations_every_so_many_epochs_and_a_run_without_analysis(toy: Toy, tmp_path: Path) -> None:
+    recipe = toy.mapping(train={"evaluate_every": 2, "ema": None}, report={"analysis": "none"})
+    out = distill.train(recipe, out=tmp_path / "run").path
+    lines = [line for line in run.read_metrics(out, "eval") if line["split"] == "validation"]
+    assert [line["epoch"] for line in lines] == [2.0, 3.0]
+    assert [path.name for path in checkpoint.existing(out / "checkpoints")] == [
+        f"step_{6 * epoch:08d}" for epoch in (1, 2, 3)
+    ], "at every epoch"
+    assert not list(out.glob("analysis.*"))
+    assert (out / "report.html").exists()
+
+
+def test_the_test_accuracy_is_known_before_the_analysis(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[str] = []
+    monkeypatch.setattr(finishing, "analyse", lambda path, *_: known.extend(events(path)))
+    distill.train(short(toy), out=tmp_path / "run")
+    assert known[-1] == "eval"
+    assert events(tmp_path / "run").count("eval") == known.count("eval")

@@ -257,6 +257,15 @@ class Train(Section):
     )
 
 
+class Report(Section):
+    analysis: Literal["full", "none"] = Field(
+        "full",
+        description="Measurements of the finished student for its report: costs, corrupted images, attention; none: "
+        "what follows from predictions; `distill evaluate` measures the rest later.",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+
 class Recipe(Section):
     """The recipe; `recipe_model` adds the options of known variants."""
 
@@ -288,6 +297,7 @@ class Recipe(Section):
     )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
     train: Train = Field(Train(), description="The training loop.")
+    report: Report = Field(Report(), description="The report of a finished run.")
     control: bool = Field(
         False, description="Also train the same student without the teacher, same seed, for the report."
     )
