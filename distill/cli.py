@@ -315,7 +315,7 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-SUITES = ("startup", "attention", "augment", "teacher", "step", "pipeline", "inference", "memory")
+SUITES = ("startup", "attention", "augment", "teacher", "step", "pipeline", "inference", "memory", "shared")
 
 COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from distill import cli
 from distill.bench import arms, suites
 from distill.bench.measure import Machine, Row
 from distill.bench.peer import Peer, PilImages
+from distill.bench.suites import shared
 from distill.bench.suites.attention import summed_area_attention
 from distill.bench.suites.pipeline import seconds_an_image
 from distill.students.attention.area import area_attention
@@ -45,6 +48,32 @@ def test_a_suite_yields_the_rows_that_are_on_record(name: str, tmp_path: Path) -
     assert len({(row["name"], row["arm_a"], row["arm_b"]) for row in rows}) == len(rows)
     recorded = {kind(row) for row in json.loads(RECORDED.read_text(encoding="utf-8"))["rows"] if "of" in row}
     assert {kind(row) for row in rows} <= recorded
+
+
+def test_a_shared_machine_is_compared_with_a_quiet_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], int]] = []
+    busy = [0]
+
+    def speed(command: list[str], folder: Path) -> float:
+        asked.append((command, busy[0]))
+        return 100.0 if busy[0] == 0 else 60.0 if "train.threads" not in command[-1] else 20.0
+
+    @contextmanager
+    def processes(number: int) -> Iterator[None]:
+        busy[0] = number
+        yield
+
+    monkeypatch.setattr(shared, "_images_per_second", speed)
+    monkeypatch.setattr(shared, "_busy_processes", processes)
+    machine = Machine(CPU, ("vit_nano",), tmp_path, batch_size=8, repetitions=2)
+    assert [row["ratio"] for row in shared.measure(machine)] == pytest.approx([0.6, 1.0, 3.0])
+    assert len(asked) == 2 * 4
+
+
+def test_the_speed_of_a_training_beside_a_busy_process(tmp_path: Path) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "teachers" / "digits_cnn.yaml"
+    with shared._busy_processes(1):
+        assert shared._images_per_second([*shared.COMMAND, "train", str(recipe)], tmp_path / "run") > 0
 
 
 def test_every_suite_of_the_command_is_a_file() -> None:
