@@ -300,15 +300,27 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--size", choices=("nano", "micro", "tiny", "small"), help="only this student, vit_SIZE")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures to this file, and the table beside it"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the figures to this file, and the table beside it, after every row",
     )
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="rounds of every row; default: 5")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no other row after so many minutes")
 
 
 def bench(options: argparse.Namespace) -> None:
     """Measure speed and memory on this machine, as ratios; all suites together take some ten minutes on two cores."""
     from distill.bench import bench as measure
 
-    measure([options.suite] if options.suite else SUITES, device=options.device, size=options.size, output=options.json)
+    measure(
+        [options.suite] if options.suite else SUITES,
+        device=options.device,
+        size=options.size,
+        output=options.json,
+        repetitions=options.repetitions,
+        minutes=options.minutes,
+    )
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:

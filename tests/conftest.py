@@ -15,10 +15,13 @@ from typing import Any
 # Files of tests run side by side, each worker of pytest-xdist with its share of the cores: threads of one that wait for
 # those of another would take several times as long. libgomp reads both when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    share = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    os.sched_setaffinity(0, share or cores)
+if hasattr(os, "sched_setaffinity"):
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        all_cores = sorted(os.sched_getaffinity(0))
+        share = all_cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, share or all_cores)
+    # Whether or not others are busy: runs that are compared need the same number of threads.
+    os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 
 import pytest
 import timm
@@ -138,7 +141,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 def environment(**values: str) -> dict[str, str]:
     """The environment of a real command in a test: on the CPU, out of any launcher."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "OMP_"))}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     return inherited | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} | values
 
 

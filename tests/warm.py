@@ -122,7 +122,7 @@ def _child(
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "OMP_"))]:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     os.environ |= environment
     os.chdir(cwd)

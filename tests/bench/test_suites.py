@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,7 +20,7 @@ import torch
 
 from distill import cli
 from distill.bench import arms, suites
-from distill.bench.measure import Machine, Row
+from distill.bench.measure import Arm, Machine, Row, compare
 from distill.bench.peer import Peer, PilImages
 from distill.bench.suites import shared
 from distill.bench.suites.attention import summed_area_attention
@@ -100,7 +102,35 @@ def test_the_command_prints_a_table_and_writes_json_and_markdown(
         assert f"{row['ratio']:.3f}" in markdown
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["--size", "giant"], ["augment", "--json", "nowhere/at/all.json"]])
+def test_rows_are_written_as_they_come_and_the_time_may_be_limited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = tmp_path / "figures.json"
+    written: list[int] = []
+
+    def measure(machine: Machine) -> Iterator[Row]:
+        arms = [Arm(name, lambda: time.sleep(0.001)) for name in "ab"]
+        times = machine.interleave(arms)
+        for number in range(5):
+            yield compare(f"row {number}", times, *arms, of="time")
+            written.append(len(json.loads(path.read_text(encoding="utf-8"))["rows"]))
+            if number == 2:
+                monkeypatch.setattr(time, "monotonic", lambda: math.inf)
+
+    monkeypatch.setattr("distill.bench.suites.augment.measure", measure)
+    arguments = ["bench", "augment", "--device", "cpu", "--repetitions", "3", "--minutes", "1", "--json", str(path)]
+    assert cli.main(arguments) == 0
+    assert written == [1, 2, 3]
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["name"], row["repetitions"]) for row in rows] == [(f"row {number}", 3) for number in range(4)]
+    assert "stopped in the suite augment" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--repetitions", "1"], ["nonsense"], ["--size", "giant"], ["augment", "--json", "nowhere/at/all.json"]],
+)
 def test_what_cannot_be_measured_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = cli.main(["bench", *arguments])

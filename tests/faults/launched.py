@@ -41,7 +41,7 @@ class Launched:
         with self._console.open("w") as console:
             self.process = subprocess.Popen(
                 [*COMMANDS[how], *map(str, arguments), "--out", str(out)], cwd=cwd,
-                env=environment(LOCAL_WORLD_SIZE="2") if "2" not in how else environment(),
+                env=environment(OMP_NUM_THREADS="1"),
                 stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
                 # Where the tests are a script's background job, SIGINT is ignored, and launchers would leave it so.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -34,7 +34,7 @@ print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child i
 
 def at_once(commands: list[list[str]], cwd: Path, *, fresh: bool) -> list[int]:
     """Exit codes of real commands that run at the same time, each a fresh interpreter or a fork of a warm one."""
-    values = environment(LOCAL_WORLD_SIZE="2")
+    values = environment(OMP_NUM_THREADS="1")
     if not fresh:
         result = subprocess.run(
             [sys.executable, "-c", TOGETHER], cwd=cwd, env=values | {"PYTHONPATH": str(Path(__file__).parents[2])},

@@ -28,7 +28,7 @@ class Warm:
             [sys.executable, "-m", "tests.faults.warm"],
             cwd=Path(__file__).resolve().parents[2],
             # One thread: of several processes on the machine.
-            env=environment(LOCAL_WORLD_SIZE=str(os.cpu_count())),
+            env=environment(OMP_NUM_THREADS="1"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
