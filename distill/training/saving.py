@@ -116,9 +116,9 @@ class CheckpointWriter:
         self._thread.start()
 
     def poll(self) -> None:
-        """Record a checkpoint that has been written since the last call."""
+        """Record a checkpoint that has been written since the last call; an error waits for `wait`."""
         if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+            self.close()
 
     def wait(self) -> str | None:
         """Wait until the checkpoint is written, and record it; an error message if that failed."""
