@@ -182,11 +182,11 @@ def _nearest(wrong: Any, expected: str) -> str:
 def _suggest(path: tuple[str | int, ...]) -> str:
     wrong = str(path[-1])
     siblings = _keys_under(path[:-1])
-    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
-        return f"; did you mean '{near[0]}'?"
     elsewhere = [".".join(known) for known in _known_keys() if known[-1] == wrong]
     if elsewhere:
         return f"; it belongs at '{elsewhere[0]}'"
+    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
+        return f"; did you mean '{near[0]}'?"
     return f"; known here: {', '.join(dict.fromkeys(siblings))}" if siblings else ""
 
 
