@@ -279,7 +279,8 @@ class Trainer:
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
         values |= {f"weight/{name}": weights.get(name, 0.0) for name in self.recipe.scheduled}
         if (cache := self.cache) is not None:
-            values["teacher_cache/hits"] = cache.take_hits()
+            if (hits := cache.take_hits()) is not None:
+                values["teacher_cache/hits"] = hits
             cache.flush()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
         tracking.training(self.progress.step, self.epoch, values | {"lr": rate})
@@ -291,9 +292,8 @@ class Trainer:
                 "there are idle cores",
                 self.progress.step, 100 * values["data_wait"],
             )  # fmt: skip
-
-        threads, waiting = torch.get_num_threads(), self.contention.fraction(torch.get_num_threads())
-        if threads > 1 and not self.contended and waiting > CONTENDED:
+        threads = torch.get_num_threads()
+        if threads > 1 and not self.contended and (waiting := self.contention.fraction(threads)) > CONTENDED:
             self.contended = True
             _log.warning(
                 "step %d: the %d threads spent %.0f %% of their time waiting for cores that other processes use; to go "

@@ -184,6 +184,14 @@ def test_streamed_images(toy: Toy, tmp_path: Path, asked: Counter[str]) -> None:
     assert lines(tmp_path / "replayed") == lines(tmp_path / "recorded")
 
 
+def test_where_the_only_method_has_ended_nothing_is_asked_for(toy: Toy, tmp_path: Path, asked: Counter[str]) -> None:
+    weight = {"start": 1.0, "end": 0.0, "until": 3 / 18}
+    go(cached(toy, STEPS_AN_EPOCH, distill=[{"method": "soft", "weight": weight}]), tmp_path / "run", None)
+    assert asked["training"] == 2 * 3
+    found = ["teacher_cache/hits" in line for line in run.read_metrics(tmp_path / "run", "train")]
+    assert found == [True] * 3 + [False] * 3
+
+
 def test_one_process_and_two(toy: Toy, tmp_path: Path) -> None:
     """Two replay what one recorded, and one what two recorded."""
     go(cached(toy, STEPS_AN_EPOCH), tmp_path / "one", None)

@@ -106,12 +106,12 @@ class TeacherCache:
             self.file.write((epoch, start, rows) for (epoch, start, _), rows in parts)
         self._pending, self._pending_bytes = [], 0
 
-    def take_hits(self) -> float:
-        """Hit rate since the last call, over all processes. Collective."""
+    def take_hits(self) -> float | None:
+        """Hit rate since the last call, over all processes; None: no logits were asked for. Collective."""
         counts = torch.tensor([self._found, self._requested], device=self.accelerator.device)
         found, requested = self.accelerator.reduce(counts, "sum").tolist()
         self._found = self._requested = 0
-        return found / requested
+        return found / requested if requested else None
 
 
 def open_cache(
