@@ -66,17 +66,18 @@ def bench(
         machine = Machine(place, sizes, Path(scratch), BATCH_SIZE[place.type], repetitions)
         if "bf16" not in machine.precisions:
             say("bf16 is left out: this CPU has no instructions for it.")
-        text = ""
-        for suite in suites:
-            for row in import_module(f"distill.bench.suites.{suite}").measure(machine):
-                rows.append(row)
-                say(f"{row['name']}: {row['arm_a']} over {row['arm_b']} {row['ratio']:.3f}")
-                text = _write(rows, machine, described, output)
-                if end is not None and time.monotonic() > end:
-                    break
+        measured = (
+            (suite, row) for suite in suites for row in import_module(f"distill.bench.suites.{suite}").measure(machine)
+        )
+        for suite, row in measured:
+            rows.append(row)
+            say(f"{row['name']}: {row['arm_a']} over {row['arm_b']} {row['ratio']:.3f}")
+            text = _write(rows, machine, described, output)
             if end is not None and time.monotonic() > end:
                 say(f"--minutes {minutes:g}: stopped in the suite {suite}; what would have followed is left out.")
                 break
+        if not rows:
+            text = _write(rows, machine, described, output)
     Console(width=max(console.width, 160), highlight=False).print(Markdown(text))
 
 

@@ -8,17 +8,15 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 from distill.bench.measure import Arm, Machine, Row, compare
-from distill.bench.suites.startup import COMMAND, RECIPES
+from distill.bench.suites.startup import COMMAND, RECIPES, first_lines
 from distill.console import say
 from distill.cores import share_of_cores
-from distill.run import read_metrics
 
 LINES = 4
 """Lines of metrics of a run; the first one is not counted."""
@@ -60,18 +58,7 @@ def _busy_processes(number: int) -> Iterator[None]:
 
 
 def _images_per_second(command: list[str], folder: Path) -> float:
-    """The median of some lines of metrics; then the run is stopped."""
-    command = [*command, "train.log_every=10", "--out", str(folder)]
+    """The median of some lines of metrics."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    process = subprocess.Popen(
-        command, cwd=folder.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        while len(lines := [line["images_per_second"] for line in read_metrics(folder, "train")]) < LINES:
-            if (code := process.poll()) is not None:
-                raise RuntimeError(f"the training ended with code {code} before its {LINES} lines")
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        process.wait()
-    return median(lines[1:])
+    lines = first_lines([*command, "train.log_every=10"], folder, LINES, environment)
+    return median(line["images_per_second"] for line in lines[1:])

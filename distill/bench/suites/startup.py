@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from distill.bench.measure import Arm, Machine, Row, compare
 from distill.console import say
@@ -37,21 +38,26 @@ def measure(machine: Machine) -> Iterator[Row]:
     command = [*COMMAND, "train", str(recipe), *overrides]
     run([*command, "train.max_steps=1", "control=false", "--out", "prepared"])
     folders = (machine.scratch / f"run{number}" for number in itertools.count())
-    step = Arm("first step of the quickstart", lambda: _first_step(command, next(folders)))
+    step = Arm("first step of the quickstart", lambda: first_lines(command, next(folders)))
     imports = Arm("bare imports", partial(run, [sys.executable, "-c", IMPORTS]))
     times = machine.interleave([step, imports], times=1, warm_up=0)
     yield compare("startup, first step", times, step, imports, of="time")
 
 
-def _first_step(command: list[str], folder: Path) -> None:
-    """Train until there is a first line of metrics, and no further."""
+def first_lines(
+    command: list[str], folder: Path, number: int = 1, environment: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Train in `folder` until there are so many lines of metrics, and no further; returns them."""
     command = [*command, "--out", str(folder)]
-    process = subprocess.Popen(command, cwd=folder.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=folder.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
-        while not any(read_metrics(folder, "train")):
+        while len(lines := list(read_metrics(folder, "train"))) < number:
             if (code := process.poll()) is not None:
-                raise RuntimeError(f"the quickstart ended with code {code} before its first step")
+                raise RuntimeError(f"the training ended with code {code} after {len(lines)} lines of metrics")
             time.sleep(0.02)
     finally:
         process.kill()
         process.wait()
+    return lines
