@@ -21,6 +21,7 @@ from timm.optim.nadamw import nadamw
 from torch import Tensor
 
 from distill.launching.processes import bf16_instructions
+from distill.training.joined import copy_joined, joined, shaped
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -89,7 +90,7 @@ class BatchedMuon(Muon):
         gradients = self._unscaled(torch.stack([parameter.grad.flatten(1) for parameter in parameters]))  # type: ignore[union-attr]
         before = torch.stack([buffer.flatten(1) for buffer in buffers])
         momenta = before.lerp(gradients, 1.0 - group["momentum"])
-        _copy(buffers, torch.where(skipped, before, momenta).unbind())
+        torch._foreach_copy_(buffers, shaped(torch.where(skipped, before, momenta).unbind(), buffers))
         update = zeropower_via_newtonschulz(
             gradients.lerp_(momenta, group["momentum"]) if group["nesterov"] else momenta,
             group["ns_steps"],
@@ -102,16 +103,16 @@ class BatchedMuon(Muon):
         decay = torch.ones((), device=update.device).masked_fill(~skipped, 1.0 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, decay)
         scale = get_lr_scale(update.shape, group["adjust_lr_fn"]) if group["adjust_lr_fn"] else 1.0
-        torch._foreach_add_(parameters, _shaped(update.unbind(), parameters), alpha=-group["lr"] * scale)
+        torch._foreach_add_(parameters, shaped(update.unbind(), parameters), alpha=-group["lr"] * scale)
 
     def _step_others(self, group: dict[str, Any], parameters: list[Tensor], skipped: Tensor) -> None:
         """Parameters for AdamW, as one vector."""
         beta1, beta2 = group["betas"]
         averages, squares = (self._state(parameters, name) for name in ("exp_avg", "exp_avg_sq"))
         steps = self._state(parameters, "step", torch.Size())
-        before = [_joined(parameters), _joined(averages), _joined(squares), steps[0]]
+        before = [joined(parameters), joined(averages), joined(squares), steps[0]]
         after = [tensor.clone() for tensor in before]
-        gradient = self._unscaled(_joined([parameter.grad for parameter in parameters]))  # type: ignore[misc]
+        gradient = self._unscaled(joined([parameter.grad for parameter in parameters]))  # type: ignore[misc]
         update = nadamw if group["nesterov"] else partial(adamw, max_exp_avg_sqs=[], amsgrad=False)
         update(
             [after[0]],
@@ -130,21 +131,6 @@ class BatchedMuon(Muon):
             capturable=parameters[0].is_cuda,
             max_lr=None,
         )
-        sizes = [parameter.numel() for parameter in parameters]
         for targets, old, new in zip((parameters, averages, squares), before, after, strict=False):
-            _copy(targets, torch.where(skipped, old, new).split(sizes))
-        _copy(steps, [torch.where(skipped, before[3], after[3])] * len(steps))
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor if tensor.ndim == 1 else tensor.flatten() for tensor in tensors])
-
-
-def _shaped(tensors: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the shapes of `likes`."""
-    pairs = zip(tensors, likes, strict=True)
-    return [tensor if tensor.shape == like.shape else tensor.view(like.shape) for tensor, like in pairs]
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(targets), _shaped(sources, targets))
+            copy_joined(targets, torch.where(skipped, old, new))
+        torch._foreach_copy_(steps, [torch.where(skipped, before[3], after[3])] * len(steps))

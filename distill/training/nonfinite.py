@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.errors import RunFailed
+from distill.training.joined import copy_joined, joined
 
 MAX_NAMED = 16
 """Most steps or sample indices that a message lists."""
@@ -79,7 +80,7 @@ class NonFiniteSteps:
 
     def begin_step(self) -> None:
         self._bucket_sums.clear()
-        self._statistics_before = {dtype: _joined(buffers) for dtype, buffers in self._statistics.items()}
+        self._statistics_before = {dtype: joined(buffers) for dtype, buffers in self._statistics.items()}
 
     @torch.no_grad()
     def check(self, step: int, losses: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -129,9 +130,7 @@ class NonFiniteSteps:
             self._prepared.step()
             self._has_stepped = True
         for dtype, buffers in self._statistics.items():
-            kept = torch.where(self.skipped, self._statistics_before[dtype], _joined(buffers))
-            parts = kept.split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+            copy_joined(buffers, torch.where(self.skipped, self._statistics_before[dtype], joined(buffers)))
 
     def read(self, limit: int) -> int:
         """Number of skipped steps since the last call, which are also logged; synchronises. Collective.
@@ -196,10 +195,6 @@ class NonFiniteSteps:
             indices = [part for part, is_finite in parts if not is_finite] or check.indices
             located = (confidence, check.step, torch.cat(list(indices)).tolist())
         return located
-
-
-def _joined(buffers: Sequence[Tensor]) -> Tensor:
-    return torch.cat([buffer.view(-1) for buffer in buffers])
 
 
 class Ema:
