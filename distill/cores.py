@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 INTERVAL = 0.2
-"""Seconds over which `free_cores` measures."""
+"""Seconds over which `share_of_free_cores` measures."""
 
 
 def cores(root: Path = ROOT) -> int:
@@ -70,8 +70,10 @@ def _quotas(root: Path) -> list[float]:
             top = root / "sys/fs/cgroup" / mount
             own = top / group.lstrip("/")
             # In a container the path may be that on the host: then only the mounted folder itself exists.
-            for folder in dict.fromkeys([*(own, *own.parents)[: len(own.relative_to(top).parts)], top]):
+            for folder in (own, *own.parents):
                 quotas += _quota_of(folder)
+                if folder == top:
+                    break
     return quotas
 
 

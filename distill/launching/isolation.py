@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,7 +87,8 @@ def _torch_settings() -> Callable[[], None]:
     cudnn = torch.backends.cudnn.deterministic
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    cut_for_ddp = torch._dynamo.config.optimize_ddp
+    compiler = sys.modules.get("torch._dynamo")  # its import takes a second
+    cut_for_ddp = compiler is None or compiler.config.optimize_ddp  # by default, true
 
     def restore() -> None:
         torch.set_num_threads(threads)
@@ -99,7 +101,8 @@ def _torch_settings() -> Callable[[], None]:
         if (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) != tf32:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        torch._dynamo.config.optimize_ddp = cut_for_ddp
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.config.optimize_ddp = cut_for_ddp
 
     return restore
 

@@ -22,7 +22,8 @@ class MetricAccumulator:
         self.accelerator = accelerator
         # Reached when the device has finished the previous step; None on a CPU, where steps are synchronous.
         self._step_done = torch.cuda.Event() if accelerator.device.type == "cuda" else None
-        self.expect_compilation()
+        # Not before the first step: on CUDA the augmentation may be compiled while its batch is waited for.
+        self._counts_waiting = self._step_done is None
         self.restart()
 
     def restart(self) -> None:
@@ -38,10 +39,6 @@ class MetricAccumulator:
         self.steps = 0
         self.waited = 0.0
         self.began = time.perf_counter()
-
-    def expect_compilation(self) -> None:
-        """Do not count the wait for the next batch: on CUDA the augmentation may be compiled during it."""
-        self._counts_waiting = self._step_done is None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
