@@ -12,18 +12,18 @@ from distill.errors import InputError
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path, remedy: str) -> Iterator[None]:
     """Hold a lock file beside `path`, whose folder is created if missing. The kernel releases it when its holder
     dies.
+
+    Raises:
+        InputError: the lock file cannot be created; ends with `remedy`.
     """
     lock_path = path.parent / f".{path.name}.lock"
     try:
         lock, made_folder = _acquire(lock_path)
     except OSError as error:
-        raise InputError(
-            f"{path}: no such file, and it cannot be created ({error.strerror}); put it there or set data.root to a "
-            "writable folder"
-        ) from None
+        raise InputError(f"{path}: no such file, and it cannot be created ({error.strerror}); {remedy}") from None
     try:
         yield
     finally:

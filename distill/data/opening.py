@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill import registry
 from distill.cores import share_of_cores
+from distill.data.cache import cache_folder
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
 from distill.data.given import GivenData
 from distill.data.holdout import hold_out
@@ -45,6 +46,11 @@ class Opening:
     @property
     def root(self) -> Path:
         return Path(self.spec.root)
+
+    @property
+    def cache(self) -> Path:
+        """The folder for packs."""
+        return cache_folder(self.spec.cache)
 
     def streams(self, num_images: int) -> bool:
         """Whether to stream: as data.stream says, or by the number of images."""

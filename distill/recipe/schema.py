@@ -107,6 +107,11 @@ class Data(Options):
         "NAME.safetensors, a timm dataset name (hfds/..., wds/...), or python: what distill.train gets as data=.",
     )
     root: Text = Field("data", description="Folder of the data and of downloads.", json_schema_extra=MAY_CHANGE)
+    cache: Text | None = Field(
+        None,
+        description="Folder for packed images; null: $DISTILL_CACHE, else distill in $XDG_CACHE_HOME or ~/.cache.",
+        json_schema_extra=MAY_CHANGE,
+    )
     validation: float = Field(
         0.1,
         ge=0,

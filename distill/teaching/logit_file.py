@@ -70,7 +70,7 @@ class LogitFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path.parent, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            with one_at_a_time(self.path):
+            with one_at_a_time(self.path, "launch from a folder that can be written, or set teacher.cache=false"):
                 if not self.missing:
                     return
                 self.check_space()

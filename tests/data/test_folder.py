@@ -36,6 +36,12 @@ def files(root: Path, split: str) -> list[Path]:
     return sorted((root / split).rglob("*.png"))
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def problem(root: Path, **spec: Any) -> str:
     with pytest.raises(InputError) as caught:
         opened(root, None, **spec)
@@ -91,21 +97,25 @@ def test_a_validation_folder_serves_as_it_is(make_folder: Any, stream: bool) -> 
     assert opened(root, stream, validation=0.0).info.sizes["validation"] == 0
 
 
-def test_large_folders_stream_and_small_ones_do_not(make_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_folders_stream_and_small_ones_do_not(
+    make_folder: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_folder()
     monkeypatch.setattr(opening, "RESIDENT_LIMIT", 45 * 3 * 100 - 1)
     opened(root, None)
-    assert not list(root.glob("*.safetensors"))
+    assert not cache.exists()
     monkeypatch.setattr(opening, "RESIDENT_LIMIT", 45 * 3 * 100)
     opened(root, None)
-    assert [path.name for path in root.glob("*.safetensors")] == ["packed-10.safetensors"]
-    assert sorted(path.name for path in root.iterdir()) == ["packed-10.safetensors", "test", "train"]
+    (packed,) = cache.iterdir()
+    assert packed.name.startswith("set-")
+    assert packed.suffix == ".safetensors"
+    assert sorted(path.name for path in root.iterdir()) == ["test", "train"]
 
 
-def test_a_folder_is_packed_once_and_again_when_it_changed(make_folder: Any) -> None:
+def test_a_folder_is_packed_once_and_again_when_it_changed(make_folder: Any, cache: Path) -> None:
     root = make_folder()
     before = opened(root, None)
-    packed = root / "packed-10.safetensors"
+    (packed,) = cache.iterdir()
     written = packed.stat().st_mtime_ns
     opened(root, None)
     assert packed.stat().st_mtime_ns == written
@@ -135,12 +145,12 @@ def test_greyscale_files_in_a_colour_set_are_made_colour(make_folder: Any) -> No
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(make_folder: Any, workers: int) -> None:
+def test_a_broken_image_is_named(make_folder: Any, cache: Path, workers: int) -> None:
     root = make_folder()
     broken = files(root, "test")[2]
     broken.write_bytes(broken.read_bytes()[:100])
     assert problem(root).startswith(f"{broken}: cannot be decoded")
-    assert not list(root.glob("*.safetensors*"))
+    assert not list(cache.iterdir())
     dataset = opened(root, True, workers=workers)
     with pytest.raises(InputError) as caught:
         pixels(dataset, "test")

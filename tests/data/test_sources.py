@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,8 +85,9 @@ def test_torchvisions_cifar_files_are_packed(tmp_path: Path, monkeypatch: pytest
         (base / name).write_bytes(pickle.dumps({"data": images[rows].reshape(20, -1), "labels": labels[rows]}))
     names = [f"class {label}" for label in range(10)]
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    opened("cifar10", tmp_path)
-    packed = open_packed(tmp_path / "cifar10.safetensors")
+    opened("cifar10", tmp_path, cache=str(tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").iterdir()
+    packed = open_packed(file)
     assert packed.class_names == tuple(names)
     assert torch.equal(packed.tensors["train.images"], torch.from_numpy(images[:40]))
     assert packed.tensors["test.labels"].tolist() == labels[40:]
@@ -117,7 +117,7 @@ def test_channels_first_sets_are_packed_once_by_whoever_comes_first(
     assert ChannelsFirst.made == ["train", "test"]
     assert all(info == infos[0] for info in infos)
     assert infos[0].class_names == tuple("0123456789")
-    assert os.listdir(tmp_path / "new" / "root") == ["svhn.safetensors"]
+    assert not (tmp_path / "new").exists(), "packs go to the cache folder"
 
 
 @pytest.mark.parametrize(

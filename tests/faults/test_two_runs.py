@@ -74,14 +74,14 @@ def test_four_at_once_pack_one_good_file(
     done = 0
     arguments = ["train", str(toy.recipe), "data.name=folder", f"data.root={images}", "train.max_minutes=0.0001"]
     for number in range(rounds):
-        packed = images / "packed-8.safetensors"
-        packed.unlink(missing_ok=True)
         folder = tmp_path / f"round-{number}"
         folder.mkdir()
-        commands = [[*arguments, f"--out=run-{index}"] for index in range(4)]
+        cache = folder / "cache"
+        commands = [[*arguments, f"data.cache={cache}", f"--out=run-{index}"] for index in range(4)]
         codes = at_once(commands, folder, fresh=fresh)
         assert codes == [EXIT_INTERRUPTED] * 4, [path.read_text() for path in folder.glob("console-*")]
-        assert sorted(path.name for path in images.iterdir()) == [packed.name, "test", "train"]
+        assert sorted(path.name for path in images.iterdir()) == ["test", "train"]
+        (packed,) = cache.iterdir()
         assert len(open_packed(packed).tensors["train.images"]) == 64
         digests = {read_status(path)["data_digest"] for path in folder.glob("run-*")}
         assert len(digests) == 1

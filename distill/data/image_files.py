@@ -1,0 +1,88 @@
+"""Labelled image files on disk, by split."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distill.data.images import common_mode, decode
+from distill.errors import InputError
+
+REMEDY = "remove it from the data or set data.skip_unreadable=true"
+
+
+class ImageFiles:
+    """Labelled image files by row. Paths are one array, which forked workers share without copying."""
+
+    def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
+        self.root = root
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, row: int) -> Path:
+        return self.root / os.fsdecode(bytes(self._paths[row]))
+
+    def without(self, rows: Sequence[int]) -> ImageFiles:
+        """A copy without these rows."""
+        kept = np.setdiff1d(np.arange(len(self)), rows)
+        return ImageFiles(self.root, [os.fsdecode(path) for path in self._paths[kept]], self.labels[kept].tolist())
+
+    def load(self, row: int, mode: str | None) -> Image.Image:
+        """The decoded image; raises InputError naming the file if it cannot be decoded."""
+        path = self.path(row)
+        return decode(path, str(path), mode)
+
+
+@dataclass(frozen=True)
+class Folder:
+    root: Path
+    class_names: tuple[str, ...]
+    splits: dict[str, ImageFiles]
+    folders: dict[str, Path]
+    """The folder of each split that has one."""
+    left_out: tuple[str, ...] = ()
+    """Files that are not used, with the reasons."""
+
+    @property
+    def mode(self) -> str:
+        """'L' if the first training image of every class is greyscale, else 'RGB'."""
+        files = self.splits["train"]
+        first_rows = torch.searchsorted(files.labels, torch.arange(len(self.class_names)))
+        return common_mode(files.load(int(row), None) for row in first_rows)
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(files) for files in self.splits.values())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over all paths, sizes and modification times (one stat per file)."""
+        state = hashlib.sha256()
+        for split, files in self.splits.items():
+            for row in range(len(files)):
+                path = files.path(row)
+                state.update(f"{split}\0{path.relative_to(self.root)}\0".encode(errors="surrogateescape"))
+                try:
+                    status = path.stat()
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
+                state.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return state.hexdigest()
+
+    def checked(self, *, skip: bool) -> Folder:
+        """Itself; raises InputError if a class has no image; with `skip` only in train."""
+        for split, files in self.splits.items():
+            counts = torch.bincount(files.labels, minlength=len(self.class_names)).tolist()
+            if 0 in counts and (split == "train" or not skip or not len(files)):
+                empty = self.folders.get(split, self.root / split) / self.class_names[counts.index(0)]
+                raise InputError(f"data.root: {empty} holds no image; every class of train has some in every split")
+        return self

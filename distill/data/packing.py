@@ -1,0 +1,91 @@
+"""Packs: the images of a folder at one size, decoded once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from distill.data import cache
+from distill.data.image_files import Folder, ImageFiles
+from distill.data.images import to_square
+from distill.data.locking import one_at_a_time
+from distill.data.packed import Packed, open_packed, write_packed
+from distill.errors import InputError
+
+SECONDS = 5.0
+"""Between two lines on the progress of packing."""
+T = TypeVar("T")
+_log = logging.getLogger("distill")
+
+
+def open_folder(folder: Folder, resolution: int, cache_folder: Path) -> Packed:
+    """The folder's images at one size (shorter side resized, centre cropped), from a file in the cache folder, which is
+    written if it is missing or the folder has changed.
+    """
+    path = cache.cached_file(cache_folder, folder.root, {"resolution": resolution}, ".safetensors")
+    return packed_once(path, folder.digest(), lambda source: _pack(folder, path, resolution, source))
+
+
+def packed_once(path: Path, source: str, pack: Callable[[str], None]) -> Packed:
+    """The packed file at `path`; `pack(source)` writes it first if it is missing or was made from another `source`."""
+    if (packed := _current(path, source)) is None:
+        with one_at_a_time(path, cache.REMEDY):
+            if (packed := _current(path, source)) is None:
+                try:
+                    pack(source)
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be written ({error.strerror or error}); {cache.REMEDY}") from None
+                packed = open_packed(path)
+    return packed
+
+
+def _current(path: Path, source: str) -> Packed | None:
+    """The packed file; None if it is missing, damaged or made from another `source`."""
+    try:
+        packed = open_packed(path)
+    except InputError:
+        return None
+    return packed if packed.metadata.get("source") == source else None
+
+
+def _pack(folder: Folder, path: Path, resolution: int, source: str) -> None:
+    mode = folder.mode
+    tensors: dict[str, Tensor] = {}
+    progress = Progress(f"packing the images of {folder.root}", folder.num_images)
+    with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
+        for split, files in folder.splits.items():
+            images = torch.empty(len(files), 1 if mode == "L" else 3, resolution, resolution, dtype=torch.uint8)
+
+            def fill(row: int, files: ImageFiles = files, images: Tensor = images) -> None:
+                images[row] = to_square(files.load(row, mode), resolution, None)
+
+            for _ in progress.of(pool.map(fill, range(len(files)))):
+                pass
+            tensors |= {f"{split}.images": images, f"{split}.labels": files.labels}
+    write_packed(path, name=folder.root.name, class_names=folder.class_names, tensors=tensors, extra={"source": source})
+    _log.info("data: packed into %s, %.1f MB", path, path.stat().st_size / 1e6)
+
+
+class Progress:
+    """Logs how many of `total` items are done: at the start, and every few seconds."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        _log.info("data: %s, %s in all", what, f"{total:,}")
+        self._last = time.monotonic()
+
+    def of(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, counted."""
+        for item in items:
+            self.done += 1
+            if (now := time.monotonic()) - self._last >= SECONDS:
+                self._last = now
+                _log.info("data: %s, %s of %s", self.what, f"{self.done:,}", f"{self.total:,}")
+            yield item
