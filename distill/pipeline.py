@@ -164,7 +164,7 @@ def _execute(
     )
     if variants:
         environment["variants"] = variants
-    on_main(lambda: directory.open(recipe, source=source, environment=environment))
+    on_main(lambda: directory.open(recipe, source=source, environment=environment, held_out=dataset.info.held_out))
     tracking = Tracking(
         directory,
         recipe,

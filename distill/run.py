@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -85,8 +85,12 @@ class Run:
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 
-    def open(self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any]) -> None:
+    def open(
+        self, recipe: Recipe, *, source: Path | None, environment: dict[str, Any], held_out: Sequence[str] = ()
+    ) -> None:
         """Write recipe, environment and status to the claimed directory; removes leftovers of an earlier run.
+
+        `held_out`: the images that `data.test` held out.
 
         Raises:
             InputError: the directory cannot be written.
@@ -104,6 +108,8 @@ class Run:
             write_text(self.path / "recipe.yaml", given)
             write_text(self.path / "resolved.yaml", recipe.to_yaml())
             write_text(self.path / "environment.json", json.dumps(environment, indent=1))
+            if held_out:
+                write_text(self.path / "test_split.txt", "\n".join([*held_out, ""]))
             self._log_file = LogFile(self.path / "train.log")
         except OSError as error:
             raise _cannot_write(self.path, error) from None

@@ -33,6 +33,8 @@ class DatasetInfo:
     """SHA-256 (hex) that identifies the data."""
     sizes: dict[str, int]
     """Images in 'train', 'validation' (0: no such split) and 'test'."""
+    held_out: tuple[str, ...] = ()
+    """The images that `data.test` held out of all of them: files, else numbers from 0."""
     left_out: tuple[str, ...] = ()
     """Files that are not used (`data.skip_unreadable`), each with the reason."""
 

@@ -2,7 +2,7 @@
 
 Classes are the folders of train, sorted by name; files are ordered by class, then by path; links are followed, hidden
 files ignored. With only one of val and test, as in ImageNet's layout, it is the test split, and validation is held out
-of train.
+of train. With `data.test` there may be no test folder, or no folders of splits at all: root/<class>/...
 
 Files that are no images or cannot be read are errors. With `data.skip_unreadable` they are found once, by decoding all
 files, and recorded in the cache folder, so that batches are the same for any number of processes and on resume.
@@ -27,6 +27,7 @@ from distill.registry import register
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 LAYOUT = "an image folder is train/<class>/*.png and test/<class>/*.png (or val/<class>/*.png), in PNG, JPEG, WebP, ..."
+LIKE_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 
 
 class Options(Data):
@@ -39,7 +40,7 @@ class FolderReader(DataReader):
 
     @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
-        folder = scan(opening.root, skip=options.skip_unreadable)
+        folder = scan(opening.root, skip=options.skip_unreadable, test=options.test is not None)
         if options.skip_unreadable:
             folder = without_unreadable(folder, opening.cache)
         if opening.streams(folder.num_images):
@@ -54,43 +55,67 @@ class FolderReader(DataReader):
             )
         else:
             dataset = opening.resident(open_folder(folder, options.resolution, opening.cache))
-        dataset.info = replace(dataset.info, left_out=folder.left_out)
+        files = folder.splits["train"]
+        held_out = tuple(str(files.path(int(row)).relative_to(folder.root)) for row in dataset.info.held_out)
+        dataset.info = replace(dataset.info, held_out=held_out, left_out=folder.left_out)
         return dataset
 
 
-def scan(root: Path, *, skip: bool = False) -> Folder:
-    """List an image folder; `skip`: leave out files whose name is no image's or that cannot be reached.
+def scan(root: Path, *, skip: bool = False, test: bool = False) -> Folder:
+    """List an image folder.
+
+    Args:
+        skip: leave out files whose name is no image's or that cannot be reached.
+        test: there may be no test folder, and no train folder either: the classes are then the folders of `root`.
 
     Raises:
         InputError: it is no image folder, or (without `skip`) contains such files.
     """
     try:
-        return _scan(root, skip)
+        return _scan(root, skip, test)
     except OSError as error:
         raise InputError(f"data.root: {error.filename or root}: cannot be read ({error.strerror}); {LAYOUT}") from None
 
 
-def _scan(root: Path, skip: bool) -> Folder:
-    found = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
-    if "train" not in found or len(found) == 1:
-        raise InputError(
-            f"data.root: {root} has no {'train' if 'train' not in found else 'test or val'} folder; {LAYOUT}"
-        )
-    validation = found.get("val", found.get("validation"))
-    folders = {"train": found["train"], "validation": validation, "test": found.get("test", validation)}
-    if "test" not in found:
-        del folders["validation"]
-    class_names = tuple(_class_folders(found["train"]))
+def _scan(root: Path, skip: bool, test: bool) -> Folder:
+    folders = _splits(root, test)
+    class_names = tuple(_class_folders(folders["train"]))
     if len(class_names) < 2:
         raise InputError(
-            f"data.root: {found['train']} has {len(class_names)} class folder(s), at least two are needed; {LAYOUT}"
+            f"data.root: {folders['train']} has {len(class_names)} class folder(s), at least two are needed; {LAYOUT}"
         )
     left_out: list[str] = []
-    present = {name: folder for name, folder in folders.items() if folder is not None}
-    splits = {name: _list(root, folder, class_names, left_out) for name, folder in present.items()}
+    splits = {name: _list(root, folder, class_names, left_out) for name, folder in folders.items()}
     if left_out and not skip:
         raise InputError(f"data.root: {left_out[0]}; {REMEDY}")
-    return Folder(root, class_names, splits, present, tuple(left_out)).checked(skip=skip)
+    return Folder(root, class_names, splits, folders, tuple(left_out)).checked(skip=skip)
+
+
+def _splits(root: Path, test: bool) -> dict[str, Path]:
+    """The folder of each split; see `scan`."""
+    found = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
+    if test and not found and root.is_dir():
+        if split := [name for name in _class_folders(root) if name.casefold() in LIKE_SPLITS]:
+            raise InputError(
+                f"data.root: {root / split[0]} is named like a split, not like a class; name the folders of the splits "
+                "train, val and test, or the class otherwise"
+            )
+        return {"train": root}
+    held_out = "; or, for images in DIR/<class>/*.png, set data.test=0.2 to hold out a fifth of them"
+    if "train" not in found:
+        raise InputError(f"data.root: {root} has no train folder; {LAYOUT}{'' if found or test else held_out}")
+    validation = found.get("val", found.get("validation"))
+    if "test" in found:
+        folders = {"train": found["train"], "validation": validation, "test": found["test"]}
+    elif test:
+        folders = {"train": found["train"], "validation": validation}
+    elif validation is not None:
+        folders = {"train": found["train"], "test": validation}
+    else:
+        raise InputError(
+            f"data.root: {root} has no test or val folder; {LAYOUT}; or set data.test=0.2 to hold out a fifth of train"
+        )
+    return {name: folder for name, folder in folders.items() if folder is not None}
 
 
 def _class_folders(folder: Path) -> list[str]:

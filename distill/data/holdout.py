@@ -1,6 +1,8 @@
-"""Stratified hold-out of part of the training set for validation."""
+"""Stratified hold-out of part of the training set, for validation or for the test."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,20 +11,24 @@ from distill.data.randomness import hashes, keys
 from distill.errors import InputError
 
 
-def hold_out(labels: Tensor, amount: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to validate on, int64, each in file order.
+def hold_out(
+    labels: Tensor, amount: float, seed: int, split: Literal["validation", "test"] = "validation"
+) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows of `split`, int64, each in file order.
 
     `labels` int64 [N]; `amount` a fraction (below 1) or a count. Stratified: quotas are proportional to class sizes,
     rounded by largest remainder to the exact total; within a class the rows with the smallest hash of (seed, row). A
-    function of seed and labels only. InputError if a class would keep no training image or nothing would be held out.
+    function of seed, split and labels only. InputError if a class would keep no training image or nothing would be held
+    out.
     """
     count = round(amount * len(labels)) if amount < 1 else int(amount)
     sizes = torch.bincount(labels)
     present = sizes > 0
     if not 0 < count <= len(labels) - int(present.sum()):
         raise InputError(
-            f"data.validation: {amount:g} of {len(labels)} training images would hold out {count}; "
-            f"from 1 image to all but one of each of the {int(present.sum())} classes is possible (0: none)"
+            f"data.{split}: {amount:g} of {len(labels)} training images would hold out {count}; "
+            f"from 1 image to all but one of each of the {int(present.sum())} classes is possible"
+            + (" (0: none)" if split == "validation" else "")
         )
     # Integers throughout: floor(size * count / total) each, then one more for the largest remainders (ties: the lower
     # class) among the classes that keep an image then.
@@ -33,10 +39,10 @@ def hold_out(labels: Tensor, amount: float, seed: int) -> tuple[Tensor, Tensor]:
     if bool((quota >= sizes)[present].any()):
         worst = int(torch.nonzero((quota >= sizes) & present)[0])
         raise InputError(
-            f"data.validation: holding out {amount:g} leaves class {worst} (of {int(sizes[worst])} images) without a "
+            f"data.{split}: holding out {amount:g} leaves class {worst} (of {int(sizes[worst])} images) without a "
             "training image; hold out less"
         )
-    hashed = hashes(keys(seed, 0, ["validation"]), torch.arange(len(labels)))[0]
+    hashed = hashes(keys(seed, 0, [split]), torch.arange(len(labels)))[0]
     by_hash = torch.argsort(hashed, stable=True)
     by_class = by_hash[torch.argsort(labels[by_hash], stable=True)]
     rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +76,20 @@ class Opening:
             for split, (source, rows) in _rows(labels, self.spec, self.seed).items()
         }
         mean, std = channel_statistics(splits["train"])
+        held_out = self._held_out(splits["test"].rows)
         info = DatasetInfo(
             name=Path(self.spec.name).stem,
             class_names=packed.class_names,
             channels=tensors["train.images"].shape[1],
             mean=mean,
             std=std,
-            digest=packed.digest,
+            digest=_with_names(packed.digest, held_out),
             sizes={
                 "train": splits["train"].size,
                 "validation": splits["validation"].size if "validation" in splits else 0,
                 "test": splits["test"].size,
             },
+            held_out=held_out,
         )
         return ResidentDataset(info, self.spec, self.device, splits)
 
@@ -124,8 +126,14 @@ class Opening:
         sizes = {
             split: len(splits[split].labels) if split in splits else 0 for split in ("train", "validation", "test")
         }
+        held_out = self._held_out(splits["test"].rows)
         info = self.describe(class_names, 1 if mode == "L" else 3, sizes, content, name)
+        info = replace(info, digest=_with_names(info.digest, held_out), held_out=held_out)
         return StreamDataset(info, self.spec, self.device, splits, mode=mode, workers=self.workers)
+
+    def _held_out(self, test: Tensor | None) -> tuple[str, ...]:
+        """The rows of the test split, if `data.test` held it out."""
+        return () if self.spec.test is None or test is None else tuple(map(str, test.tolist()))
 
     def describe(
         self,
@@ -206,16 +214,32 @@ def open_dataset(
     return implementation.open(spec, Opening(spec, seed, device, process_index, workers, given))
 
 
+def _with_names(digest: str, names: Sequence[str]) -> str:
+    """The digest of the data and of what `data.test` holds out."""
+    return hashlib.sha256("\n".join([digest, *names]).encode()).hexdigest() if names else digest
+
+
 def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:
     """Split of the run -> split of the source, and its rows (None: all)."""
-    rows: dict[Split, tuple[str, Tensor | None]] = {"train": ("train", None), "test": ("test", None)}
+    if spec.test is not None and "test" in labels:
+        raise InputError(f"data.test: '{spec.name}' has a test split; set data.test to null")
+    if spec.test is None and "test" not in labels:
+        raise InputError(
+            f"data.test: '{spec.name}' has no test split; set data.test=0.2 to hold out a fifth of its images"
+        )
+    train: Tensor | None = None
+    rows: dict[Split, tuple[str, Tensor | None]] = {"test": ("test", None)}
+    if spec.test is not None:
+        train, test = hold_out(labels["train"], spec.test, spec.test_seed, "test")
+        rows["test"] = ("train", test)
     if spec.validation and spec.select_on == "validation":
         if "validation" in labels:
             rows["validation"] = ("validation", None)
         else:
-            remaining, held_out = hold_out(labels["train"], spec.validation, seed)
-            rows["train"], rows["validation"] = ("train", remaining), ("train", held_out)
-    return rows
+            all_of_them = torch.arange(len(labels["train"])) if train is None else train
+            remaining, held_out = hold_out(labels["train"][all_of_them], spec.validation, seed)
+            train, rows["validation"] = all_of_them[remaining], ("train", all_of_them[held_out])
+    return {"train": ("train", train), **rows}
 
 
 def channel_statistics(split: ResidentSplit, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -75,11 +75,11 @@ def write_packed(
     write_tensors(path, tensors, metadata | {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 
 
-def open_packed(path: Path, expected: Expected | None = None) -> Packed:
+def open_packed(path: Path, expected: Expected | None = None, *, needs_test: bool = True) -> Packed:
     """Open a packed file and check keys, shapes, dtypes, counts, labels, classes and digests.
 
     Reads every byte once (about 0.1 s for CIFAR-10); tensors stay memory-mapped. Raises InputError with the file and
-    its first problem.
+    its first problem. `needs_test`: whether there must be a test split.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -94,7 +94,9 @@ def open_packed(path: Path, expected: Expected | None = None) -> Packed:
         ) from None
     class_names = _class_names(metadata)
     is_whole = has_right_checksum(path, metadata)
-    for problem, remedy in problems_of(tensors, metadata, class_names, expected, is_whole=is_whole):
+    for problem, remedy in problems_of(
+        tensors, metadata, class_names, expected, is_whole=is_whole, needs_test=needs_test
+    ):
         raise InputError(f"{path}: {problem}; {remedy}")
     return Packed(str(path), class_names, tensors, metadata)
 
@@ -106,10 +108,12 @@ def problems_of(
     expected: Expected | None,
     *,
     is_whole: bool,
+    needs_test: bool = True,
 ) -> Iterator[tuple[str, str]]:
     """Problems and remedies, in order; reading on after the first one may raise."""
     get_again = "delete the file and get it again"
-    splits = [split for split in SPLIT_NAMES if split != "validation" or "validation.images" in tensors]
+    required = ("train", "test") if needs_test else ("train",)
+    splits = [split for split in SPLIT_NAMES if split in required or f"{split}.images" in tensors]
     if set(tensors) != {f"{split}.{part}" for split in splits for part in ("images", "labels")}:
         yield (
             f"holds the tensors {', '.join(sorted(tensors)) or '(none)'}",

@@ -42,14 +42,14 @@ def packed_once(path: Path, source: str, pack: Callable[[str], None]) -> Packed:
                     pack(source)
                 except OSError as error:
                     raise InputError(f"{path}: cannot be written ({error.strerror or error}); {cache.REMEDY}") from None
-                packed = open_packed(path)
+                packed = open_packed(path, needs_test=False)
     return packed
 
 
 def _current(path: Path, source: str) -> Packed | None:
     """The packed file; None if it is missing, damaged or made from another `source`."""
     try:
-        packed = open_packed(path)
+        packed = open_packed(path, needs_test=False)
     except InputError:
         return None
     return packed if packed.metadata.get("source") == source else None

@@ -64,7 +64,7 @@ class PackedFile(DataReader):
         in_root = root / options.name
         path = in_root if in_root.exists() or not Path(options.name).exists() else Path(options.name)
         known = KNOWN.get(path.stem)
-        return open_packed(path, known.expected if known is not None else None)
+        return open_packed(path, known.expected if known is not None else None, needs_test=options.test is None)
 
 
 def open_known(name: str, root: Path, cache: Path) -> Packed:

@@ -118,6 +118,19 @@ class Data(Options):
         description="Fraction (below 1) or count of the training set held out, stratified and seeded; 0: none. Not "
         "used for data with a validation split.",
     )
+    test: float | None = Field(
+        None,
+        gt=0,
+        description="Fraction (below 1) or count of the images held out for the test, stratified, before validation; "
+        "for data without a test split, such as a folder DIR/CLASS/*.",
+    )
+    test_seed: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="Seed of what `test` holds out; not the run's seed, so that runs of several seeds have one test "
+        "set.",
+    )
     select_on: Literal["validation", "test"] = Field(
         "validation",
         description="Split for selecting checkpoints. 'test' makes test figures optimistic; the report says so.",

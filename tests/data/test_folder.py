@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from distill.data import BatchPlan, Dataset, open_dataset, opening
+from distill.data import BatchPlan, Dataset, DatasetInfo, open_dataset, opening
+from distill.data.cache import cache_folder
 from distill.data.stream import Draw, crop_box
 from distill.errors import InputError
 from distill.recipe import Data
@@ -136,6 +138,93 @@ def test_a_folder_is_packed_once_and_again_when_it_changed(make_folder: Any, cac
     assert opened(root, None).info.sizes["train"] == before.info.sizes["train"] - 1
 
 
+def test_nothing_is_written_beside_the_images(make_folder: Any, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every new file changes the time of its folder: read-only data will do."""
+    root = make_folder()
+
+    def state() -> list[tuple[str, int]]:
+        return [(str(path), path.stat().st_mtime_ns) for path in sorted([root, *root.rglob("*")])]
+
+    before = state()
+    with caplog.at_level("INFO"):
+        opened(root, False)
+    assert f"packing the images of {root}, 45 in all" in caplog.text
+    (packed,) = cache.iterdir()
+    assert f"packed into {packed}" in caplog.text
+    opened(root, False, skip_unreadable=True, cache=str(cache.parent / "chosen"))
+    assert len(list((cache.parent / "chosen").iterdir())) == 2
+    assert state() == before
+
+
+def test_the_cache_folder_follows_the_xdg_specification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder(None) == tmp_path / ".cache" / "distill"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder(None) == tmp_path / "xdg" / "distill"
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "own"))
+    assert cache_folder(None) == tmp_path / "own"
+    assert cache_folder("given") == Path.cwd() / "given"
+
+
+def test_a_cache_that_cannot_be_written_is_named(make_folder: Any) -> None:
+    root = make_folder()
+    (root.parent / "file").write_text("")
+    message = problem(root, cache=str(root.parent / "file"))
+    assert str(root.parent / "file") in message
+    assert "data.cache" in message
+
+
+def test_a_damaged_pack_is_made_again(make_folder: Any, cache: Path) -> None:
+    root = make_folder()
+    before = pixels(opened(root, False), "train")
+    (packed,) = cache.iterdir()
+    packed.write_bytes(packed.read_bytes()[:-1])
+    assert torch.equal(pixels(opened(root, False), "train"), before)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_test_split_is_held_out(make_folder: Any, stream: bool, splits: bool) -> None:
+    """Of folders of classes, and of a train folder: stratified, of its own seed, and named."""
+    root = make_folder(train=10, val=2) if splits else make_folder(train=10)
+    if not splits:
+        shutil.rmtree(root / "test")
+        for folder in list((root / "train").iterdir()):
+            folder.rename(root / folder.name)
+        (root / "train").rmdir()
+        (root / "notes.txt").write_text("what this is")
+        assert "data.test=0.2" in problem(root)
+    dataset = opened(root, stream, test=0.2, validation=0.25)
+    assert dataset.info.class_names == ("ant", "bee", "cat")
+    assert dataset.info.sizes == {"train": 24 if splits else 18, "validation": 6, "test": 6}
+    assert torch.bincount(dataset.labels("test")).tolist() == [2, 2, 2]
+    names = [root / name for name in dataset.info.held_out]
+    expected = [tv.resize(Image.open(path), 10, InterpolationMode.BICUBIC) for path in names]
+    centres = torch.stack([tv.pil_to_tensor(tv.center_crop(image, [10, 10])) for image in expected])
+    assert torch.equal(pixels(dataset, "test"), centres)
+    everything = torch.cat([pixels(dataset, split) for split in (("train", "test") if splits else dataset.info.sizes)])
+    assert len(everything.flatten(1).unique(dim=0)) == 30, "no image in two splits"
+
+    def again(**values: Any) -> DatasetInfo:
+        data = Data(**{"name": "folder", "root": str(root), "resolution": 10, "workers": 0, "test": 0.2} | values)
+        return open_dataset(data, seed=7, device=CPU).info
+
+    assert again(stream=stream).held_out == dataset.info.held_out, "the run's seed does not matter"
+    other = again(stream=stream, test_seed=1)
+    assert set(other.held_out) != set(dataset.info.held_out)
+    assert other.digest != dataset.info.digest, "it is another test set"
+
+
+def test_a_test_split_is_not_held_out_of_data_that_have_one(make_folder: Any, tmp_path: Path) -> None:
+    root = make_folder()
+    assert "has a test split" in problem(root, test=0.2)
+    (root / "train").rename(root / "Training")
+    (root / "test").rename(root / "Testing")
+    assert f"{root / 'Testing'} is named like a split" in problem(root, test=0.2)
+
+
 def test_greyscale_files_in_a_colour_set_are_made_colour(make_folder: Any) -> None:
     root = make_folder()
     Image.open(files(root, "train")[0]).convert("L").save(files(root, "train")[0])
@@ -150,7 +239,7 @@ def test_a_broken_image_is_named(make_folder: Any, cache: Path, workers: int) ->
     broken = files(root, "test")[2]
     broken.write_bytes(broken.read_bytes()[:100])
     assert problem(root).startswith(f"{broken}: cannot be decoded")
-    assert not list(cache.iterdir())
+    assert not cache.exists()
     dataset = opened(root, True, workers=workers)
     with pytest.raises(InputError) as caught:
         pixels(dataset, "test")
