@@ -305,6 +305,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the figures to this file, and the table beside it, after every row",
     )
+    parser.add_argument("--only", metavar="PATTERN", help="only rows whose name has this in it; * stands for anything")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="rounds of every row; default: 5")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no other row after so many minutes")
 
@@ -320,6 +321,7 @@ def bench(options: argparse.Namespace) -> None:
         output=options.json,
         repetitions=options.repetitions,
         minutes=options.minutes,
+        only=options.only,
     )
 
 
@@ -327,7 +329,8 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-SUITES = ("startup", "attention", "augment", "teacher", "step", "pipeline", "inference", "memory", "shared")
+SUITES = ("step", "pipeline", "teacher", "attention", "inference", "memory", "augment", "startup", "shared")
+"""The most important first: a limit of time cuts the last ones."""
 
 COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]

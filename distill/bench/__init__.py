@@ -35,15 +35,17 @@ def bench(
     output: Path | None,
     repetitions: int = 5,
     minutes: float | None = None,
+    only: str | None = None,
 ) -> None:
     """Measure the suites, print their table, and write it as JSON, and as Markdown beside it, after every row.
 
     Args:
         repetitions: rounds of every row, at least 2.
         minutes: begin no other row after so many.
+        only: measure only rows whose name has this in it, whatever its case; * stands for anything.
 
     Raises:
-        InputError: there is no such device, too few rounds, or the file cannot be written there.
+        InputError: there is no such device, too few rounds, no such row, or the file cannot be written there.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -63,19 +65,26 @@ def bench(
     rows: list[Row] = []
     with TemporaryDirectory(prefix="distill-bench-") as scratch:
         sizes = SIZES[place.type] if size is None else (f"vit_{size}",)
-        machine = Machine(place, sizes, Path(scratch), BATCH_SIZE[place.type], repetitions)
+        machine = Machine(place, sizes, Path(scratch), BATCH_SIZE[place.type], repetitions, only)
         if "bf16" not in machine.precisions:
             say("bf16 is left out: this CPU has no instructions for it.")
         measured = (
             (suite, row) for suite in suites for row in import_module(f"distill.bench.suites.{suite}").measure(machine)
         )
         for suite, row in measured:
+            if not machine.wants(row["name"]):
+                continue
             rows.append(row)
             say(f"{row['name']}: {row['arm_a']} over {row['arm_b']} {row['ratio']:.3f}")
             text = _write(rows, machine, described, output)
             if end is not None and time.monotonic() > end:
                 say(f"--minutes {minutes:g}: stopped in the suite {suite}; what would have followed is left out.")
                 break
+        if not rows and only is not None:
+            raise InputError(
+                f"--only {only}: no row of {', '.join(suites)} on {place.type} has this in its name. The names are in "
+                "the first column of the table."
+            )
         if not rows:
             text = _write(rows, machine, described, output)
     Console(width=max(console.width, 160), highlight=False).print(Markdown(text))

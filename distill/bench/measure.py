@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal, NamedTuple
@@ -50,12 +51,19 @@ class Machine:
     """Of most training steps and layers."""
     repetitions: int = 5
     """Rounds."""
+    only: str | None = None
+    """Which rows: those whose name has this in it; * stands for anything."""
     matrix_rates: dict[str, float] = field(default_factory=dict)
     """FLOP/s of a large matrix product by precision, of those that were asked for."""
 
     @property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    def wants(self, *names: str) -> bool:
+        """Whether a row of one of these names is asked for."""
+        pattern = f"*{(self.only or '').lower()}*"
+        return any(fnmatchcase(name.lower(), pattern) for name in names)
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -127,6 +127,30 @@ def test_rows_are_written_as_they_come_and_the_time_may_be_limited(
     assert "stopped in the suite augment" in capsys.readouterr().out
 
 
+def test_only_rows_with_a_pattern_in_their_name_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = tmp_path / "figures.json"
+    arguments = ["bench", "augment", "--device", "cpu", "--repetitions", "2", "--json", str(path), "--only"]
+    assert cli.main([*arguments, "deit's*32 PX"]) == 0
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert row["name"] == "DeiT's augmentation, 32 px, batch 128"
+    assert cli.main([*arguments, "giraffe"]) == 2
+    assert "giraffe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["startup", "attention", "augment", "inference", "memory", "shared", "teacher"])
+def test_a_suite_measures_nothing_of_which_no_row_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "_round", None)
+    monkeypatch.setattr(shared, "_images_per_second", None)
+    machine = Machine(CPU, ("vit_nano",), tmp_path, batch_size=8, repetitions=2, only="giraffe")
+    assert list(import_module(f"distill.bench.suites.{name}").measure(machine)) == []
+    assert machine.matrix_rates == {}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--repetitions", "1"], ["nonsense"], ["--size", "giant"], ["augment", "--json", "nowhere/at/all.json"]],

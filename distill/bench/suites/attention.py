@@ -90,21 +90,35 @@ def measure(machine: Machine) -> Iterator[Row]:
     for model in machine.sizes:
         for precision in machine.precisions:
             where = f"{TOKENS} tokens, batch {machine.batch_size}, {precision}"
-            bare = partial(_bare_arm, machine, model, precision)
-            areas = [bare(name, area_attention, max_area) for name, max_area in AREAS.items()]
-            tables = [bare(f"{name} by tables", summed_area_attention, max_area) for name, max_area in AREAS.items()]
-            times = machine.interleave([*areas, *tables])
-            for area, table in zip(areas, tables, strict=True):
-                yield compare(f"attention of {model} without projections, {where}", times, area, table, of="speed")
-            layer = partial(layer_arm, machine, model, precision)
-            plain = layer("ordinary attention", None)
-            areas = [layer(name, AreaAttention, max_area) for name, max_area in AREAS.items()]
-            tables = [layer(f"{name} by tables", SummedArea, max_area) for name, max_area in AREAS.items()]
-            times = machine.interleave([plain, *areas, *tables])
-            for area, table in zip(areas, tables, strict=True):
-                yield compare(f"layer of {model}, {where}", times, area, table, of="speed")
-            for area in areas:
-                yield compare(f"layer of {model}, {where}", times, area, plain, of="time")
+            yield from _without_projections(machine, model, precision, where)
+            yield from _layers(machine, model, precision, where)
+
+
+def _without_projections(machine: Machine, model: str, precision: str, where: str) -> Iterator[Row]:
+    name = f"attention of {model} without projections, {where}"
+    if not machine.wants(name):
+        return
+    bare = partial(_bare_arm, machine, model, precision)
+    areas = [bare(arm, area_attention, max_area) for arm, max_area in AREAS.items()]
+    tables = [bare(f"{arm} by tables", summed_area_attention, max_area) for arm, max_area in AREAS.items()]
+    times = machine.interleave([*areas, *tables])
+    for area, table in zip(areas, tables, strict=True):
+        yield compare(name, times, area, table, of="speed")
+
+
+def _layers(machine: Machine, model: str, precision: str, where: str) -> Iterator[Row]:
+    name = f"layer of {model}, {where}"
+    if not machine.wants(name):
+        return
+    layer = partial(layer_arm, machine, model, precision)
+    plain = layer("ordinary attention", None)
+    areas = [layer(arm, AreaAttention, max_area) for arm, max_area in AREAS.items()]
+    tables = [layer(f"{arm} by tables", SummedArea, max_area) for arm, max_area in AREAS.items()]
+    times = machine.interleave([plain, *areas, *tables])
+    for area, table in zip(areas, tables, strict=True):
+        yield compare(name, times, area, table, of="speed")
+    for area in areas:
+        yield compare(name, times, area, plain, of="time")
 
 
 def _bare_arm(

@@ -15,10 +15,13 @@ from distill.data.augment import Augmenter
 
 def measure(machine: Machine) -> Iterator[Row]:
     for side, count in ((32, 128), (224, 32)):
+        name = f"DeiT's augmentation, {side} px, batch {count}"
+        if not machine.wants(name):
+            continue
         pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
         batched, one_by_one = _batched(machine.device, pixels), _one_by_one(pixels)
         times = machine.interleave([batched, one_by_one])
-        yield compare(f"DeiT's augmentation, {side} px, batch {count}", times, batched, one_by_one, of="speed")
+        yield compare(name, times, batched, one_by_one, of="speed")
 
 
 def _batched(device: torch.device, pixels: torch.Tensor) -> Arm:

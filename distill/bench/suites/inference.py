@@ -35,13 +35,16 @@ def measure(machine: Machine) -> Iterator[Row]:
             f"ResNet-{DEPTH}": (teacher, teacher),
         }
         for batch in (128, 1):
+            where = f"inference, {student}, batch {batch}"
+            if not machine.wants(where):
+                continue
             images = torch.rand(batch, 3, 32, 32, device=machine.device)
             plain, area, together, cnn = (
                 Arm(name, partial(torch.inference_mode()(answer), images), batch, count_flops(network, images[:1]))
                 for name, (network, answer) in networks.items()
             )
             times = machine.interleave([plain, area, together, cnn], times=30 if batch == 1 else None)
-            where, rate = f"inference, {student}, batch {batch}", machine.matrix_rate("fp32")
+            rate = machine.matrix_rate("fp32")
             yield compare(where, times, area, plain, of="time", matrix_rate=rate)
             yield compare(where, times, area, cnn, of="speed", matrix_rate=rate)
             yield compare(where, times, together, area, of="speed")

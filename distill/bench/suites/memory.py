@@ -26,6 +26,7 @@ from distill.students.attention.area import AreaAttention
 
 DEPTH = 20
 IMAGES = 40_000
+DATA = "memory, resident data"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -34,7 +35,7 @@ def measure(machine: Machine) -> Iterator[Row]:
         yield from _rows(machine)
     elif CLEAR.exists():
         command = [sys.executable, "-m", "distill.bench.suites.memory", *machine.sizes]
-        command += [str(machine.batch_size), str(machine.repetitions)]
+        command += [str(machine.batch_size), str(machine.repetitions), machine.only or ""]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         yield from map(json.loads, child.stdout.splitlines())
@@ -63,11 +64,22 @@ def _status(key: str) -> int:
 
 def _rows(machine: Machine) -> Iterator[Row]:
     for model in machine.sizes:
+        name = f"memory, layer of {model}, batch {machine.batch_size}, fp32"
+        if not machine.wants(name):
+            continue
         layer = partial(layer_arm, machine, model, "fp32")
         plain, areas = layer("ordinary attention", None), layer("areas of 2", AreaAttention, 2)
         peaks = _peaks(machine, [plain, areas])
-        yield compare(f"memory, layer of {model}, batch {machine.batch_size}, fp32", peaks, areas, plain, of="bytes")
+        yield compare(name, peaks, areas, plain, of="bytes")
+    yield from _training(machine)
+    yield from _data(machine)
+
+
+def _training(machine: Machine) -> Iterator[Row]:
     student = arms.Student(machine.sizes[0], batch_size=machine.batch_size)
+    where = f"memory, training {student.model}/4 32 px, batch {student.batch_size}, fp32"
+    if not machine.wants(where):
+        return
     plain, areas, taught = (
         Arm(name, partial(_train, student.recipe(**sections), machine.device))
         for name, sections in (
@@ -80,12 +92,16 @@ def _rows(machine: Machine) -> Iterator[Row]:
     untaught = plain._replace(name="not distilling")
     peaks[untaught.name] = peaks[plain.name]
     for a, b in ((areas, plain), (taught, untaught)):
-        where = f"memory, training {student.model}/4 32 px, batch {student.batch_size}, fp32"
         yield compare(where, peaks, a, b, of="bytes")
+
+
+def _data(machine: Machine) -> Iterator[Row]:
+    if not machine.wants(DATA):
+        return
     epoch = Arm("an epoch", partial(_read, machine.device))
     pixels = epoch._replace(name="its pixels")
     peaks = _peaks(machine, [epoch]) | {pixels.name: [IMAGES * 3 * 32 * 32.0] * machine.repetitions}
-    yield compare("memory, resident data", peaks, epoch, pixels, of="bytes")
+    yield compare(DATA, peaks, epoch, pixels, of="bytes")
 
 
 def _peaks(machine: Machine, measured: Sequence[Arm]) -> dict[str, list[float]]:
@@ -113,6 +129,7 @@ def _read(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    *sizes, batch_size, repetitions = sys.argv[1:]
-    for row in _rows(Machine(torch.device("cpu"), tuple(sizes), Path(), int(batch_size), int(repetitions))):
+    *sizes, batch_size, repetitions, only = sys.argv[1:]
+    machine = Machine(torch.device("cpu"), tuple(sizes), Path(), int(batch_size), int(repetitions), only)
+    for row in _rows(machine):
         print(json.dumps(row), flush=True)

@@ -18,6 +18,7 @@ from distill.bench.suites.startup import COMMAND, RECIPES, first_lines
 from distill.console import say
 from distill.cores import share_of_cores
 
+NAME = "training on a shared machine"
 LINES = 4
 """Lines of metrics of a run; the first one is not counted."""
 ROUNDS = 3
@@ -27,6 +28,8 @@ def measure(machine: Machine) -> Iterator[Row]:
     recipe = RECIPES / "teachers" / "digits_cnn.yaml"
     if machine.on_cuda or not recipe.exists():
         say("shared is left out: it is about CPUs, and needs recipes/teachers/digits_cnn.yaml of a checkout.")
+        return
+    if not machine.wants(NAME):
         return
     folders = (machine.scratch / f"shared{number}" for number in itertools.count())
     arms = {
@@ -43,7 +46,7 @@ def measure(machine: Machine) -> Iterator[Row]:
                 )
     alone, all_cores, beside, all_cores_beside = arms
     for a, b in ((beside, alone), (alone, all_cores), (beside, all_cores_beside)):
-        yield compare("training on a shared machine", times, a, b, of="speed")
+        yield compare(NAME, times, a, b, of="speed")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from distill.run import read_metrics
 
 COMMAND = (sys.executable, "-m", "distill.cli")
 IMPORTS = "import torch, torchvision, timm, accelerate"
+FIRST_STEP = "startup, first step"
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
@@ -27,10 +28,15 @@ def measure(machine: Machine) -> Iterator[Row]:
         return
     run = partial(subprocess.run, cwd=machine.scratch, check=True, capture_output=True)
     for arguments in (["--help"], ["validate", str(recipe)]):
+        name = f"startup, distill {arguments[0]}"
+        if not machine.wants(name):
+            continue
         arm = Arm(f"distill {arguments[0]}", partial(run, [*COMMAND, *arguments]))
         second = arm._replace(name="one second")
         times = machine.interleave([arm], times=1) | {second.name: [1.0] * machine.repetitions}
-        yield compare(f"startup, {arm.name}", times, arm, second, of="time")
+        yield compare(name, times, arm, second, of="time")
+    if not machine.wants(FIRST_STEP):
+        return
     # Its teacher is trained before, for one step: its accuracy does not matter here.
     short = machine.scratch / "teacher.yaml"
     short.write_text(f"base: {RECIPES}/teachers/digits_cnn.yaml\ntrain: {{max_steps: 1}}\n", encoding="utf-8")
@@ -41,7 +47,7 @@ def measure(machine: Machine) -> Iterator[Row]:
     step = Arm("first step of the quickstart", lambda: first_lines(command, next(folders)))
     imports = Arm("bare imports", partial(run, [sys.executable, "-c", IMPORTS]))
     times = machine.interleave([step, imports], times=1, warm_up=0)
-    yield compare("startup, first step", times, step, imports, of="time")
+    yield compare(FIRST_STEP, times, step, imports, of="time")
 
 
 def first_lines(

@@ -20,10 +20,13 @@ def measure(machine: Machine) -> Iterator[Row]:
     for precision in machine.step_precisions:
         batch_size = machine.batch_size // (1 if machine.on_cuda else 2)
         yield from _distilling(machine, arms.Student(machine.sizes[-1], precision=precision, batch_size=batch_size))
-    yield _own_path(machine)
+    yield from _own_path(machine)
 
 
 def _distilling(machine: Machine, student: arms.Student) -> Iterator[Row]:
+    where = f"step, {student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
+    if not machine.wants(where):
+        return
     accelerator = arms.accelerator(student.precision)
     teacher = arms.build_teacher(DEPTH, machine.device)
     plain = arms.step_arm("not distilling", student.recipe(), accelerator)
@@ -38,13 +41,15 @@ def _distilling(machine: Machine, student: arms.Student) -> Iterator[Row]:
         replaying.cache.flush()
     cached = plain._replace(name="distilling, teacher cached", run=partial(replaying.train_step, batch))
     times = machine.interleave([distilled, cached, plain])
-    where = f"step, {student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
     for arm in (distilled, cached):
         yield compare(where, times, arm, plain, of="time", matrix_rate=machine.matrix_rate(student.precision))
 
 
-def _own_path(machine: Machine) -> Row:
+def _own_path(machine: Machine) -> Iterator[Row]:
     """The forward pass as a run feeds it against the network as it is published."""
+    name = f"teacher's forward pass, ResNet-{DEPTH} 32 px fp32"
+    if not machine.wants(name):
+        return
     network = CifarResNet(DEPTH).eval().to(machine.device)
     teacher = arms.build_teacher(DEPTH, machine.device)
     images = torch.rand(128, 3, 32, 32, device=machine.device)
@@ -52,5 +57,4 @@ def _own_path(machine: Machine) -> Row:
     ours = Arm("folded, channels last", partial(teacher, images), len(images), count_flops(teacher, images[:1]))
     other = ours._replace(name="as published", run=published)
     times = machine.interleave([ours, other])
-    name, rate = f"teacher's forward pass, ResNet-{DEPTH} 32 px fp32", machine.matrix_rate("fp32")
-    return compare(name, times, ours, other, of="speed", matrix_rate=rate)
+    yield compare(name, times, ours, other, of="speed", matrix_rate=machine.matrix_rate("fp32"))
