@@ -31,9 +31,9 @@ INTRODUCTION = """\
 # Results
 
 Built by `python -m results.build` out of the run files in [runs](runs); no number is typed by hand. `python -m
-results.campaign cpu --runs DIR` (or `gpu`) runs what is missing, `python -m results.collect DIR` brings its files
-here; [LOG.md](LOG.md) is the log of what was tried and learned. An arm is a recipe in [recipes](recipes), run by
-`accelerate launch distill/train.py results/recipes/ARM.yaml seed=SEED`.
+results.campaign cpu --runs DIR` (or `gpu`, `gpu-short`) runs what is missing, `python -m results.collect DIR` brings
+its files here; [LOG.md](LOG.md) is the log of what was tried and learned. An arm is a recipe in [recipes](recipes), run
+by `accelerate launch distill/train.py results/recipes/ARM.yaml seed=SEED`.
 
 CIFAR-10. Top-1 accuracy is that of the 10,000 test images, which each run reads once, at its end, for the weights that
 were chosen on its validation images: mean and standard deviation over the seeds. A difference is that of the answers

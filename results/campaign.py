@@ -1,11 +1,13 @@
 """Runs a whole campaign of plan.yaml unattended: each arm under each seed, by the real command, one after the other.
 
-    python -m results.campaign cpu|gpu --runs DIR [key=value ...] [--hours H] [--list]
+    python -m results.campaign cpu|gpu|gpu-short --runs DIR [key=value ...] [--hours H] [--minutes M] [--list]
 
 In the project's folder. The overrides, such as data.root=DIR, go to all runs. What is finished, in DIR or among the
 collected results, is skipped; what was stopped or killed goes on at its newest checkpoint; a failed run does not stop
 the others. To use half of the cores, or one of several GPUs, for a run, start a campaign on each (`taskset -c 0`,
 CUDA_VISIBLE_DEVICES=0): each leaves to the others what they run. Ctrl-C and SIGTERM stop it, resumable.
+`gpu-short` is for a machine that is there for minutes: a run of it takes less than four of one large GPU, and
+`--minutes 4` stops one that would take longer. `gpu` has runs of 300 and 900 epochs.
 The exit code is 0 if nothing failed, 1 if something did, 2 if it could not begin, 75 if it was stopped.
 """
 
@@ -34,11 +36,12 @@ ELSEWHERE = "run by another campaign"
 class Campaign:
     """One a process, on its main thread."""
 
-    def __init__(self, runs: Path, given: Sequence[str], hours: float | None) -> None:
+    def __init__(self, runs: Path, given: Sequence[str], hours: float | None, minutes: float | None = None) -> None:
         self.runs = runs
         self.given = given
         self.failed: list[str] = []
         self.stopping = False
+        self._minutes = float("inf") if minutes is None else minutes
         self._deadline = float("inf") if hours is None else time.monotonic() + 3600 * hours
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -63,6 +66,7 @@ class Campaign:
             if is_finished(self.path(*cell)) or holder_of(self.path(*cell)):
                 print(f"{self.path(*cell).name}: {ELSEWHERE}", flush=True)
                 continue
+            minutes = min(minutes, self._minutes)
             limit = [] if minutes == float("inf") else [f"train.max_minutes={minutes:.2f}"]
             self._launch(self.path(*cell), [*self.command(*cell), *limit])
         if self.failed:
@@ -109,12 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="where the run directories go")
     parser.add_argument("given", nargs="*", metavar="key=value", help="overrides for all runs")
     parser.add_argument("--hours", type=float, help="stop, resumable, after so long")
+    parser.add_argument("--minutes", type=float, help="stop each run, resumable, after so long")
     parser.add_argument("--list", action="store_true", help="print the commands of what is left, and run nothing")
     options = parser.parse_intermixed_args(arguments)
     if not Path("distill/train.py").is_file():
         print("error: run this in the project's folder", file=sys.stderr)
         return 2
-    campaign, asked = Campaign(options.runs, options.given, options.hours), cells(options.campaign)
+    campaign, asked = Campaign(options.runs, options.given, options.hours, options.minutes), cells(options.campaign)
     try:
         done = set(finished_identities([options.runs, COLLECTED]))
         left = [cell for cell in asked if identity(load_arm(*cell, options.given)) not in done]

@@ -40,7 +40,7 @@ METHODS = ("hard-guide", "hard", "guide", "soft-t1", "soft-t2", "soft-t3", "soft
 @pytest.mark.parametrize("name", [name for name in ARMS if name.partition("-")[2] in METHODS])
 def test_the_control_is_that_of_every_method(name: str) -> None:
     control = load_arm(name, 2).as_control()
-    assert identity(control) == identity(load_arm(f"{name[:4]}-control", 2))
+    assert identity(control) == identity(load_arm(f"{name.partition('-')[0]}-control", 2))
 
 
 def test_other_controls_are_those_of_their_students() -> None:
@@ -53,7 +53,7 @@ def test_the_recipes_of_the_readme_are_arms() -> None:
     assert identity(load("recipes/cifar10/nano_guide.yaml")) == identity(load_arm("nano-hard-guide", 0))
 
 
-@pytest.mark.parametrize("name", [name for name in ARMS if name.startswith(("tiny", "flagship"))])
+@pytest.mark.parametrize("name", [name for name in ARMS if name.startswith(("tiny", "flagship", "short"))])
 def test_the_last_tenth_of_every_tiny_run_is_unmixed(name: str) -> None:
     recipe = load_arm(name, 0)
     assert recipe.data.augment.mix_off_epoch == 0.9 * recipe.train.epochs
@@ -70,6 +70,15 @@ def test_where_data_and_weights_lie_is_not_what_is_learned() -> None:
 def test_the_goal_of_the_first_question_is_run_first_under_all_seeds() -> None:
     assert cells("cpu")[:6] == [(name, seed) for name in ("nano-hard-guide", "nano-control") for seed in (0, 1, 2)]
     assert cells("gpu")[0] == ("flagship", 0)
+
+
+def test_a_short_campaign_trains_no_teacher_and_first_answers_what_the_teacher_gives() -> None:
+    asked = cells("gpu-short")
+    assert asked[:2] == [("short-hard-guide", 0), ("short-control", 0)]
+    for arm, seed in asked:
+        recipe = load_arm(arm, seed)
+        assert all(spec.recipe is None for spec in recipe.teachers)
+        assert recipe.train.epochs <= 70
 
 
 @pytest.mark.parametrize("name", ["teacher", "tiny", "laptop", "nano", "nano_guide", "nano_muon"])

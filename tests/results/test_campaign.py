@@ -53,9 +53,9 @@ class Driven:
     file: Path
     say: pytest.CaptureFixture[str]
 
-    def run(self, *names: str, hours: float | None = None) -> tuple[int, list[str]]:
+    def run(self, *names: str, hours: float | None = None, minutes: float | None = None) -> tuple[int, list[str]]:
         """Exit code and lines of output."""
-        code = Campaign(self.runs, [], hours).run([(name, 0) for name in names])
+        code = Campaign(self.runs, [], hours, minutes).run([(name, 0) for name in names])
         return code, self.say.readouterr().out.splitlines()
 
     def notes(self, what: str) -> dict[str, float]:
@@ -109,6 +109,19 @@ def test_hours_stop_a_run_in_time_and_begin_no_other(driven: Driven) -> None:
     assert code == 0
     assert said == ["left for the next call: b-0, c-0"]
     assert set(driven.notes("begun")) == {"a-0"}
+
+
+@pytest.mark.parametrize(
+    ("hours", "minutes", "least", "most"), [(None, 4.0, 4.0, 4.0), (1.0, 4.0, 4.0, 4.0), (0.05, 4.0, 2.0, 3.0)]
+)
+def test_minutes_limit_each_run_within_the_hours(
+    driven: Driven, hours: float | None, minutes: float, least: float, most: float
+) -> None:
+    assert driven.run("a", "b", hours=hours, minutes=minutes)[0] == 0
+    given = [json.loads(line)[2] for line in driven.file.read_text().splitlines()]
+    limits = [float(text.removeprefix("train.max_minutes=")) for (text,) in given]
+    assert len(limits) == 4  # as each of them began and ended
+    assert all(least <= limit <= most for limit in limits)
 
 
 HOLDER = """
