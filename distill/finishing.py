@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,12 +72,14 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
     predictions, labels = evaluator.predict(student, "test"), dataset.labels("test")
     on_main(lambda: write_predictions(run, predictions, labels, {"data": dataset.info.digest, **described}))
     on_main(lambda: describe_export(run.path))
-    run.status(exported=asdict(selected))
+    run.status(exported=asdict(selected), seconds=trainer.seconds)
     epoch = selected.step / trainer.steps_per_epoch
     tracking.test(selected.step, epoch, selected.weights, accuracies(predictions, labels))
     if analysed:
+        began = time.perf_counter()
         validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
         on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
+        run.status(seconds=trainer.seconds | {"analysis": round(time.perf_counter() - began, 2)})
 
 
 def export_selected(

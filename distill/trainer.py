@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -175,6 +176,8 @@ class Trainer:
             if self.evaluation_due and progress.evaluated_at < progress.step:
                 self.evaluate(tracking)  # resumed between an epoch's last step and its evaluation
             self.accumulator.start_clock()
+            self.accumulator.take_seconds()  # what came before is no training
+            compiled_at = progress.step + self.compilation.steps
             unmixed = self.recipe.data.augment.mix_off_epoch
             if self.dataset.augmenter.paired and unmixed * self.steps_per_epoch >= self.total_steps:
                 _log.warning("data.augment.mix_off_epoch: epoch %d is not reached; all images are mixed", unmixed)
@@ -189,6 +192,8 @@ class Trainer:
                         run.log("epoch", step=progress.step, epoch=epoch, batch=first.digest())
                     self.train_step(micro_batches)
                     progress.step += 1
+                    if progress.step == compiled_at:
+                        self.end_compilation()
                     display.advance(progress.step)
                     if progress.step % train.log_every == 0:
                         self.log(tracking)
@@ -201,12 +206,20 @@ class Trainer:
                     if train.checkpoint_every and progress.step % train.checkpoint_every == 0:
                         with self.accumulator.paused():
                             self.save(run)
+                self.read_skipped()  # waits for the device: what it still computes is training
                 with self.accumulator.paused():
                     if self.evaluation_due:
                         self.evaluate_or_save(tracking)
                     if self.checkpoint_due() or progress.step == self.total_steps:
                         self.save(run)
             self.finish_saving()
+
+    def end_compilation(self) -> None:
+        """Count the time until now as compilation, and begin that of training."""
+        if self.compilation.on_cuda:
+            torch.cuda.synchronize()
+        self.progress.compilation_seconds += self.accumulator.take_seconds()
+        self.accumulator.start_clock()
 
     def evaluate_or_save(self, tracking: Tracking) -> None:
         """Evaluate; if interrupted, save the state before it, so that a resumed run repeats the evaluation."""
@@ -275,6 +288,7 @@ class Trainer:
         """Log the means over all processes since the last call."""
         self.writer.poll()
         self.read_skipped()
+        self.progress.training_seconds += self.accumulator.take_seconds()
         values = self.accumulator.read(self.plan.batch_size) | self.gradient_shares.read()
         weights = self.recipe.loss_weights((self.progress.step - 1) / self.schedule_steps)
         values |= {f"weight/{name}": weights.get(name, 0.0) for name in self.recipe.scheduled}
@@ -301,9 +315,19 @@ class Trainer:
                 self.progress.step, threads, 100 * waiting, threads - 1,
             )  # fmt: skip
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What this run's time went to so far, interrupted launches included."""
+        progress = self.progress
+        return {
+            "training": round(progress.training_seconds, 2),
+            "compilation": round(progress.compilation_seconds, 2),
+            "evaluation": round(progress.evaluation_seconds, 2),
+        }
+
     def evaluate(self, tracking: Tracking) -> None:
         """Evaluate raw and EMA weights on the selection split, and update the best so far."""
-        self.read_skipped()
+        began = time.perf_counter()
         split, progress = self.selection_split, self.progress
         progress.evaluated_at = progress.step
         if split is None:
@@ -317,6 +341,7 @@ class Trainer:
             tracking.evaluation(progress.step, self.epoch, split, weights, values)
             if (primary := values[self.evaluator.primary]) > progress.best_top1:
                 progress.best_top1, progress.best_step, progress.best_weights = primary, progress.step, weights
+        progress.evaluation_seconds += time.perf_counter() - began
 
     @property
     def state(self) -> TrainState:
@@ -329,6 +354,7 @@ class Trainer:
         """Begin to write a checkpoint, after the one before. Collective."""
         self.finish_saving()
         self.read_skipped()
+        self.progress.training_seconds += self.accumulator.take_seconds()
         metrics = self.accumulator.state()
         if self.cache is not None:
             self.cache.flush()

@@ -70,7 +70,7 @@ class Cells:
         return float(np.mean(found)) if found else None
 
     def minutes(self, arm: str) -> float | None:
-        """Mean time of training."""
+        """Mean time of training; of older runs with their evaluations."""
         found = [seconds for run in self.of(arm) if (seconds := run.status.get("training_seconds"))]
         return float(np.mean(found)) / 60 if found else None
 

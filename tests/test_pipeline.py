@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 
 import distill
 import distill.exports.folder
+import distill.training.accumulator
 from distill import checkpoint, finishing, run
 from distill.errors import InputError, Interrupted
 from distill.evaluation import Classification
@@ -153,6 +154,34 @@ def test_environment_and_status(finished: Path, toy: Toy) -> None:
     assert status["parameters"]["teacher"] == sum(value.numel() for name, value in torch.load(
         toy.teacher, weights_only=True).items() if "running" not in name and "num_batches" not in name)  # fmt: skip
     assert 0 <= status["metrics"]["student/top1"] <= 100
+
+
+def test_the_time_by_what_it_went_to(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes only in these functions; an interrupted launch counts too."""
+    now = 0.0
+    monkeypatch.setattr(distill.training.accumulator.time, "perf_counter", lambda: now)
+
+    def takes(seconds: float, where: object, name: str) -> None:
+        function = getattr(where, name)
+
+        def slow(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return function(*args, **options)
+
+        monkeypatch.setattr(where, name, slow)
+
+    takes(2.0, Trainer, "train_step")
+    takes(10.0, Classification, "__call__")
+    takes(50.0, finishing, "export_selected")
+    monkeypatch.setattr(finishing, "analyse", lambda *args: None)
+    takes(100.0, finishing, "analyse")
+    recipe, out = short(toy, train={"max_steps": 8, "epochs": 2, "log_every": 5}), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        go(recipe, out, 7)
+    go(recipe, out, None, resume="auto")
+    expected = {"training": 16.0, "compilation": 0.0, "evaluation": 40.0, "analysis": 100.0}
+    assert run.read_status(out)["seconds"] == expected
 
 
 # Which weights are exported

@@ -302,6 +302,9 @@ def test_the_share_of_the_time_spent_waiting(toy: Toy, clock: SimpleNamespace) -
         window.step(torch.tensor(False))
     with window.paused():
         clock.now += 100.0
+        assert window.take_seconds() == pytest.approx(24.0)
+        clock.now += 100.0
+    assert window.take_seconds() == pytest.approx(0.0)
     values = window.read(16)
     assert values == pytest.approx({"loss": 1.0, "loss/label": 2.0, "images_per_second": 2.0, "data_wait": 0.25})
     # A device that still computes when the batch arrives has waited for nothing.

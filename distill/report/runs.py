@@ -74,10 +74,18 @@ class RunFiles:
         return costs
 
     @property
+    def seconds(self) -> Record:
+        """By what the time went to: training, compilation, evaluation, analysis."""
+        recorded = self.status.get("seconds")
+        return recorded if isinstance(recorded, dict) else {}
+
+    @property
     def training_seconds(self) -> float | None:
-        """Time between the lines of the metrics, without the pauses before a resumption and the control's own training;
-        None without lines.
+        """Time of the training steps. Where it is not recorded, the time between the lines of the metrics, without the
+        pauses before a resumption and the control's own training; None without lines.
         """
+        if recorded := self.seconds.get("training"):
+            return float(recorded)
         total, before = 0.0, None
         for event in self.events:
             now = event.get("time")

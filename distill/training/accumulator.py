@@ -24,6 +24,8 @@ class MetricAccumulator:
         self._step_done = torch.cuda.Event() if accelerator.device.type == "cuda" else None
         # Not before the first step: on CUDA the augmentation may be compiled while its batch is waited for.
         self._counts_waiting = self._step_done is None
+        self._counted = time.perf_counter()
+        self._paused_at: float | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -42,10 +44,18 @@ class MetricAccumulator:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time spent within from the throughput."""
-        paused = time.perf_counter()
+        """Exclude the time spent within from the throughput and from `take_seconds`."""
+        self._paused_at = time.perf_counter()
         yield
-        self.began += time.perf_counter() - paused
+        pause = time.perf_counter() - self._paused_at
+        self._paused_at = None
+        self.began += pause
+        self._counted += pause
+
+    def take_seconds(self) -> float:
+        """The time since the last call, without pauses."""
+        before, self._counted = self._counted, self._paused_at or time.perf_counter()
+        return self._counted - before
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches unchanged and accumulate the time spent waiting for the loader while the device is idle."""

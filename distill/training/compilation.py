@@ -60,6 +60,9 @@ class Compilation:
             self.enabled = False
         fixed = train.gradient_accumulation == 1 and not train.gradient_checkpointing
         self.graphs = self.enabled and self.on_cuda and fixed
+        # A graph is recorded in the second step, and replayed from the third.
+        self.steps = (3 if self.graphs else 1) if self.enabled else 0
+        """Number of first steps whose time is mostly that of compilation."""
         if self.enabled:
             # Earlier runs of this process (teacher, student) hold memory and count towards the recompilation limit.
             torch.compiler.reset()

@@ -37,6 +37,12 @@ class Progress:
     best_step: int | None = None
     best_weights: str = "raw"
     """'raw' or 'ema', whichever was better on the selection split."""
+    training_seconds: float = 0.0
+    """Time of the steps, their data included; without the other two, and without checkpoints at the end of an epoch."""
+    compilation_seconds: float = 0.0
+    """Time of the first steps of each launch, if networks are compiled."""
+    evaluation_seconds: float = 0.0
+    """Time of the evaluations on the selection split."""
 
     def copy_best(self, other: Progress) -> None:
         """Replace the best so far by that of `other`."""
@@ -163,7 +169,8 @@ def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, 
         _log.warning(
             "%s: the best checkpoint so far is missing or damaged (%s); selection starts over", folder, problem
         )
-        progress = Progress(progress.step)
+        progress.copy_best(Progress())
+        progress.evaluated_at = 0
     run.cut_metrics(state["metrics_size"])
     return progress, state
 

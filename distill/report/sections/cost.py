@@ -15,6 +15,7 @@ AXES = (
     ("latency_ms", "latency of one image (ms)", 1.0, "time for one image"),
 )
 """What accuracy is drawn against: its key in `Comparison.costs`, the axis, its unit, and its name in a sentence."""
+BESIDES = ("compilation", "evaluation", "analysis")
 
 
 def build(comparison: Comparison) -> Section | None:
@@ -30,6 +31,7 @@ def build(comparison: Comparison) -> Section | None:
             "model": comparison.called(name, model),
             "machine": _machine(files.environment),
             "training_seconds": files.training_seconds,
+            **{f"{part}_seconds": files.seconds.get(part) for part in BESIDES},
         }
         for name, run in comparison.runs.items()
         for model, files in run.models
@@ -39,8 +41,12 @@ def build(comparison: Comparison) -> Section | None:
             ("model", "model", ""),
             ("machine", "machine", ""),
             ("training", "training_seconds", duration),
+            *((part, f"{part}_seconds", duration) for part in BESIDES if any(t[f"{part}_seconds"] for t in trained)),
         ]
-        caption = "Time of the training with its evaluations, without the pauses before a resumption."
+        caption = (
+            "Time of the training steps and of the rest, without the pauses before a resumption. Where a run recorded "
+            "training alone, it has the evaluations too."
+        )
         parts.append(Table.of("training", caption, trained, columns))
     if not parts:
         return None
