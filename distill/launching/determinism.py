@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 
@@ -27,12 +28,19 @@ def use_full_float32() -> None:
     """Compute float32 as float32 on CUDA, not as TF32, which torch allows in convolutions: then evaluations agree with
     those of a CPU. Who wants speed trains in bf16.
     """
-    torch.backends.cuda.matmul.allow_tf32 = False
+    allow_tf32({"matmul": False, "convolution": False})
+
+
+def allow_tf32(allowed: Mapping[str, bool]) -> None:
+    """Let torch compute float32 as TF32, or not, by kind of operation."""
     with warnings.catch_warnings():  # torch 2.9 has another interface, and inductor still reads this one
         warnings.simplefilter("ignore")
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = allowed["matmul"]
+        torch.backends.cudnn.allow_tf32 = allowed["convolution"]
 
 
 def allowed_tf32() -> dict[str, bool]:
     """Whether torch may compute float32 as TF32, by kind of operation."""
-    return {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32}
+    with warnings.catch_warnings():  # as above
+        warnings.simplefilter("ignore")
+        return {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32}

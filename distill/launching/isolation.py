@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data._utils import signal_handling
 
+from distill.launching.determinism import allow_tf32, allowed_tf32
 from distill.launching.processes import restore_malloc
 
 _log = logging.getLogger("distill")
@@ -85,7 +86,7 @@ def _torch_settings() -> Callable[[], None]:
     threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tf32 = allowed_tf32()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     compiler = sys.modules.get("torch._dynamo")  # its import takes a second
     cut_for_ddp = compiler is None or compiler.config.optimize_ddp  # by default, true
@@ -98,8 +99,8 @@ def _torch_settings() -> Callable[[], None]:
         if now != deterministic:  # the call imports torch's compiler
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.deterministic = cudnn
-        if (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) != tf32:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        if allowed_tf32() != tf32:
+            allow_tf32(tf32)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         if "torch._dynamo" in sys.modules:
             torch._dynamo.config.optimize_ddp = cut_for_ddp
