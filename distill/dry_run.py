@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from distill.console import say
+from distill.errors import RunFailed
 from distill.flops import count_flops
 from distill.given import Given
 from distill.launching.processes import build_accelerator, set_threads, with_precision
@@ -49,6 +50,11 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
         trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
     trainer.read_skipped()
     values = trainer.accumulator.read(recipe.train.batch_size)
+    if "bad_steps" in values:
+        raise RunFailed(
+            "the first step: the loss or its gradients are not finite, so a run would skip it. Check the data and the "
+            "teacher, or train in fp32 (train.precision)."
+        )
     if not accelerator.is_main_process:
         return
     memory = _peak_memory(accelerator.device)

@@ -22,6 +22,7 @@ from distill.files.durable import indispensable
 from distill.inputs import Preparation
 from distill.launching.processes import on_main
 from distill.recipe import Recipe
+from distill.recipe.images import rgb
 from distill.run import Run, read_metrics
 from distill.students import Student
 from distill.tracking import Tracking
@@ -103,7 +104,7 @@ def export_selected(
         raise RunFailed(f"{damage} A resumed run uses the best of the remaining ones.") from None
     student.load_state_dict(checkpoint.read_tensors(folder, "model" if selected.weights == "raw" else "ema"))
     images, _ = next(dataset.evaluation_batches("test", 0, 1, 1))
-    student.preparation = Preparation.of(images[0], recipe.data.resolution)
+    student.preparation = Preparation.of(images[0], recipe.data.resolution, rgb(recipe.data.background))
     names = dataset.info.class_names
     readme = render(Card(recipe.name, data_name(recipe.data), names, metadata), student)
     with indispensable(run.export, _size(student)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,21 @@ class Preparation(NamedTuple):
     """
     square: bool = True
     """Whether the data's images are square; then other images are centre-cropped to a square."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB, under transparent pixels."""
 
     @classmethod
-    def of(cls, image: Tensor, size: int) -> Preparation:
+    def from_json(cls, values: Mapping[str, Any]) -> Preparation:
+        """From `_asdict()` as JSON, perhaps of an earlier version, without the later fields."""
+        preparation = cls(**values)
+        red, green, blue = preparation.background
+        return preparation._replace(background=(red, green, blue))
+
+    @classmethod
+    def of(cls, image: Tensor, size: int, background: tuple[int, int, int] = (255, 255, 255)) -> Preparation:
         """From a test image [C, H, W] of the dataset, for a student of this size."""
         channels, height, width = image.shape
-        return cls(channels, by_pillow=(height, width) == (size, size), square=height == width)
+        return cls(channels, (height, width) == (size, size), height == width, background)
 
 
 class InputAdapter(nn.Module):

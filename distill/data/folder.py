@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from distill.data.dataset import Dataset
 from distill.data.image_files import REMEDY, Folder, ImageFiles
+from distill.data.images import SUFFIXES
 from distill.data.opening import DataReader, Opening
 from distill.data.packing import open_folder
 from distill.data.unreadable import check_quickly, without_unreadable
@@ -25,7 +26,6 @@ from distill.errors import InputError
 from distill.recipe import Data
 from distill.registry import register
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 LAYOUT = "an image folder is train/<class>/*.png and test/<class>/*.png (or val/<class>/*.png), in PNG, JPEG, WebP, ..."
 LIKE_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 
@@ -42,19 +42,18 @@ class FolderReader(DataReader):
     def open(cls, options: Data, opening: Opening) -> Dataset:
         folder = scan(opening.root, skip=options.skip_unreadable, test=options.test is not None)
         if options.skip_unreadable:
-            folder = without_unreadable(folder, opening.cache)
+            folder = without_unreadable(folder, opening.rules, opening.cache)
         if opening.streams(folder.num_images):
             if opening.process_index == 0 and not options.skip_unreadable:
-                check_quickly(folder)
+                check_quickly(folder, opening.rules)
             dataset: Dataset = opening.stream(
                 folder.splits,
                 folder.class_names,
                 content=folder.digest(),
-                mode=folder.mode,
                 name=opening.root.resolve().name,
             )
         else:
-            dataset = opening.resident(open_folder(folder, options.resolution, opening.cache))
+            dataset = opening.resident(open_folder(folder, options.resolution, opening.rules, opening.cache))
         files = folder.splits["train"]
         held_out = tuple(str(files.path(int(row)).relative_to(folder.root)) for row in dataset.info.held_out)
         dataset.info = replace(dataset.info, held_out=held_out, left_out=folder.left_out)

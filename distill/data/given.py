@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from distill.data.images import as_mode, common_mode, to_square
+from distill.data.images import ImageRules, Source, decode, read_square, stack
 from distill.data.packed import Packed, problems_of, sha256
 from distill.errors import InputError
 
 SPLIT_NAMES = ("train", "validation", "test")
 PROBES = 16
 """Items of each split that are read twice as a check, and whose pixels are part of a stream's digest."""
+_ANY_SIZE = ImageRules(max_pixels=sys.maxsize)
 FORMS = (
     "give data={'train': ..., 'test': ...} (perhaps with 'validation', and 'classes', their names) or (train, test), "
     "each a map-style torch Dataset of (PIL image or uint8 tensor, label), or a pair of tensors: images uint8 "
@@ -38,6 +40,7 @@ class DatasetReader:
             raise InputError(f"data: {split} is no map-style Dataset, or is empty; {FORMS}.")
         for row in self.probes():
             (one, label), (other, label_again) = self.item(row), self.item(row)
+            one, other = (decode(image, self._name(row), _ANY_SIZE) for image in (one, other))
             if label != label_again or one.mode != other.mode or one.tobytes() != other.tobytes():
                 raise InputError(
                     f"data: {split}[{row}] differs when it is read again. Leave random transforms out of the Dataset: "
@@ -51,17 +54,18 @@ class DatasetReader:
         """Some rows, evenly spaced over the split."""
         return sorted(set(np.linspace(0, len(self) - 1, PROBES).astype(int).tolist()))
 
+    def _name(self, row: int) -> str:
+        return f"data: {self.split}[{row}]"
+
     def item(self, row: int) -> tuple[Image.Image, int]:
-        """Image and label.
+        """Image, perhaps not decoded yet, and label.
 
         Raises:
             InputError: it cannot be read, or has another type.
         """
-        where = f"data: {self.split}[{row}]"
+        where = self._name(row)
         try:
             image, label = self._dataset[row]
-            if isinstance(image, Image.Image):
-                image.load()  # PIL reads files lazily
         except Exception as error:  # the Dataset is the caller's code
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise InputError(f"{where} cannot be read as (image, label) ({reason}).") from error
@@ -71,16 +75,26 @@ class DatasetReader:
             number = -1
         if number != label or number < 0:
             raise InputError(f"{where} has the label {label!r}; labels are whole numbers from 0.")
-        return as_mode(_as_image(image, where), where, None), number
+        return _as_image(image, where), number
 
-    def load(self, row: int, mode: str | None) -> Image.Image:
-        """The image in PIL mode `mode` (None: its own)."""
+    def source(self, row: int) -> tuple[Source, str]:
         image, label = self.item(row)
         if label != self.labels[row]:
             raise InputError(
-                f"data: {self.split}[{row}] has the label {label}, the Dataset's `targets` say {self.labels[row]}."
+                f"{self._name(row)} has the label {label}, the Dataset's `targets` say {self.labels[row]}."
             )
-        return as_mode(image, f"data: {self.split}[{row}]", mode)
+        return image, self._name(row)
+
+    def read(self, resolution: int, rules: ImageRules) -> tuple[Tensor, Tensor]:
+        """All images, uint8 [N, C, resolution, resolution], and labels, int64 [N]."""
+        labels = torch.empty(len(self), dtype=torch.int64)
+
+        def squares() -> Iterator[Tensor]:
+            for row in range(len(self)):
+                image, labels[row] = self.item(row)
+                yield read_square(image, self._name(row), resolution, rules)
+
+        return stack(squares(), len(self)), labels
 
     @cached_property
     def labels(self) -> Tensor:
@@ -162,20 +176,14 @@ class GivenData:
         parts = self.readers.values() or [value for key, value in self.tensors.items() if key.endswith("labels")]
         return sum(len(part) for part in parts)
 
-    @property
-    def mode(self) -> str:
-        """'L' if the first images of a Dataset are greyscale, else 'RGB'."""
-        train = self.readers["train"]
-        return common_mode(train.item(row)[0] for row in range(min(PROBES, len(train))))
-
-    def pack(self, resolution: int) -> Packed:
+    def pack(self, resolution: int, rules: ImageRules) -> Packed:
         """All data in memory, checked like a packed file; images from Datasets are resized to `resolution`, like those
         of an image folder.
 
         Raises:
             InputError: an image, a label or a split is invalid.
         """
-        tensors = dict(self.tensors or self._read(resolution))
+        tensors = dict(self.tensors or self._read(resolution, rules))
         labels = [tensors[key] for key in tensors if key.endswith(".labels")]
         names = self.class_names or _numbers(labels)
         if len(set(names)) != len(names) or len(names) < 2:
@@ -184,25 +192,20 @@ class GivenData:
             raise InputError(f"data: {problem}; {FORMS}.")
         return Packed("data", names, tensors, {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 
-    def _read(self, resolution: int) -> Iterator[tuple[str, Tensor]]:
-        mode = self.mode
-        for name, reader in self.readers.items():
-            images = torch.empty(len(reader), 1 if mode == "L" else 3, resolution, resolution, dtype=torch.uint8)
-            labels = torch.empty(len(reader), dtype=torch.int64)
-            for row in range(len(reader)):
-                image, label = reader.item(row)
-                images[row] = to_square(as_mode(image, f"data: {name}[{row}]", mode), resolution, None)
-                labels[row] = label
-            yield f"{name}.images", images
+    def _read(self, resolution: int, rules: ImageRules) -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(self.readers, key=SPLIT_NAMES.index):
+            squares, labels = self.readers[name].read(resolution, rules)
+            rules = rules._replace(channels=squares.shape[1])  # those of train, the first split, for all
+            yield f"{name}.images", squares
             yield f"{name}.labels", labels
 
-    def digest_of_stream(self) -> str:
+    def digest_of_stream(self, rules: ImageRules) -> str:
         """SHA-256 (hex) over all labels and some of the images, since reading all of them takes long."""
         state = hashlib.sha256()
         for name, reader in self.readers.items():
             state.update(f"{name}\0{sha256(reader.labels)}\0".encode())
             for row in reader.probes():
-                image, _ = reader.item(row)
+                image = decode(*reader.source(row), rules)
                 state.update(f"{image.mode}\0{image.size}\0".encode() + image.tobytes())
         return state.hexdigest()
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from distill.data.images import common_mode, decode
+from distill.data.images import Source
 from distill.errors import InputError
 
 REMEDY = "remove it from the data or set data.skip_unreadable=true"
@@ -37,10 +36,9 @@ class ImageFiles:
         kept = np.setdiff1d(np.arange(len(self)), rows)
         return ImageFiles(self.root, [os.fsdecode(path) for path in self._paths[kept]], self.labels[kept].tolist())
 
-    def load(self, row: int, mode: str | None) -> Image.Image:
-        """The decoded image; raises InputError naming the file if it cannot be decoded."""
+    def source(self, row: int) -> tuple[Source, str]:
         path = self.path(row)
-        return decode(path, str(path), mode)
+        return path, str(path)
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,6 @@ class Folder:
     """The folder of each split that has one."""
     left_out: tuple[str, ...] = ()
     """Files that are not used, with the reasons."""
-
-    @property
-    def mode(self) -> str:
-        """'L' if the first training image of every class is greyscale, else 'RGB'."""
-        files = self.splits["train"]
-        first_rows = torch.searchsorted(files.labels, torch.arange(len(self.class_names)))
-        return common_mode(files.load(int(row), None) for row in first_rows)
 
     @property
     def num_images(self) -> int:

@@ -1,74 +1,282 @@
-"""Decoding and resizing of image files to uint8 tensors of one size."""
+"""Decoding of images as a viewer shows them, and resizing to uint8 tensors of one size.
+
+`decode` is the one way from a file, or an image of Pillow's, to pixels: folders, streams, timm's readers, Python
+Datasets, `predict` and an export's transform call it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.recipe import Data
+from distill.recipe.images import MAX_PIXELS, rgb
 
-GREY_MODES = frozenset({"1", "L", "LA"})
-EIGHT_BIT_MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+    "JPEG2000": (".jp2",),
+    "AVIF": (".avif",),
+}
+"""The formats that are opened, by Pillow's names, and how their files end. Pillow knows more, and gives some of them to
+other programs (EPS to Ghostscript), by a file's first bytes, whatever its name."""
+if importlib.util.find_spec("PIL.AvifImagePlugin") is None:  # before Pillow 11.3
+    del FORMATS["AVIF"]
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+RUNS_A_PROGRAM = "EPS"
 
-REMEDY = "replace it or take it out of the data, or, in an image folder, set data.skip_unreadable=true"
+GREY_MODES = frozenset({"1", "L", "LA", "La"})
+COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+"""Of 8 bits per channel. The others have 16 or 32 bits, or floats, whose black and white are anybody's guess."""
+
+WHITE = (255, 255, 255)
+REMEDY = "; replace it or take it out of the data, or, in an image folder, set data.skip_unreadable=true"
 LONGEST = 1000
 """Largest aspect ratio: beyond it, an image resized by its shorter side may not fit the memory."""
 
+RULES = "distill images 2"
+"""Goes into what identifies packed and streamed images: change it when `decode` or `to_square` give other pixels."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TAGS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+"""Where Pillow finds an orientation, except in TIFF files, which it turns itself."""
+
+_log = logging.getLogger("distill")
+
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
+Source = str | Path | IO[bytes] | Image.Image
+"""An image file, its content, or an image of Pillow's."""
 
 
-def decode(file: str | Path | IO[bytes], name: str, mode: str | None) -> Image.Image:
-    """The image in PIL mode `mode` ('L' or 'RGB'; None: its own); raises InputError naming it if it cannot be
-    decoded.
+class ImageRules(NamedTuple):
+    """How images are decoded: the recipe's `data.channels`, `data.background` and `data.max_pixels`."""
+
+    channels: int | None = None
+    """1: greyscale, 3: colour, None: as each image is."""
+    background: tuple[int, int, int] = WHITE
+    """RGB, under transparent pixels."""
+    max_pixels: int = MAX_PIXELS
+    """Of an image, and of those together that threads decode at the same time."""
+
+    @classmethod
+    def of(cls, spec: Data) -> ImageRules:
+        return cls(spec.channels, rgb(spec.background), spec.max_pixels)
+
+    @property
+    def identity(self) -> str:
+        """Changes with the pixels that these rules give."""
+        return f"{RULES}, {self.channels} channels, on {self.background}"
+
+    @property
+    def acceptance(self) -> str:
+        """Changes with the images that can be decoded by these rules."""
+        return f"{RULES}, up to {self.max_pixels} pixels"
+
+
+def decode(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY) -> Image.Image:
+    """The image as a viewer shows it: turned by its orientation tag, transparent pixels on the background, in PIL mode
+    'L' or 'RGB'.
+
+    Raises:
+        InputError: it is damaged, of another format than `FORMATS`, too large, or of more than 8 bits per channel;
+            begins with `name` and ends with `remedy`.
+    """
+    with decoding(source, name, rules, remedy) as image:
+        return image
+
+
+@contextmanager
+def decoding(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY) -> Iterator[Image.Image]:
+    """As `decode`. Threads that are within it at the same time hold no more than `rules.max_pixels` together."""
+    try:
+        image = source if isinstance(source, Image.Image) else _open(source, rules.max_pixels)
+        misfit = _misfit(image, rules)
+        _say_if_reduced(image)
+    except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError and others
+        raise InputError(f"{name}: {_reason(error)}{remedy}") from None
+    if misfit is not None:
+        raise InputError(f"{name}: {misfit}{remedy}")
+    with _budget.share(image.width * image.height, rules.max_pixels):
+        try:
+            image.load()
+            image = _opaque(_upright(image), rules.background)
+        except Exception as error:  # as above
+            raise InputError(f"{name}: {_reason(error)}{remedy}") from None
+        mode = image.mode if rules.channels is None else "L" if rules.channels == 1 else "RGB"
+        yield image if image.mode == mode else image.convert(mode)
+
+
+def header_fault(file: str | Path | IO[bytes], rules: ImageRules) -> str | None:
+    """What is wrong with an image's header; None: nothing."""
+    try:
+        if isinstance(file, Path) and not file.stat().st_size:
+            return "is empty"
+        with _open(file, rules.max_pixels) as image:
+            return _misfit(image, rules)
+    except Exception as error:  # see decoding
+        return _reason(error)
+
+
+def is_grey(source: Source, name: str, rules: ImageRules) -> bool:
+    """Whether `decode` gives 'L' if `rules.channels` is None; reads the header only.
+
+    Raises:
+        InputError: it has none.
     """
     try:
-        image = Image.open(file)
-        image.load()
-    except Exception as error:  # for broken files PIL raises OSError, SyntaxError, ValueError and others
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: cannot be decoded as an image ({reason}); {REMEDY}") from None
-    return as_mode(image, name, mode)
+        image = source if isinstance(source, Image.Image) else _open(source, rules.max_pixels)
+        return image.mode in GREY_MODES and (_is_grey(rules.background) or not image.has_transparency_data)
+    except Exception as error:  # see decoding
+        raise InputError(f"{name}: {_reason(error)}{REMEDY}") from None
 
 
-def as_mode(image: Image.Image, name: str, mode: str | None) -> Image.Image:
-    """A decoded image in PIL mode `mode` (None: its own); raises InputError naming it if it is unusable."""
-    if (misfit := _misfit(image)) is not None:
-        raise InputError(f"{name}: {misfit}; {REMEDY}")
-    return image if mode is None or image.mode == mode else image.convert(mode)
+def _open(file: str | Path | IO[bytes], max_pixels: int) -> Image.Image:
+    """The opened file, of which only the header is read."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # Pillow refuses twice as many, wherever it allocates an image
+    return Image.open(file, formats=list(FORMATS))
 
 
-def _misfit(image: Image.Image) -> str | None:
-    """Why a decoded image is unusable, if it is."""
-    if max(image.size) > LONGEST * min(image.size):
-        return f"{image.width} x {image.height} pixels are no picture"
-    if image.mode not in EIGHT_BIT_MODES:
+def _reason(error: Exception) -> str:
+    """What Pillow says of a file that it cannot decode."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"cannot be decoded as an image (it is none of {', '.join(FORMATS)})"
+    own = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    if isinstance(error, Image.DecompressionBombError):
+        own += " Shrink it, or, for training, raise data.max_pixels."
+    return f"cannot be decoded as an image ({own or type(error).__name__})"
+
+
+def _misfit(image: Image.Image, rules: ImageRules) -> str | None:
+    """Why an opened image is unusable, if it is."""
+    width, height = image.size
+    if image.format == RUNS_A_PROGRAM:
+        return f"is of the format {image.format}, which is none of {', '.join(FORMATS)}"
+    if max(width, height) > LONGEST * min(width, height):
+        return f"{width} x {height} pixels are no picture"
+    if width * height > rules.max_pixels:
+        return (
+            f"has {width * height:,} pixels ({width} x {height}), more than data.max_pixels, {rules.max_pixels:,}; "
+            "shrink it or raise that limit"
+        )
+    if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
         return f"has pixels of PIL mode {image.mode}; convert it to 8 bits per channel"
     return None
 
 
-def header_fault(path: Path) -> str | None:
-    """What is wrong with a file's image header; None: nothing."""
+def _say_if_reduced(image: Image.Image) -> None:
+    """Colour images of 16 bits per channel come from Pillow in 8 bits, scaled by their range."""
+    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        _say("data: images of 16 bits per channel are scaled to 8 bits: 65535 is 255")
+
+
+@cache
+def _say(text: str) -> None:
+    """Log it, once in a process."""
+    _log.info(text)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its orientation tag says, by EXIF or XMP."""
+    if _TAGS.isdisjoint(image.info):
+        return image
     try:
-        if not path.stat().st_size:
-            return "is empty"
-        with Image.open(path) as image:
-            return _misfit(image)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})" if error.strerror else "does not begin like an image"
-    except Exception:  # see decode
-        return "does not begin like an image"
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # viewers do not mind damaged tags, and they were never an error here
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
-def common_mode(images: Iterable[Image.Image]) -> str:
-    """'L' if all of these are greyscale, else 'RGB'."""
-    return "L" if all(image.mode in GREY_MODES for image in images) else "RGB"
+def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """On the background, 'L' or 'RGB'."""
+    mode = "L" if image.mode in GREY_MODES else "RGB"
+    if image.has_transparency_data:
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        alpha = layer.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            canvas = Image.new("RGB", image.size, background)
+            canvas.paste(layer, mask=alpha)
+            return canvas.convert(mode) if _is_grey(background) else canvas
+        image = layer
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _is_grey(colour: tuple[int, int, int]) -> bool:
+    return len(set(colour)) == 1
+
+
+class _Budget:
+    """Lets threads decode at the same time as long as their images together stay below a limit."""
+
+    def __init__(self) -> None:
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)  # its threads do not exist there
+
+    def reset(self) -> None:
+        self._changed = threading.Condition()
+        self._pixels = 0
+
+    @contextmanager
+    def share(self, pixels: int, limit: int) -> Iterator[None]:
+        """Wait until so many pixels fit beside those of the other threads."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pixels or self._pixels + pixels <= limit)
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+
+_budget = _Budget()
+
+
+def read_square(source: Source, name: str, resolution: int, rules: ImageRules) -> Tensor:
+    """The decoded image, cropped and resized by `to_square`, within the limit on pixels of all threads."""
+    with decoding(source, name, rules) as image:
+        return to_square(image, resolution, None)
+
+
+def stack(squares: Iterable[Tensor], count: int) -> Tensor:
+    """uint8 [count, C, R, R] of as many uint8 [1 or 3, R, R]; C is 1 if it is for all of them."""
+    images = torch.empty(0)
+    for row, square in enumerate(squares):
+        if row == 0:
+            images = square.new_empty(count, *square.shape)
+        elif len(square) > images.shape[1]:
+            grey, images = images[:row], square.new_empty(count, *square.shape)
+            images[:row] = grey
+        images[row] = square
+    return images
 
 
 def to_square(image: Image.Image, resolution: int, box: Box | None) -> Tensor:

@@ -18,7 +18,7 @@ from distill.data.cache import cache_folder
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
 from distill.data.given import GivenData
 from distill.data.holdout import hold_out
-from distill.data.images import common_mode
+from distill.data.images import ImageRules, is_grey
 from distill.data.packed import Packed
 from distill.data.stream import Reader, StreamDataset, StreamSplit
 from distill.errors import InputError
@@ -52,6 +52,10 @@ class Opening:
         """The folder for packs."""
         return cache_folder(self.spec.cache)
 
+    @property
+    def rules(self) -> ImageRules:
+        return ImageRules.of(self.spec)
+
     def streams(self, num_images: int) -> bool:
         """Whether to stream: as data.stream says, or by the number of images."""
         if self.spec.stream is None:
@@ -75,14 +79,26 @@ class Opening:
             split: ResidentSplit(tensors[f"{source}.images"], tensors[f"{source}.labels"], rows)
             for split, (source, rows) in _rows(labels, self.spec, self.seed).items()
         }
+        channels = tensors["train.images"].shape[1]
+        if self.spec.channels not in (None, channels):
+            raise InputError(
+                f"data.channels: {packed.path} holds decoded images of {channels} channel(s); set data.channels to null "
+                f"or {channels}"
+            )
         mean, std = channel_statistics(splits["train"])
         held_out = self._held_out(splits["test"].rows)
+        if not any(std):
+            raise InputError(
+                f"data: all training images of {packed.path} are the same colour, so there is nothing to learn from; "
+                "check data.root and the files there"
+            )
         info = DatasetInfo(
             name=Path(self.spec.name).stem,
             class_names=packed.class_names,
-            channels=tensors["train.images"].shape[1],
+            channels=channels,
             mean=mean,
-            std=std,
+            # A constant channel becomes 0.
+            std=tuple(deviation or 1.0 for deviation in std),
             digest=_with_names(packed.digest, held_out),
             sizes={
                 "train": splits["train"].size,
@@ -99,7 +115,6 @@ class Opening:
         class_names: tuple[str, ...],
         *,
         content: str,
-        mode: str | None = None,
         name: str | None = None,
     ) -> StreamDataset:
         """A dataset decoded on the fly, with ImageNet's mean and standard deviation.
@@ -107,7 +122,6 @@ class Opening:
         Args:
             readers: 'train', 'test' and perhaps 'validation'.
             content: a string that changes with the data, for their digest.
-            mode: of the images, 'L' or 'RGB'; None: 'L' if the first ones are.
             name: of the data; None: as in the recipe.
         """
         labels = {split: reader.labels for split, reader in readers.items()}
@@ -122,14 +136,18 @@ class Opening:
             split: StreamSplit(readers[source], rows)
             for split, (source, rows) in _rows(labels, self.spec, self.seed).items()
         }
-        mode = mode or common_mode(readers["train"].load(row, None) for row in range(min(16, len(labels["train"]))))
+        rules = self.rules
+        if rules.channels is None:
+            train = readers["train"]
+            grey = all(is_grey(*train.source(row), rules) for row in range(len(train.labels)))
+            rules = rules._replace(channels=1 if grey else 3)
         sizes = {
             split: len(splits[split].labels) if split in splits else 0 for split in ("train", "validation", "test")
         }
         held_out = self._held_out(splits["test"].rows)
-        info = self.describe(class_names, 1 if mode == "L" else 3, sizes, content, name)
+        info = self.describe(class_names, rules, sizes, content, name)
         info = replace(info, digest=_with_names(info.digest, held_out), held_out=held_out)
-        return StreamDataset(info, self.spec, self.device, splits, mode=mode, workers=self.workers)
+        return StreamDataset(info, self.spec, self.device, splits, rules=rules, workers=self.workers)
 
     def _held_out(self, test: Tensor | None) -> tuple[str, ...]:
         """The rows of the test split, if `data.test` held it out."""
@@ -138,21 +156,22 @@ class Opening:
     def describe(
         self,
         class_names: tuple[str, ...],
-        channels: int,
+        rules: ImageRules,
         sizes: Mapping[str, int],
         content: str,
         name: str | None = None,
     ) -> DatasetInfo:
-        """Metadata of streamed data; see `stream`."""
-        grey = channels == 1
+        """Metadata of streamed data, whose rules say how many channels they have; see `stream`."""
+        assert rules.channels is not None
+        grey = rules.channels == 1
         return DatasetInfo(
             name=name or self.spec.name,
             class_names=class_names,
-            channels=channels,
+            channels=rules.channels,
             # For greyscale the mean over ImageNet's channels.
             mean=(sum(IMAGENET_MEAN) / 3,) if grey else IMAGENET_MEAN,
             std=(sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD,
-            digest=hashlib.sha256("\n".join([content, *class_names]).encode()).hexdigest(),
+            digest=hashlib.sha256("\n".join([content, rules.identity, *class_names]).encode()).hexdigest(),
             sizes=dict(sizes),
         )
 

@@ -126,6 +126,11 @@ def problems_of(
         yield f"names {len(class_names)} classes where this dataset has {expected.classes}", get_again
     for split in splits:
         images, labels = tensors[f"{split}.images"], tensors[f"{split}.labels"]
+        if (order := _wrong_order(images, len(labels) if labels.ndim == 1 else -1)) is not None:
+            yield (
+                f"{split}.images is {_describe(images)} in the order {order.axes}, not [N, C, H, W]",
+                f"store images{order.remedy}.contiguous()",
+            )
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
             yield f"{split}.images is {_describe(images)}, not uint8 [N, C, H, W]", PACK_AGAIN
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -155,6 +160,31 @@ def problems_of(
         yield f"class '{class_names[counts.index(0)]}' has no training image", PACK_AGAIN
     if not is_whole and (CHECKSUM in metadata or metadata.get("layout") == LAYOUT):
         yield "its header is not what was written (SHA-256 differs), so it is damaged or altered", get_again
+
+
+class _Order(NamedTuple):
+    """An order of axes, and how to bring it to [N, C, H, W]."""
+
+    axes: str
+    remedy: str
+
+
+def _wrong_order(images: Tensor, count: int) -> _Order | None:
+    """The order of axes, if by their sizes it is clearly another than [N, C, H, W]; `count`: number of labels."""
+    shape = tuple(images.shape)
+    if len(shape) == 3 and shape[0] == count:
+        return _Order("[N, H, W]", "[:, None]")
+    if len(shape) != 4:
+        return None
+    channels = [axis for axis in range(4) if shape[axis] in (1, 3, 4)]
+    if shape[0] == count and 1 not in channels and 3 in channels and (shape[3] > 1 or shape[1] == shape[2]):
+        return _Order("[N, H, W, C]", ".permute(0, 3, 1, 2)")
+    if shape[3] == count != shape[0]:
+        if 2 in channels and 0 not in channels:
+            return _Order("[H, W, C, N]", ".permute(3, 2, 0, 1)")
+        if 0 in channels and 2 not in channels:
+            return _Order("[C, H, W, N]", ".permute(3, 0, 1, 2)")
+    return None
 
 
 def _describe(tensor: Tensor) -> str:

@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from distill.data import cache
 from distill.data.image_files import Folder, ImageFiles
-from distill.data.images import to_square
+from distill.data.images import ImageRules, read_square, stack
 from distill.data.locking import one_at_a_time
 from distill.data.packed import Packed, open_packed, write_packed
 from distill.errors import InputError
@@ -25,12 +24,13 @@ T = TypeVar("T")
 _log = logging.getLogger("distill")
 
 
-def open_folder(folder: Folder, resolution: int, cache_folder: Path) -> Packed:
+def open_folder(folder: Folder, resolution: int, rules: ImageRules, cache_folder: Path) -> Packed:
     """The folder's images at one size (shorter side resized, centre cropped), from a file in the cache folder, which is
-    written if it is missing or the folder has changed.
+    written if it is missing or the folder has changed; other rules have another file.
     """
-    path = cache.cached_file(cache_folder, folder.root, {"resolution": resolution}, ".safetensors")
-    return packed_once(path, folder.digest(), lambda source: _pack(folder, path, resolution, source))
+    made_by = {"resolution": resolution, "rules": rules.identity}
+    path = cache.cached_file(cache_folder, folder.root, made_by, ".safetensors")
+    return packed_once(path, folder.digest(), lambda source: _pack(folder, path, resolution, rules, source))
 
 
 def packed_once(path: Path, source: str, pack: Callable[[str], None]) -> Packed:
@@ -55,19 +55,17 @@ def _current(path: Path, source: str) -> Packed | None:
     return packed if packed.metadata.get("source") == source else None
 
 
-def _pack(folder: Folder, path: Path, resolution: int, source: str) -> None:
-    mode = folder.mode
+def _pack(folder: Folder, path: Path, resolution: int, rules: ImageRules, source: str) -> None:
     tensors: dict[str, Tensor] = {}
     progress = Progress(f"packing the images of {folder.root}", folder.num_images)
     with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
         for split, files in folder.splits.items():
-            images = torch.empty(len(files), 1 if mode == "L" else 3, resolution, resolution, dtype=torch.uint8)
 
-            def fill(row: int, files: ImageFiles = files, images: Tensor = images) -> None:
-                images[row] = to_square(files.load(row, mode), resolution, None)
+            def read(row: int, files: ImageFiles = files, rules: ImageRules = rules) -> Tensor:
+                return read_square(*files.source(row), resolution, rules)
 
-            for _ in progress.of(pool.map(fill, range(len(files)))):
-                pass
+            images = stack(progress.of(pool.map(read, range(len(files)))), len(files))
+            rules = rules._replace(channels=images.shape[1])  # those of train, the first split, for all
             tensors |= {f"{split}.images": images, f"{split}.labels": files.labels}
     write_packed(path, name=folder.root.name, class_names=folder.class_names, tensors=tensors, extra={"source": source})
     _log.info("data: packed into %s, %.1f MB", path, path.stat().st_size / 1e6)

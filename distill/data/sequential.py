@@ -2,7 +2,7 @@
 
 Unlike for all other data, the order is the reader's (seeded, shuffled shards) and depends on the number of processes
 and workers, and a resume within an epoch reads and drops the earlier images. Augmentation is a function of the position
-in the epoch. Images that cannot be decoded are skipped by the reader.
+in the epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.utils import data as torch_data
 from distill.data.augment import to_float
 from distill.data.batches import BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
-from distill.data.images import to_square
+from distill.data.encoded import samples
+from distill.data.images import ImageRules, decode, to_square
 from distill.data.opening import DataReader, Opening
 from distill.data.randomness import keys
 from distill.data.stream import Draw, crop_box
@@ -27,10 +28,7 @@ from distill.data.timm_sets import create
 from distill.errors import InputError
 from distill.launching.signals import ignore_first_sigterm
 from distill.recipe import Data
-from distill.recipe.schema import RandomResizedCrop
 from distill.registry import register
-
-MODE = "RGB"
 
 
 class Options(Data):
@@ -38,32 +36,43 @@ class Options(Data):
 
 
 class _Decoder(torch_data.IterableDataset):
-    """Pairs of an image and its label -> uint8 [C, R, R] and label."""
+    """Samples of a dataset of timm's -> uint8 [C, R, R] and label, or the error that ends them, which the loader would
+    raise with the worker's stack trace.
+    """
 
-    def __init__(
-        self, source: Any, resolution: int, crop: RandomResizedCrop | None, draw: Draw | None, first: int, stride: int
-    ) -> None:
-        self.source, self.resolution, self.crop, self.draw, self.first, self.stride = (
-            source,
-            resolution,
-            crop,
-            draw,
-            first,
-            stride,
-        )
+    def __init__(self, source: Any, spec: Data, draw: Draw | None = None, first: int = 0, stride: int = 1) -> None:
+        self.source, self.draw, self.first, self.stride = source, draw, first, stride
+        self.name, self.resolution, self.crop = spec.name, spec.resolution, spec.augment.random_resized_crop
+        self.rules = rules_of(spec)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | InputError]:
         worker = torch_data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        for count, (image, label) in enumerate(self.source):
-            image = image.convert(MODE)
-            index = (count * workers + number) * self.stride + self.first
-            box = (
-                crop_box(image, index, self.draw, self.crop)
-                if self.draw is not None and self.crop is not None
-                else None
-            )
-            yield to_square(image, self.resolution, box), int(label)
+        try:
+            for count, (file, name, label) in enumerate(samples(self.source, self.name)):
+                image = decode(file, name, self.rules)
+                index = (count * workers + number) * self.stride + self.first
+                box = (
+                    crop_box(image, index, self.draw, self.crop)
+                    if self.draw is not None and self.crop is not None
+                    else None
+                )
+                yield to_square(image, self.resolution, box), label
+        except InputError as error:
+            while True:  # else the loader would drop a batch that it does not fill
+                yield error
+
+
+def rules_of(spec: Data) -> ImageRules:
+    """In colour, unless data.channels says otherwise: whether all are grey would be known after reading all."""
+    rules = ImageRules.of(spec)
+    return rules._replace(channels=rules.channels or 3)
+
+
+def _collate(items: list[tuple[Tensor, int] | InputError]) -> Any:
+    """A batch, or the first error among its samples."""
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    return error or torch_data.default_collate(items)
 
 
 class SequentialDataset(Dataset):
@@ -88,20 +97,14 @@ class SequentialDataset(Dataset):
         source.set_epoch(epoch)
         source.set_loader_cfg(num_workers=self._workers)
         draw = Draw(plan.seed, epoch)
-        decoder = _Decoder(
-            source,
-            self._spec.resolution,
-            self._spec.augment.random_resized_crop,
-            draw,
-            plan.process_index,
-            plan.num_processes,
-        )
+        decoder = _Decoder(source, self._spec, draw, plan.process_index, plan.num_processes)
         # timm's readers shuffle with the worker seeds of the loader.
         seed = int(keys(plan.seed, epoch, [f"reader/{plan.process_index}"])[0, 0])
         loader = torch_data.DataLoader(
             decoder,
             batch_size=plan.micro_batch,
             drop_last=True,
+            collate_fn=_collate,
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_first_sigterm,
@@ -110,6 +113,9 @@ class SequentialDataset(Dataset):
         batches = iter(loader)
         for step in range(plan.steps_per_epoch(self.info.sizes["train"])):
             micro_batches = list(islice(batches, plan.accumulation))
+            for batch in micro_batches:
+                if isinstance(batch, InputError):
+                    raise batch
             if len(micro_batches) < plan.accumulation:
                 raise InputError(
                     f"data.name: the reader of {self.info.name} ended in step {step} of the epoch, with fewer images "
@@ -128,7 +134,7 @@ class SequentialDataset(Dataset):
         stop = min(stop, self.info.sizes[split])
         if start >= stop:
             return
-        decoder = _Decoder(_whole(self._spec, self._sources[split]), self._spec.resolution, None, None, 0, 1)
+        decoder = _Decoder(_whole(self._spec, self._sources[split]), self._spec)
         loader = torch_data.DataLoader(
             decoder,
             batch_size=None,
@@ -136,8 +142,11 @@ class SequentialDataset(Dataset):
             worker_init_fn=ignore_first_sigterm,
             generator=torch.Generator(),
         )
-        samples = islice(loader, start, stop)
-        while chunk := list(islice(samples, batch_size)):
+        decoded = islice(loader, start, stop)
+        while chunk := list(islice(decoded, batch_size)):
+            for sample in chunk:
+                if isinstance(sample, InputError):
+                    raise sample
             images = torch.stack([image for image, _ in chunk]).to(self.device)
             yield to_float(images), torch.tensor([label for _, label in chunk], device=self.device)
 
@@ -158,7 +167,7 @@ def _whole(spec: Data, split: str) -> Any:
 
 
 def _read_labels(spec: Data, split: str) -> Tensor:
-    return torch.tensor([int(label) for _, label in _whole(spec, split)], dtype=torch.int64)
+    return torch.tensor([label for *_, label in samples(_whole(spec, split), spec.name)], dtype=torch.int64)
 
 
 @register("datasets", "sequential", Options)
@@ -186,7 +195,7 @@ class SequentialReader(DataReader):
             class_names = tuple(str(label) for label in range(int(_read_labels(options, sources["test"]).max()) + 1))
         info = opening.describe(
             class_names,
-            3,
+            rules_of(options),
             {"train": sizes["train"], "validation": 0, "test": sizes["test"]},
             f"{options.name}\n{sizes}",
         )

@@ -15,7 +15,7 @@ from distill.data.augment import to_float
 from distill.data.batches import BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
 from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
-from distill.data.images import Box, to_square
+from distill.data.images import Box, ImageRules, Source, decode, to_square
 from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
 from distill.launching.signals import ignore_first_sigterm
@@ -29,7 +29,9 @@ class Reader(Protocol):
     @property
     def labels(self) -> Tensor: ...
 
-    def load(self, row: int, mode: str | None) -> Image.Image: ...
+    def source(self, row: int) -> tuple[Source, str]:
+        """The image, not decoded, and its name for messages."""
+        ...
 
 
 class StreamSplit(NamedTuple):
@@ -74,8 +76,8 @@ class _Decoder(torch_data.Dataset):
     Returns errors of broken images instead of raising them, since the loader would add the worker's stack trace.
     """
 
-    def __init__(self, split: StreamSplit, resolution: int, mode: str, crop: RandomResizedCrop | None) -> None:
-        self.split, self.resolution, self.mode, self.crop = split, resolution, mode, crop
+    def __init__(self, split: StreamSplit, resolution: int, rules: ImageRules, crop: RandomResizedCrop | None) -> None:
+        self.split, self.resolution, self.rules, self.crop = split, resolution, rules, crop
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor] | InputError:
         positions, draw = request
@@ -84,7 +86,7 @@ class _Decoder(torch_data.Dataset):
         images = []
         try:
             for position, row in zip(positions, rows.tolist(), strict=True):
-                image = self.split.reader.load(row, self.mode)
+                image = decode(*self.split.reader.source(row), self.rules)
                 box = crop_box(image, position, draw, self.crop) if draw is not None and self.crop is not None else None
                 images.append(to_square(image, self.resolution, box))
         except InputError as error:
@@ -119,14 +121,14 @@ class StreamDataset(Dataset):
         device: torch.device,
         splits: Mapping[Split, StreamSplit],
         *,
-        mode: str,
+        rules: ImageRules,
         workers: int,
     ) -> None:
         crop = spec.augment.random_resized_crop
         super().__init__(info, spec, device, cropped=crop is not None)
         self._splits = dict(splits)
         self._workers = workers
-        self._decoders = {name: _Decoder(split, spec.resolution, mode, crop) for name, split in splits.items()}
+        self._decoders = {name: _Decoder(split, spec.resolution, rules, crop) for name, split in splits.items()}
         self._requests = _Requests()
         self._train_loader = self._loader("train", self._requests, workers, persistent=True)
 

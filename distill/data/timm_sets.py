@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from distill.data.dataset import Dataset
-from distill.data.images import decode
+from distill.data.images import Source
 from distill.data.opening import DataReader, Opening
 from distill.errors import InputError
 from distill.recipe import Data
@@ -44,7 +43,7 @@ def create(name: str, root: Path, split: str, **arguments: Any) -> Any:
     from timm.data import create_dataset
 
     try:
-        return create_dataset(name, root=str(root), split=split, input_img_mode=None, **arguments)
+        return create_dataset(name, root=str(root), split=split, input_img_mode="", **arguments)
     except ImportError as error:
         raise _missing(name, error) from None
     except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -77,10 +76,10 @@ class RandomAccess:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, row: int, mode: str | None) -> Image.Image:
+    def source(self, row: int) -> tuple[Source, str]:
         # timm's dataset replaces an image that it cannot decode by the next one; its reader does not.
         file, *_ = self._reader[row]
-        return decode(file, f"{self._name}, image {row}", mode)
+        return file, f"{self._name}, image {row}"
 
 
 def open_random_access(name: str, root: Path) -> dict[str, RandomAccess]:

@@ -158,12 +158,13 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
     contract = InputContract(
         tuple(inputs["mean"]), tuple(inputs["std"]), inputs["input_size"][-1], inputs["interpolation"]
     )
+    preparation = Preparation.from_json(config["preparation"]) if "preparation" in config else None
     student = Student(
         model,
         contract,
         architecture=config["architecture"],
         model_args=config["model_args"],
-        preparation=Preparation(**config["preparation"]) if "preparation" in config else None,
+        preparation=preparation,
     )
     return student.eval(), list(config["label_names"])
 

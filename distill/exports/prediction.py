@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from distill.data.augment import to_float
-from distill.data.images import EIGHT_BIT_MODES, LONGEST, to_square
+from distill.data.images import ImageRules, Source, decode, to_square
 from distill.errors import InputError
 from distill.exports.folder import load_export
 from distill.files.text import visible
@@ -25,7 +25,6 @@ from distill.students import merge_heads
 
 TOP = 5
 BATCH = 64
-_MODES = {1: "L", 3: "RGB"}
 
 
 class LoadedStudent(NamedTuple):
@@ -43,23 +42,24 @@ class Transform:
     image of that size, normalisation and all.
 
     Raises:
-        InputError: an image of more than 8 bits per channel, or one so long that it is no picture.
+        InputError: the image is damaged, too large, so long that it is no picture, or of more than 8 bits per channel.
     """
 
     def __init__(self, contract: InputContract, preparation: Preparation) -> None:
-        if preparation.channels not in _MODES:
+        if preparation.channels not in (1, 3):
             raise InputError(f"this student takes images of {preparation.channels} channels; no image file has these.")
         assert contract.size is not None, "a student has one input size"
         self.size = contract.size
         self.preparation = preparation
+        self.rules = ImageRules(preparation.channels, preparation.background)
         self.adapter = InputAdapter(contract)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        if image.mode not in EIGHT_BIT_MODES:
-            raise InputError(f"has pixels of PIL mode {image.mode}; convert it to 8 bits per channel.")
-        if max(image.size) > LONGEST * min(image.size):
-            raise InputError(f"{image.width} x {image.height} pixels are no picture.")
-        image = image.convert(_MODES[self.preparation.channels])
+        return self.read(image, "image")
+
+    def read(self, source: Source, name: str) -> Tensor:
+        """As for an image of Pillow's, also from a file; messages begin with `name`."""
+        image = decode(source, name, self.rules, remedy="")
         pixels = to_square(image, self.size, None) if self.preparation.by_pillow else self._as_it_is(image)
         return self.adapter(to_float(pixels[None]))[0]
 
@@ -103,17 +103,7 @@ def most_probable(
 
 
 def _read(source: str | PathLike[str] | Image.Image, transform: Transform) -> Tensor:
-    name, image = ("image", source) if isinstance(source, Image.Image) else (str(source), None)
-    try:
-        image = image or Image.open(name)
-        image.load()
-    except Exception as error:  # besides OSError, broken files bring Pillow to anything from SyntaxError to ValueError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise InputError(f"{name}: cannot be read as an image ({reason}).") from None
-    try:
-        return transform(image)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+    return transform(source) if isinstance(source, Image.Image) else transform.read(Path(source), str(source))
 
 
 def table(classes: Sequence[tuple[str, float]]) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.options import (
     Interpolation,
@@ -23,6 +23,7 @@ from distill.options import (
     Text,
     WeightSchedule,
 )
+from distill.recipe.images import MAX_PIXELS, rgb
 
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
 """Marks a field that may change on resume, or between a teacher's training and its reuse: it does not change what is
@@ -32,6 +33,14 @@ samples of a micro-batch.
 
 FROM_PYTHON = "python"
 """`data.name` and `teacher.model` of objects given in Python."""
+
+
+def _colour(value: str | list[int]) -> str | list[int]:
+    rgb(value)
+    return value
+
+
+Colour = Annotated[Text | list[int], AfterValidator(_colour)]
 
 
 class RandomResizedCrop(Section):
@@ -145,6 +154,19 @@ class Data(Options):
         ge=0,
         le=1024,
         description="Decoding workers per process of a stream; null: cores over local processes.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    channels: Literal[1, 3] | None = Field(
+        None,
+        description="1: decode images as greyscale, 3: as RGB; null: as greyscale if all training images are.",
+    )
+    background: Colour = Field(
+        "white", description="Under the transparent pixels of images: a CSS colour, or [red, green, blue] in 0 to 255."
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        gt=0,
+        description="Largest width x height of an image file; also of all that a process decodes at the same time.",
         json_schema_extra=MAY_CHANGE,
     )
     skip_unreadable: bool = Field(
