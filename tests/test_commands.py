@@ -315,6 +315,11 @@ def test_a_dry_run_does_without_a_teacher_that_is_not_trained(
     assert load(toy.recipe, overrides).to_yaml() in printed, "the recipe that a run would have, with its teacher"
 
 
+def test_a_dry_run_whose_loss_is_not_finite_fails(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(toy.recipe), "--dry-run", "label_weight=1e39"]) == 3
+    assert "the first step: the loss or its gradients are not finite" in capsys.readouterr().err
+
+
 def test_a_dry_run_is_refused_as_a_run_would_be(toy: Toy, tmp_path: Path, command: Command) -> None:
     result = command("train", "--dry-run", toy.recipe, "teacher.min_accuracy=0.99")
     assert result.returncode == 2

@@ -82,8 +82,8 @@ class Opening:
         channels = tensors["train.images"].shape[1]
         if self.spec.channels not in (None, channels):
             raise InputError(
-                f"data.channels: {packed.path} holds decoded images of {channels} channel(s); set data.channels to null "
-                f"or {channels}"
+                f"data.channels: {packed.path} holds decoded images of {channels} channel(s); set data.channels to "
+                f"null or {channels}"
             )
         mean, std = channel_statistics(splits["train"])
         held_out = self._held_out(splits["test"].rows)

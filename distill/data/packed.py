@@ -128,8 +128,9 @@ def problems_of(
         images, labels = tensors[f"{split}.images"], tensors[f"{split}.labels"]
         if (order := _wrong_order(images, len(labels) if labels.ndim == 1 else -1)) is not None:
             yield (
-                f"{split}.images is {_describe(images)} in the order {order.axes}, not [N, C, H, W]",
-                f"store images{order.remedy}.contiguous()",
+                f"{split}.images is {_describe(images)} in the order {order.axes}; images{order.remedy}.contiguous() "
+                "has the order [N, C, H, W] that is needed",
+                PACK_AGAIN,
             )
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
             yield f"{split}.images is {_describe(images)}, not uint8 [N, C, H, W]", PACK_AGAIN

@@ -5,9 +5,12 @@ to the pixels. The table in docs/images.md names these tests.
 from __future__ import annotations
 
 import io
+import json
+import struct
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +22,14 @@ import torch
 from PIL import EpsImagePlugin, Image, features
 from torch import Tensor
 
+from distill.data import images as decoder
 from distill.data import open_dataset, sequential, timm_sets
 from distill.data.given import GivenData
 from distill.data.images import ImageRules, decode, decoding, is_grey
 from distill.errors import InputError
 from distill.exports.prediction import Transform
-from distill.inputs import InputContract, Preparation
-from distill.recipe import Data
+from distill.inputs import InputAdapter, InputContract, Preparation
+from distill.recipe import Data, from_mapping
 
 CPU = torch.device("cpu")
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)
@@ -135,8 +139,7 @@ def test_transparency(mode: str) -> None:
     grey = mode in ("LA", "L", "1")
     for colour in ((255, 255, 255), (0, 0, 0), (7, 7, 7), (255, 0, 0)):
         seen = decoded(file, background=colour)
-        shown = 0 if mode != "1" else 0  # the drawing
-        expected = np.full((4, 4, 3), shown, dtype=np.uint8)
+        expected = np.zeros((4, 4, 3), dtype=np.uint8)  # the drawing
         expected[:, :2] = colour
         if grey and len(set(colour)) == 1:
             assert (seen == expected[..., 0]).all()
@@ -206,9 +209,6 @@ def test_colours_of_16_bits_are_scaled_by_their_range(caplog: pytest.LogCaptureF
 
 
 def _png(width: int, height: int, *, depth: int, colour: int, rows: bytes) -> bytes:
-    import struct
-    import zlib
-
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -401,7 +401,8 @@ def pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ten
                 for number, file in enumerate(contents):
                     path = tmp_path / split / "ab"[number % 2] / f"{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(file)
+                    if not path.exists() or path.read_bytes() != file:
+                        path.write_bytes(file)
         dataset = open_dataset(Data(**spec | values), seed=0, device=CPU, given=given)
         parts = dataset.evaluation_batches("test", 0, len(files), 3)
         images = torch.cat([images for images, _ in parts]).mul(255).round().to(torch.uint8)
@@ -477,6 +478,53 @@ def test_grey_by_the_header() -> None:
         assert (mode == "L") == is_grey(io.BytesIO(file), "x", rules)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_constant_channel(stream: bool, tmp_path: Path, pixels: Callable[..., Tensor]) -> None:
+    for split in ("train", "test"):
+        for name, colour in (("a", (200, 40, 0)), ("b", (40, 200, 0))):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (6, 6), colour).save(tmp_path / split / name / "0.png")
+    spec = Data(name="folder", root=str(tmp_path), resolution=6, validation=0.0, workers=0, stream=stream)
+    dataset = open_dataset(spec, seed=0, device=CPU)
+    ((images, _),) = dataset.evaluation_batches("test", 0, 2, 2)
+    seen = InputAdapter(InputContract(dataset.info.mean, dataset.info.std, 6))(images)
+    assert seen.isfinite().all()
+    if not stream:  # which is normalised by ImageNet's figures
+        assert (seen[:, 2] == 0).all()
+        torch.testing.assert_close(seen[:, 0, 0, 0], torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("way", ["packed", "python"])
+def test_images_of_one_colour_are_refused(way: str, pixels: Callable[..., Tensor]) -> None:
+    same = content(Image.new("RGB", (6, 6), (9, 200, 30)))
+    with pytest.raises(InputError, match=r"all training images of .* are the same colour"):
+        pixels(way, [content(Image.fromarray(UPRIGHT))], [same] * 4)
+
+
+def test_packs_are_made_anew_for_other_rules(pixels: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [content(shape("RGBA")), content(Image.fromarray(UPRIGHT))]
+    assert pixels("packed", files, background="red")[0, :, 0, 0].tolist() == [255, 0, 0]
+    assert pixels("packed", files)[0, :, 0, 0].tolist() == [255, 255, 255]
+    monkeypatch.setattr(decoder, "RULES", "of another version")
+    monkeypatch.setattr(decoder, "_opaque", lambda image, background: image.convert("RGB"))
+    assert pixels("packed", files)[0, :, 0, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("background", "no colour"), ("background", [1, 2]), ("background", [0, 0, 256]), ("background", "#ff000080"),
+     ("channels", 2), ("max_pixels", 0)],
+)  # fmt: skip
+def test_wrong_values_are_named(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"data.{key}: "):
+        from_mapping({"data": {key: value}})
+
+
+def test_colours() -> None:
+    for value in ("red", "#ff0000", "rgb(255, 0, 0)", [255, 0, 0]):
+        assert ImageRules.of(from_mapping({"data": {"background": value}}).data).background == (255, 0, 0)
+
+
 def test_real_shards(tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     files, expected = zip(*hard_images(), strict=True)
@@ -491,8 +539,6 @@ def test_real_shards(tmp_path: Path) -> None:
         split: {"name": split, "filenames": [f"{split}-0.tar"], "shard_lengths": [4], "num_samples": 4}
         for split in ("train", "validation")
     }
-    import json
-
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
     spec = Data(name="wds/x", root=str(tmp_path), resolution=6, validation=0.0, workers=0, background=[0, 200, 0])
     dataset = open_dataset(spec, seed=0, device=CPU)

@@ -162,3 +162,25 @@ def test_wrong_content(path: Path, changed: dict[str, Tensor], what: str) -> Non
 )
 def test_known_datasets_have_their_counts(path: Path, expected: Expected, what: str) -> None:
     assert what in problem(path, expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "order", "remedy"),
+    [
+        ((0, 2, 3, 1), "[N, H, W, C]", ".permute(0, 3, 1, 2)"),
+        ((2, 3, 1, 0), "[H, W, C, N]", ".permute(3, 2, 0, 1)"),
+        ((1, 2, 3, 0), "[C, H, W, N]", ".permute(3, 0, 1, 2)"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_other_orders_of_axes(path: Path, axes: tuple[int, ...], order: str, remedy: str, channels: int) -> None:
+    right = torch.arange(9 * channels * 64, dtype=torch.int64).view(9, channels, 8, 8).to(torch.uint8)
+    wrong = right.permute(axes).contiguous()
+    message = problem(rewritten(path, train__images=wrong))
+    assert f"train.images is uint8 {list(wrong.shape)} in the order {order}; images{remedy}.contiguous()" in message
+    assert torch.equal(eval(f"wrong{remedy}"), right)
+
+
+def test_grey_images_without_an_axis_of_channels(path: Path) -> None:
+    message = problem(rewritten(path, train__images=torch.zeros(9, 8, 8, dtype=torch.uint8)))
+    assert "in the order [N, H, W]; images[:, None].contiguous()" in message
