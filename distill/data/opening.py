@@ -90,7 +90,7 @@ class Opening:
         if not any(std):
             raise InputError(
                 f"data: all training images of {packed.path} are the same colour, so there is nothing to learn from; "
-                "check data.root and the files there"
+                "look at them"
             )
         info = DatasetInfo(
             name=Path(self.spec.name).stem,

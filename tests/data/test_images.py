@@ -464,7 +464,8 @@ def test_a_set_is_grey_only_if_all_training_images_are(way: str, pixels: Callabl
     seen = pixels(way, [grey[0], content(Image.fromarray(colour))], [*grey, content(Image.fromarray(colour))])
     assert torch.equal(seen, by_class([np.full((6, 6, 3), 77, dtype=np.uint8), colour]))
     assert pixels(way, grey[:2], grey, channels=3).shape == (2, 3, 6, 6)
-    assert pixels(way, grey[:2], [content(Image.fromarray(colour))] * 2, channels=1).shape == (2, 1, 6, 6)
+    colours = [content(Image.fromarray(value)) for value in (colour, UPRIGHT)]
+    assert pixels(way, grey[:2], colours, channels=1).shape == (2, 1, 6, 6)
 
 
 def test_grey_by_the_header() -> None:
@@ -498,7 +499,7 @@ def test_a_constant_channel(stream: bool, tmp_path: Path, pixels: Callable[..., 
 def test_images_of_one_colour_are_refused(way: str, pixels: Callable[..., Tensor]) -> None:
     same = content(Image.new("RGB", (6, 6), (9, 200, 30)))
     with pytest.raises(InputError, match=r"all training images of .* are the same colour"):
-        pixels(way, [content(Image.fromarray(UPRIGHT))], [same] * 4)
+        pixels(way, [content(Image.fromarray(UPRIGHT))] * 2, [same] * 4)
 
 
 def test_packs_are_made_anew_for_other_rules(pixels: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
