@@ -150,9 +150,15 @@ def is_grey(source: Source, name: str, rules: ImageRules) -> bool:
     Raises:
         InputError: it has none.
     """
-    try:
-        image = source if isinstance(source, Image.Image) else _open(source, rules.max_pixels)
+
+    def shown_grey(image: Image.Image) -> bool:
         return image.mode in GREY_MODES and (_is_grey(rules.background) or not image.has_transparency_data)
+
+    try:
+        if isinstance(source, Image.Image):
+            return shown_grey(source)
+        with _open(source, rules.max_pixels) as image:
+            return shown_grey(image)
     except Exception as error:  # see decoding
         raise InputError(f"{name}: {_reason(error)}{REMEDY}") from None
 

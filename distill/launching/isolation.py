@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 from torch.utils.data._utils import signal_handling
 
 from distill.launching.determinism import allow_tf32, allowed_tf32
@@ -30,7 +31,7 @@ def isolated() -> Iterator[None]:
     Within, torch has the default settings of a fresh process, and loads no pickled code.
     """
     with ExitStack() as stack:
-        for save in (_logging, _random_states, _torch_settings, _processes, _child_signal):
+        for save in (_logging, _random_states, _torch_settings, _processes, _child_signal, _pixel_limit):
             stack.callback(save())
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
@@ -116,6 +117,16 @@ def _child_signal() -> Callable[[], None]:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) != handler:
             signal.signal(signal.SIGCHLD, handler)
             signal_handling._SIGCHLD_handler_set = is_set
+
+    return restore
+
+
+def _pixel_limit() -> Callable[[], None]:
+    """Pillow's, which a larger data.max_pixels raises."""
+    limit = Image.MAX_IMAGE_PIXELS
+
+    def restore() -> None:
+        Image.MAX_IMAGE_PIXELS = limit
 
     return restore
 
