@@ -118,11 +118,11 @@ def decoding(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY)
     try:
         image = source if isinstance(source, Image.Image) else _open(source, rules.max_pixels)
         misfit = _misfit(image, rules)
-        _say_if_reduced(image)
     except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError and others
         raise InputError(f"{name}: {_reason(error)}{remedy}") from None
     if misfit is not None:
         raise InputError(f"{name}: {misfit}{remedy}")
+    _say_if_reduced(image)
     with _budget.share(image.width * image.height, rules.max_pixels):
         try:
             image.load()
@@ -175,9 +175,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"cannot be decoded as an image (it is none of {', '.join(FORMATS)})"
     own = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    if isinstance(error, Image.DecompressionBombError):
-        own += " Shrink it, or, for training, raise data.max_pixels."
-    return f"cannot be decoded as an image ({own or type(error).__name__})"
+    advice = ", which in training data.max_pixels can raise" if isinstance(error, Image.DecompressionBombError) else ""
+    return f"cannot be decoded as an image ({own.rstrip('.') or type(error).__name__}{advice})"
 
 
 def _misfit(image: Image.Image, rules: ImageRules) -> str | None:
@@ -198,7 +197,7 @@ def _misfit(image: Image.Image, rules: ImageRules) -> str | None:
 
 
 def _say_if_reduced(image: Image.Image) -> None:
-    """Colour images of 16 bits per channel come from Pillow in 8 bits, scaled by their range."""
+    """Images of 16 bits per channel in colour, or with an alpha channel, come from Pillow in 8 bits, scaled."""
     if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         _say("data: images of 16 bits per channel are scaled to 8 bits: 65535 is 255")
 
