@@ -10,11 +10,11 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 other programs (EPS to Ghostscript), by a file's first bytes, whatever its name."""
 if importlib.util.find_spec("PIL.AvifImagePlugin") is None:  # before Pillow 11.3
     del FORMATS["AVIF"]
+_NAMES = tuple(FORMATS)
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 RUNS_A_PROGRAM = "EPS"
 
@@ -51,6 +52,9 @@ WHITE = (255, 255, 255)
 REMEDY = "; replace it or take it out of the data, or, in an image folder, set data.skip_unreadable=true"
 LONGEST = 1000
 """Largest aspect ratio: beyond it, an image resized by its shorter side may not fit the memory."""
+
+SMALL = 1000
+"""Images of less than this part of data.max_pixels are not counted among those that are decoded together."""
 
 RULES = "distill images 2"
 """Goes into what identifies packed and streamed images: change it when `decode` or `to_square` give other pixels."""
@@ -71,6 +75,7 @@ _log = logging.getLogger("distill")
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
+T = TypeVar("T")
 Source = str | Path | IO[bytes] | Image.Image
 """An image file, its content, or an image of Pillow's."""
 
@@ -108,13 +113,15 @@ def decode(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY) -
         InputError: it is damaged, of another format than `FORMATS`, too large, or of more than 8 bits per channel;
             begins with `name` and ends with `remedy`.
     """
-    with decoding(source, name, rules, remedy) as image:
-        return image
+    return decode_for(lambda image: image, source, name, rules, remedy)
 
 
-@contextmanager
-def decoding(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY) -> Iterator[Image.Image]:
-    """As `decode`. Threads that are within it at the same time hold no more than `rules.max_pixels` together."""
+def decode_for(
+    use: Callable[[Image.Image], T], source: Source, name: str, rules: ImageRules, remedy: str = REMEDY
+) -> T:
+    """What `use` makes of the image of `decode`. Threads that are in `use` at the same time hold images of no more than
+    `rules.max_pixels` together.
+    """
     try:
         image = source if isinstance(source, Image.Image) else _open(source, rules.max_pixels)
         misfit = _misfit(image, rules)
@@ -123,14 +130,21 @@ def decoding(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY)
     if misfit is not None:
         raise InputError(f"{name}: {misfit}{remedy}")
     _say_if_reduced(image)
-    with _budget.share(image.width * image.height, rules.max_pixels):
-        try:
-            image.load()
-            image = _opaque(_upright(image), rules.background)
-        except Exception as error:  # as above
-            raise InputError(f"{name}: {_reason(error)}{remedy}") from None
-        mode = image.mode if rules.channels is None else "L" if rules.channels == 1 else "RGB"
-        yield image if image.mode == mode else image.convert(mode)
+    pixels = image.width * image.height
+    if SMALL * pixels < rules.max_pixels:
+        return use(_load(image, name, rules, remedy))
+    with _budget.share(pixels, rules.max_pixels):
+        return use(_load(image, name, rules, remedy))
+
+
+def _load(image: Image.Image, name: str, rules: ImageRules, remedy: str) -> Image.Image:
+    try:
+        image.load()
+        image = _opaque(_upright(image), rules.background)
+    except Exception as error:  # as above
+        raise InputError(f"{name}: {_reason(error)}{remedy}") from None
+    mode = image.mode if rules.channels is None else "L" if rules.channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def header_fault(file: str | Path | IO[bytes], rules: ImageRules) -> str | None:
@@ -140,7 +154,7 @@ def header_fault(file: str | Path | IO[bytes], rules: ImageRules) -> str | None:
             return "is empty"
         with _open(file, rules.max_pixels) as image:
             return _misfit(image, rules)
-    except Exception as error:  # see decoding
+    except Exception as error:  # see decode_for
         return _reason(error)
 
 
@@ -159,7 +173,7 @@ def is_grey(source: Source, name: str, rules: ImageRules) -> bool:
             return shown_grey(source)
         with _open(source, rules.max_pixels) as image:
             return shown_grey(image)
-    except Exception as error:  # see decoding
+    except Exception as error:  # see decode_for
         raise InputError(f"{name}: {_reason(error)}{REMEDY}") from None
 
 
@@ -167,7 +181,7 @@ def _open(file: str | Path | IO[bytes], max_pixels: int) -> Image.Image:
     """The opened file, of which only the header is read."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # Pillow refuses twice as many, wherever it allocates an image
-    return Image.open(file, formats=list(FORMATS))
+    return Image.open(file, formats=_NAMES)
 
 
 def _reason(error: Exception) -> str:
@@ -198,7 +212,8 @@ def _misfit(image: Image.Image, rules: ImageRules) -> str | None:
 
 def _say_if_reduced(image: Image.Image) -> None:
     """Images of 16 bits per channel in colour, or with an alpha channel, come from Pillow in 8 bits, scaled."""
-    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+    tiles = getattr(image, "tile", ())
+    if tiles and ";16" in str(tiles[0][3]):
         _say("data: images of 16 bits per channel are scaled to 8 bits: 65535 is 255")
 
 
@@ -267,8 +282,7 @@ _budget = _Budget()
 
 def read_square(source: Source, name: str, resolution: int, rules: ImageRules) -> Tensor:
     """The decoded image, cropped and resized by `to_square`, within the limit on pixels of all threads."""
-    with decoding(source, name, rules) as image:
-        return to_square(image, resolution, None)
+    return decode_for(lambda image: to_square(image, resolution, None), source, name, rules)
 
 
 def stack(squares: Iterable[Tensor], count: int) -> Tensor:
