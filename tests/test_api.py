@@ -32,7 +32,7 @@ from tests.conftest import environment
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE: dict[str, Any] = {
     "name": "held",
-    "data": {"validation": 0.25, "resolution": 8, "augment": {"hflip": True}},
+    "data": {"validation": 0.25, "resolution": 8, "augment": {"hflip": True}, "background": [0, 0, 128]},
     "teacher": {"min_accuracy": 0.0},
     "student": {"model": "vit_nano", "patch_size": 4, "drop_path": 0.1},
     "distill": [{"method": "hard", "weight": 0.5}],
@@ -160,6 +160,9 @@ def test_the_student_of_a_run_answers_as_it_did(finished: distill.Run) -> None:
     for classes, share in zip(distill.predict(student, pictures), shares, strict=True):
         assert [probability for _, probability in classes] == pytest.approx(sorted(share.tolist(), reverse=True))
         assert classes[0][0] == student.labels[int(share.argmax())]
+    transparent, background = Image.new("RGBA", (9, 8)), Image.new("RGB", (9, 8), (0, 0, 128))
+    assert torch.equal(student.transform(transparent), student.transform(background))
+    assert "transparent pixels laid on\nrgb(0, 0, 128)." in (finished.path / "export" / "README.md").read_text()
     pictures[0].save("one.png")
     assert distill.predict(finished.path / "export", ["one.png"]) == distill.predict(student, pictures[:1])
 
