@@ -15,6 +15,8 @@ from typing import Any
 # Files of tests run side by side, each worker of pytest-xdist with its share of the cores: threads of one that wait for
 # those of another would take several times as long. libgomp reads both when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# cuBLAS reads it at its first product, which may be that of a test before the one with train.deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if hasattr(os, "sched_setaffinity"):
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         all_cores = sorted(os.sched_getaffinity(0))
@@ -36,6 +38,9 @@ SOAK_TIMEOUT = 4 * 3600
 """Seconds for one of the large counts: beside trainings, a machine takes several times as long as alone. What they
 launch has limits of its own.
 """
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+"""For what is to hold on a GPU too; where there is none, the CPU rehearses it."""
 
 SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

@@ -15,6 +15,7 @@ from distill.students import build_student
 from distill.students.plain import train_on_cpu
 from distill.students.student import Student as Model
 from teachers.cifar_resnet import CifarResNet
+from tests.conftest import DEVICES
 from tests.formulas import cifar_resnet_forward, vit_forward
 from tests.students.helpers import student_options
 
@@ -39,7 +40,7 @@ def test_vit(model: str, patch: int, side: int, token: bool, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@DEVICES
 @pytest.mark.parametrize(
     "attention", [{"max_area": 2}, {"max_area": [2, 3], "value_mode": "mean"}, {"max_area": 2, "key_mode": "sample"}]
 )

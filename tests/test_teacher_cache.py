@@ -34,7 +34,7 @@ from distill.teaching.logit_file import LogitFile
 from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
 from teachers import Teacher, load_teacher
-from tests.conftest import Toy
+from tests.conftest import DEVICES, Toy
 from tests.test_resume import go
 from tests.warm import launch
 
@@ -327,6 +327,29 @@ def cache_of(recipe: Recipe, steps: int = 8) -> TeacherCache:
     cache = open_cache(recipe, teacher, dataset, accelerator, steps=steps, plan=plan)
     assert cache is not None
     return cache
+
+
+@DEVICES
+def test_logits_are_replayed_without_waiting_for_the_device(toy: Toy, device: str) -> None:
+    """From pinned memory on a GPU; all of a micro-batch, or a part of it beside new ones."""
+    cache = cache_of(cached(toy))
+    cache.start()
+    computed = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    recorded = cache.logits(0, slice(0, 16), lambda: computed[:16])
+    assert torch.equal(recorded, computed[:16].half().float())
+    cache.flush()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        replayed = cache.logits(0, slice(0, 16), lambda: computed[:16] + 1)
+        partly = cache.logits(0, slice(8, 24), lambda: computed[8:] + 1)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert replayed.device.type == device
+    assert torch.equal(replayed, recorded)
+    assert torch.equal(partly[:8], recorded[8:])
+    assert torch.equal(partly[8:], (computed[16:] + 1).half().float())
 
 
 @pytest.mark.parametrize("name", ["weights", "contract", "augmentation", "seed", "split", "precision", "data"])

@@ -31,7 +31,9 @@ class GradientShares:
 
     @staticmethod
     def forward_pass(due: bool) -> AbstractContextManager[object]:
-        """Context for the forward pass: eager if `due`, since compiled code supports one backward pass only."""
+        """Context for the forward pass: eager if `due`. The backward pass of compiled code may write over what the
+        forward pass saved; torch refuses a second one, or not, by a setting (torch._functorch.config.donated_buffer).
+        """
         return torch.compiler.set_stance("force_eager") if due else nullcontext()
 
     def measure(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:

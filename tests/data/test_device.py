@@ -102,11 +102,13 @@ def test_switching_mixing_off_compiles_nothing_anew_and_gives_what_eager_code_gi
 
 @SPECS
 @pytest.mark.gpu
-def test_batches_on_a_gpu_are_those_of_the_cpu_and_never_wait(spec: Data) -> None:
-    on_cpu, on_gpu = (
-        open_dataset(spec, seed=0, device=torch.device(kind)).training_batches(PLAN, epoch=0)
-        for kind in ("cpu", "cuda")
-    )
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batches_on_a_gpu_are_those_of_the_cpu_and_never_wait(spec: Data, compiled: bool) -> None:
+    datasets = [open_dataset(spec, seed=0, device=torch.device(kind)) for kind in ("cpu", "cuda")]
+    if compiled:
+        torch.compiler.reset()
+        datasets[1].augmenter.compile()
+    on_cpu, on_gpu = (dataset.training_batches(PLAN, epoch=0) for dataset in datasets)
     next(on_cpu), next(on_gpu)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -31,7 +31,7 @@ from distill.teaching.logit_file import LogitFile
 from distill.trainer import Trainer
 from distill.training.nonfinite import NonFiniteSteps
 from distill.training.task import Losses, Task
-from tests.conftest import Counted, Toy
+from tests.conftest import DEVICES, Counted, Toy
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
 from tests.warm import launch
 
@@ -177,11 +177,15 @@ def test_a_parameter_may_get_its_first_gradient_later(build: Callable[..., torch
     assert all(parameter.isfinite().all() for parameter in layers.parameters())
 
 
+@DEVICES
 def test_a_scaler_skips_it_and_only_what_no_scale_would_cure_counts(
-    toy: Toy, injected: Callable[[list[Injection]], None]
+    toy: Toy, injected: Callable[[list[Injection]], None], device: str
 ) -> None:
-    trainer = trainer_of(toy_recipe(toy, optim={"clip_grad": None}, train={"max_bad_steps": 5}))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    """In fp16 under CUDA graphs, which a CPU rehearses in fp32 and without them."""
+    train = {"max_bad_steps": 5, "gradient_accumulation": 1, "precision": {"cpu": "fp32", "cuda": "fp16"}[device]}
+    trainer = trainer_of(toy_recipe(toy, optim={"clip_grad": None}, train=train))
+    assert trainer.compilation.graphs == (device == "cuda")
+    scaler = torch.amp.GradScaler(device, init_scale=4.0, growth_interval=1000)
     trainer.accelerator.scaler = scaler
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
     trainer.nonfinite = NonFiniteSteps(trainer.accelerator, trainer.model, trainer.student, trainer.optimizer)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import distill.exports.folder
 from distill import pipeline, run
 from distill.errors import RunFailed
 from distill.evaluation import predict
@@ -21,7 +25,8 @@ from distill.launching.ranks import Ranks
 from distill.pipeline import open_data
 from distill.students import Student
 from distill.trainer import Trainer
-from tests.conftest import Counted, Toy
+from tests.conftest import DEVICES, Counted, Toy
+from tests.test_resume import go
 from tests.test_step_speed import toy_recipe
 from tests.warm import launch
 
@@ -125,6 +130,43 @@ def test_one_pair_at_a_time_is_the_least(toy: Toy, tmp_path: Path, changes: tupl
     launched = launch(command, cwd=tmp_path, before=partial(allow, 1))
     assert launched.wait() == [3], launched.output
     assert expected in launched.output
+
+
+@DEVICES
+def test_a_call_from_python_goes_on_with_the_setting_of_the_message(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """For real on a GPU, where networks become CUDA graphs."""
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
+    wide = {"student": {"patch_size": 1}, "report": {"analysis": "none"}}
+    train = {"batch_size": 96, "max_steps": 3, "gradient_accumulation": 1}
+    with limited_here(device), pytest.raises(RunFailed, match="out of memory with 96 images") as failed:
+        go(toy_recipe(toy, train=train, **wide), tmp_path / "run", None)
+    accumulation = int(re.findall(r"Set train.gradient_accumulation=(\d+);", str(failed.value))[0])
+    assert accumulation == 2
+    assert run.read_status(tmp_path / "run")["state"] == "failed"
+    train["gradient_accumulation"] = accumulation
+    go(toy_recipe(toy, train=train, **wide), tmp_path / "run", None, resume="auto")
+    assert run.is_finished(tmp_path / "run")
+
+
+@contextmanager
+def limited_here(device: str) -> Iterator[None]:
+    """Too little memory for a step of 96 images: on a GPU for real, on a CPU simulated."""
+    if device == "cpu":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Student, "logits", Student.logits)  # taken back at the end
+            allow(95)
+            yield
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (96 << 20)) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def both_in_turn() -> None:
