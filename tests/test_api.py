@@ -109,8 +109,8 @@ def unchanged() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.manual_seed(random.randrange(1000))
-    before = state_of_the_process()
     try:
+        before = state_of_the_process()
         yield
         after = state_of_the_process()
         for key, value in before.items():

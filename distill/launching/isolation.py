@@ -95,7 +95,8 @@ def _torch_settings() -> Callable[[], None]:
     def restore() -> None:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        torch.set_default_device(device if device.type != "cpu" else None)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
         now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         if now != deterministic:  # the call imports torch's compiler
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
