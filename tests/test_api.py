@@ -90,7 +90,7 @@ def state_of_the_process() -> dict[str, Any]:
         "numpy": str(np.random.get_state()),  # noqa: NPY002
         "torch": torch.get_rng_state().tolist(),
         "settings": (
-            torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+            torch.get_num_threads(), torch.get_default_dtype(), torch.empty(0).device, torch.is_grad_enabled(),
             torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         ),

@@ -34,7 +34,8 @@ def isolated() -> Iterator[None]:
         for save in (_logging, _random_states, _torch_settings, _processes, _child_signal, _pixel_limit):
             stack.callback(save())
         torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
+        if _default_device().type != "cpu":
+            torch.set_default_device(None)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(tensors_only())
@@ -83,8 +84,13 @@ def _random_states() -> Callable[[], None]:
     return restore
 
 
+def _default_device() -> torch.device:
+    """`torch.get_default_device`, which in torch 2.9 fails after `torch.set_default_device(None)`."""
+    return torch.empty(0).device
+
+
 def _torch_settings() -> Callable[[], None]:
-    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), _default_device()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic
     tf32 = allowed_tf32()
@@ -95,7 +101,7 @@ def _torch_settings() -> Callable[[], None]:
     def restore() -> None:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
+        if _default_device() != device:
             torch.set_default_device(device)
         now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         if now != deterministic:  # the call imports torch's compiler
