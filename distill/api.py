@@ -271,11 +271,12 @@ def load_student(folder: str | PathLike[str]) -> LoadedStudent:
         return load_folder(Path(folder))
 
 
-def load_teacher(spec: str | Mapping[str, Any], num_classes: int) -> Teacher:
+def load_teacher(spec: str | Mapping[str, Any], num_classes: int, class_names: Sequence[str] | None = None) -> Teacher:
     """A frozen teacher: images in [0, 1], float [B, C, H, W] -> logits [B, num_classes].
 
     Args:
         spec: the name of a model, or a recipe's `teacher` section.
+        class_names: of the data, for logits in their order if the teacher's own order is recorded or in `spec`.
 
     Raises:
         InputError: `spec` is invalid, model or weights cannot be loaded, or they do not fit `num_classes`.
@@ -286,7 +287,7 @@ def load_teacher(spec: str | Mapping[str, Any], num_classes: int) -> Teacher:
     from teachers import load_teacher as load_spec
 
     with torch.random.fork_rng(devices=[]), tensors_only():
-        return load_spec({"model": spec} if isinstance(spec, str) else spec, num_classes)
+        return load_spec({"model": spec} if isinstance(spec, str) else spec, num_classes, class_names)
 
 
 def _load(recipe: RecipeLike, overrides: Sequence[str]) -> tuple[Recipe, Path | None]:

@@ -15,7 +15,7 @@ from distill.analysis import analyse
 from distill.console import say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
-from distill.evaluation import Classification, save_predictions
+from distill.evaluation import Classification, save_predictions, warn_of_missing
 from distill.exports.folder import load_export
 from distill.given import Given
 from distill.launching.processes import set_threads, start_processes
@@ -85,6 +85,7 @@ def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher
 
 
 def _measured(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, Metrics]:
+    warn_of_missing(predictions)
     return {name: measure(logits.numpy(), labels.numpy()) for name, logits in predictions.items()}
 
 

@@ -19,7 +19,7 @@ from distill.files.tensors import write_tensors
 from distill.launching.processes import with_process_index
 from distill.launching.signals import stoppable
 from distill.out_of_memory import is_out_of_memory, release_frames
-from distill.report.metrics import measure
+from distill.report.metrics import are_numbers, measure
 from distill.students import Student
 from teachers import Teacher
 
@@ -151,6 +151,7 @@ def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, f
     """Metrics under the names of `metrics.jsonl`; `student/top1` is that of the mean over heads."""
     teacher = predictions.get("teacher")
     values: dict[str, float] = {}
+    warn_of_missing(predictions)
     for name, logits in predictions.items():
         key = "student" if name == "student.fused" else name
         metrics = measure(logits.numpy(), labels.numpy(), None if teacher is None else teacher.numpy())
@@ -158,6 +159,15 @@ def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, f
         if key == "student" and metrics.agreement is not None:
             values["agreement"] = metrics.agreement
     return values
+
+
+def warn_of_missing(predictions: Mapping[str, Tensor]) -> None:
+    """Log for which outputs rows of logits [N, classes] are not numbers."""
+    for name, logits in predictions.items():
+        if missing := int((~are_numbers(logits.numpy())).sum()):
+            _log.warning(
+                "%s: %d of %d rows of logits are not numbers; they count as wrong answers", name, missing, len(logits)
+            )
 
 
 def save_predictions(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import InputError
-from distill.report.metrics import Predictions, read_predictions
+from distill.report.metrics import Predictions, decisions, read_predictions
 from distill.report.runs import Record, RunFiles, read_run
 from distill.report.statistics import Right, in_words, mcnemar, paired
 from distill.run import read_recipe
@@ -106,7 +106,7 @@ def difference(ours: Rights, theirs: Rights) -> Difference | None:
 
 
 def _right(predictions: Predictions) -> Right:
-    return predictions.logits["student.fused"].argmax(1) == predictions.labels
+    return decisions(predictions.logits["student.fused"]) == predictions.labels
 
 
 def _percent(right: Right) -> float:

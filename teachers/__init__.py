@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teachers.preflight import check_accuracy, check_features
+    from teachers.preflight import check_accuracy, check_class_order, check_features
     from teachers.teacher import Ensemble, Teacher, load_teacher
     from teachers.zoo import ZOO, ZooEntry
 
@@ -20,10 +20,20 @@ _MODULES = {
     "Teacher": "teacher",
     "load_teacher": "teacher",
     "check_accuracy": "preflight",
+    "check_class_order": "preflight",
     "check_features": "preflight",
 }
 
-__all__ = ["ZOO", "Ensemble", "Teacher", "ZooEntry", "check_accuracy", "check_features", "load_teacher"]
+__all__ = [
+    "ZOO",
+    "Ensemble",
+    "Teacher",
+    "ZooEntry",
+    "check_accuracy",
+    "check_class_order",
+    "check_features",
+    "load_teacher",
+]
 
 
 def __getattr__(name: str) -> Any:

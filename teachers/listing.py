@@ -36,7 +36,7 @@ def one_teacher(spec: Spec, resolution: int) -> list[Table]:
         for key, value in ZOO[spec.model].model_dump().items():
             known.add_row(key, str(value))
         tables.append(known)
-    teacher = Teacher(str(spec.model), *untrained_source(spec, ANY_CLASSES))
+    teacher = Teacher(str(spec.model), *untrained_source(spec, ANY_CLASSES)[:3])
     maps = Table("map", "channels", "size", title=f"Feature maps at {teacher.contract.size} px")
     for name, (channels, height, width) in teacher.map_shapes(resolution).items():
         maps.add_row(name, str(channels), f"{height} x {width}")

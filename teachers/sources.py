@@ -16,8 +16,9 @@ from torch import nn
 import teachers.cifar_resnet  # noqa: F401  registers the names with timm
 from distill import recipe
 from distill.errors import InputError
+from distill.files.digests import file_digest
 from distill.inputs import InputContract
-from teachers.weights import download, load_weights
+from teachers.weights import download, load_weights, transformers_model
 from teachers.zoo import ZOO
 
 _TORCH_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -52,6 +53,17 @@ class Source(NamedTuple):
     contract: InputContract
     num_classes: int
     """Of its logits; 0 without a classifier."""
+    class_names: tuple[str, ...] | None = None
+    """Of its outputs, where a folder or a configuration of the hub records them."""
+
+
+def contract_is_assumed(spec: recipe.Teacher) -> bool:
+    """Whether a weights file of the user's own gets the input contract of a library's name, at least in part."""
+    if spec.weights is None or spec.model is None or None not in (spec.size, spec.mean, spec.std):
+        return False
+    scheme, name = parse(spec.model)
+    known = scheme == "zoo" and file_digest(Path(spec.weights)).startswith(ZOO[name].sha256)
+    return scheme != "local-dir" and not known
 
 
 def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
@@ -170,10 +182,19 @@ def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     config = _hub_config(name)
     contract = _contract(spec, _timm_contract(config))
     known = _same_classes(f"hf_hub:{name}", config.get("num_classes"), num_classes)
+    names = _label_names(config)
     if spec.weights is None:
-        return Source(_pretrained(f"hf-hub:{name}", url), contract, known)
+        return Source(_pretrained(f"hf-hub:{name}", url), contract, known, names)
     network = timm.create_model(f"hf-hub:{name}", num_classes=num_classes)
-    return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
+    return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes), names)
+
+
+def _label_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """As timm writes them: a list, or a mapping from the index."""
+    names = config.get("label_names")
+    if isinstance(names, Mapping):
+        names = [names.get(index, names.get(str(index))) for index in range(len(names))]
+    return tuple(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None
 
 
 def _pretrained(name: str, url: str) -> nn.Module:
@@ -206,6 +227,8 @@ def _folder_network(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"teacher.model: {folder} has no config.json. Give one that `distill export` or timm wrote.")
+    if (advice := transformers_model(folder)) is not None:
+        raise InputError(f"teacher.model: {folder} is no folder of timm's. {advice}")
     try:
         return timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # a wrong configuration can fail anywhere in the model's constructor
@@ -219,7 +242,8 @@ def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source
     candidates = [Path(spec.weights)] if spec.weights else [folder / name for name in _FOLDER_FILES]
     weights = next((path for path in candidates if path.is_file()), candidates[0])
     known = load_weights(network, weights, num_classes=known)
-    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)), known)
+    config = network.pretrained_cfg
+    return Source(network, _contract(spec, _timm_contract(config)), known, _label_names(config))
 
 
 def _torchvision_preset(spec: recipe.Teacher, name: str) -> tuple[Any, InputContract]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import subprocess
@@ -14,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import distill
 import distill.exports.folder
@@ -152,6 +153,14 @@ def test_timms_own_transform_is_the_same(folder: Path) -> None:
 def test_images_that_are_none_are_refused(image: Image.Image, problem: str, student: Student) -> None:
     with pytest.raises(InputError, match=problem):
         Transform(student.adapter.contract, student.preparation)(image)
+
+
+def test_logits_that_are_no_numbers_are_no_answer(folder: Path, tmp_path: Path) -> None:
+    loaded = distill.load_student(folder)
+    Image.fromarray(pixels(20, 30, 3)).save(tmp_path / "one.png")
+    next(module for module in loaded.model.modules() if isinstance(module, nn.LayerNorm)).weight.fill_(math.nan)
+    with pytest.raises(InputError, match=r"one\.png: the student's logits are not numbers"):
+        distill.predict(loaded, [tmp_path / "one.png"])
 
 
 def test_the_command_prints_the_five_best(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import distill.exports.folder
@@ -25,9 +28,11 @@ from distill.data.augment import Augmenter
 from distill.data.packed import write_packed
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError, Interrupted
+from distill.exports.folder import write_export
 from distill.launching.processes import build_accelerator
 from distill.pipeline import open_data
 from distill.recipe import Recipe, from_mapping
+from distill.students import build_student
 from distill.teaching import cache as teacher_cache
 from distill.teaching.cache import TeacherCache, open_cache
 from distill.teaching.logit_file import LogitFile
@@ -35,6 +40,7 @@ from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
 from teachers import Teacher, load_teacher
 from tests.conftest import DEVICES, Toy
+from tests.students.helpers import student_options
 from tests.test_resume import go
 from tests.warm import launch
 
@@ -360,6 +366,78 @@ def test_a_change_of_what_the_teacher_is_or_sees_is_another_key(toy: Toy, tmp_pa
     assert keys[0] == cache_of(cached(toy)).file.key
 
 
+def _edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        arguments = config["model_args"]
+        sections = (arguments, arguments.get("attention", {}))
+        section = next((section for section in sections if key in section), arguments)
+        (config if key.startswith("label_") else section)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def areas(toy: Toy, tmp_path: Path) -> Path:
+    """An exported student with areas as teacher."""
+    spec = student_options(
+        model="vit_nano", patch_size=2, distillation_token=False,
+        attention={"kind": "area", "max_area": [2, 2], "blocks": "all"},
+    )  # fmt: skip
+    student = build_student(
+        spec, resolution=8, num_classes=4, channels=3, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), seed=0
+    )
+    with torch.no_grad():
+        student.model.head.weight.normal_(std=0.2)
+    write_export(student.eval(), tmp_path / "areas", class_names=[*"abcd"], metadata={}, readme="")
+    return tmp_path / "areas"
+
+
+def _key_of_folder(toy: Toy, folder: Path) -> str:
+    return cache_of(cached(toy, teacher={"model": f"local-dir:{folder}", "weights": None})).file.key
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"value_mode": "mean"}, {"max_area": [1, 2]}, {"top_k": 3}, {"key_mode": "max"},
+     {"label_names": ["b", "a", "c", "d"]}],
+)  # fmt: skip
+def test_an_edited_folder_is_another_key(toy: Toy, areas: Path, edit: Mapping) -> None:
+    """Settings that neither the weights nor the layers' descriptions show."""
+    before = _key_of_folder(toy, areas)
+    _edit(areas, **edit)
+    assert _key_of_folder(toy, areas) != before
+
+
+def test_what_changes_no_answer_is_no_other_key(toy: Toy, areas: Path) -> None:
+    before = _key_of_folder(toy, areas)
+    _edit(areas, label_descriptions={"a": "the first"})
+    assert _key_of_folder(toy, areas.rename(areas.with_name("moved"))) == before
+
+
+def test_another_pooling_is_another_key(toy: Toy, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=4)
+    save_file({key: value.clone() for key, value in network.state_dict().items()}, tmp_path / "model.safetensors")
+    inputs = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}
+    config = {"architecture": "test_resnet", "num_classes": 4, "model_args": {}, "pretrained_cfg": inputs}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = _key_of_folder(toy, tmp_path)
+    _edit(tmp_path, global_pool="max")
+    assert _key_of_folder(toy, tmp_path) != before
+
+
+def test_the_digest_of_answers_is_of_the_network_not_of_the_machine(toy: Toy) -> None:
+    teacher, images = load_teacher({"model": "cifar_resnet20", "weights": str(toy.teacher)}, 4), torch.rand(2, 3, 8, 8)
+    answers, digest = teacher(images), teacher_cache.answers_digest(teacher, images)
+    assert torch.equal(teacher(images), answers)  # it is not changed by it
+    nearly = teacher.under(replace(teacher.contract, mean=tuple(value + 1e-12 for value in teacher.contract.mean)))
+    assert teacher_cache.answers_digest(nearly, images) == digest
+    other = teacher.under(replace(teacher.contract, mean=tuple(value + 1e-2 for value in teacher.contract.mean)))
+    assert teacher_cache.answers_digest(other, images) != digest
+    in_half = teacher.with_weights_in(torch.bfloat16)  # computes in float32 only within autocast
+    assert len(teacher_cache.answers_digest(in_half, images)) == 64
+
+
 def test_what_the_teacher_does_not_see_is_not_in_the_key(toy: Toy) -> None:
     others = [
         cached(toy, name="other", student={"model": "vit_micro"}, label_weight=0.1, optim={"lr": 1e-4}, control=True),
@@ -569,11 +647,21 @@ def test_a_micro_batch_that_is_partly_there_keeps_what_is_there(toy: Toy) -> Non
 def test_logits_beyond_half_precision_are_its_largest(toy: Toy) -> None:
     cache = cache_of(cached(toy))
     cache.start()
-    wild = torch.tensor([[1e6, -1e6, 65_519.0, 1e-9], [float("inf"), float("-inf"), 65_504.0, 0.0]])
-    expected = torch.tensor([[65_504.0, -65_504.0, 65_504.0, 0.0], [65_504.0, -65_504.0, 65_504.0, 0.0]])
+    wild = torch.tensor([[1e6, -1e6, 65_519.0, 1e-9], [-1e9, float("-inf"), 65_504.0, 0.0]])
+    expected = torch.tensor([[65_504.0, -65_504.0, 65_504.0, 0.0], [-65_504.0, -65_504.0, 65_504.0, 0.0]])
     assert torch.equal(cache.logits(0, slice(0, 2), lambda: wild), expected)
     cache.flush()
     assert torch.equal(cache.logits(0, slice(0, 2), lambda: pytest.fail("all there")), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_no_numbers_stay_that_and_are_not_stored(toy: Toy, value: float) -> None:
+    cache = cache_of(cached(toy))
+    cache.start()
+    answers = torch.tensor([[1.0, 2.0, 3.0, 4.0], [value, 0.0, 1.0, 2.0], [0.0, 0.5, 0.0, 0.0]])
+    assert cache.logits(0, slice(0, 3), lambda: answers).isnan().any(1).tolist() == [False, True, False]
+    cache.flush()
+    assert cache.file.read(0, slice(0, 3))[1].tolist() == [True, False, True]
 
 
 def test_much_that_is_new_is_written_before_the_next_line_of_metrics(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,8 @@ def test_a_run_with_its_resumption_report_and_evaluation(toy: Toy, tmp_path: Pat
         (None, ["distill=[{method: guide}, {method: hard}, {method: dkd}]"],
          "distill: no logits to learn from for hard, dkd: teacher cifar_resnet20 has no classifier."),
         (None, [MAPS, "teacher.min_accuracy=0.5"], "teacher.min_accuracy: cifar_resnet20 has no classifier"),
-        (float("nan"), [MAPS], "teacher cifar_resnet20: its outputs are not finite on 100.00% of 32 images"),
+        (float("nan"), [MAPS], "teacher cifar_resnet20: its weights are not all numbers: conv1.weight (432 of"),
+        (1e30, [MAPS], "teacher cifar_resnet20: its outputs are not finite on 100.00% of 32 images"),
         (0.0, [MAPS], "teacher cifar_resnet20: its outputs are the same on all 32 images"),
     ],
 )  # fmt: skip

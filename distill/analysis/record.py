@@ -26,6 +26,7 @@ from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
 from distill.out_of_memory import is_out_of_memory
+from distill.report.metrics import agree, as_numbers, decisions
 from distill.students import Student
 from teachers import Teacher
 
@@ -151,12 +152,13 @@ def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[in
     """
     if "teacher" not in predictions:
         return []
-    student, teacher = (predictions[name].softmax(1) for name in ("student.fused", "teacher"))
-    sure, says = student.max(1)
-    teacher_sure, teacher_says = teacher.max(1)
+    logits = [predictions[name].numpy() for name in ("student.fused", "teacher")]
+    sure, teacher_sure = (torch.from_numpy(as_numbers(values)).softmax(1).amax(1) for values in logits)
+    says, teacher_says = map(decisions, logits)
     weight = sure * teacher_sure
-    differ = says != teacher_says
-    groups = [differ & (teacher_says == labels), differ & (says == labels)]
+    differ = torch.from_numpy(~agree(says, teacher_says))
+    teacher_right, right = (torch.from_numpy(answers) == labels for answers in (teacher_says, says))
+    groups = [differ & teacher_right, differ & right]
     groups.append(differ & ~groups[0] & ~groups[1])
     order = weight.argsort(descending=True, stable=True)
     turns = zip_longest(*(order[group[order]].tolist() for group in groups))
@@ -186,7 +188,7 @@ def _robustness(
         for part in torch.arange(len(images)).split(max(1, min(256, PIXELS_AT_ONCE // images[0].numel()))):
             pixels = change(images[part].to(device), indices[part].to(device)) / 255
             for key, logits in answers(pixels).items():
-                counts[key] += int((logits.argmax(1).cpu() == labels[part]).sum())
+                counts[key] += int((decisions(logits.cpu().numpy()) == labels[part].numpy()).sum())
         return counts
 
     clean, correct = count(lambda as_they_are, _: as_they_are), {}

@@ -19,6 +19,7 @@ from distill.evaluation import SMALLEST_BATCH
 from distill.exports.card import card_of_run, check_license, render
 from distill.exports.folder import Differs, load_export, write_export
 from distill.exports.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
+from distill.report.metrics import measure
 from distill.students import Student, one_head
 
 MOST_COMPARED = 10_000
@@ -107,7 +108,7 @@ def _compare_on_test_set(student: Student, folder: Path, dataset: Dataset | None
         say(f"ONNX: logits within {compared.difference:.2g} of torch's on {len(logits):,} test images.")
     changed = compare_logits(logits, expected)
     if changed.difference:
-        right = [100 * (answer.argmax(1) == labels).float().mean().item() for answer in (expected, logits)]
+        right = [measure(answer.numpy(), labels.numpy()).top1 for answer in (expected, logits)]
         say(
             f"float16: logits within {changed.difference:.2g} of float32's on {len(logits):,} test images, top-1 "
             f"{right[1]:.2f} % instead of {right[0]:.2f} %."

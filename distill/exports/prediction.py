@@ -21,6 +21,7 @@ from distill.errors import InputError
 from distill.exports.folder import load_export
 from distill.files.text import visible
 from distill.inputs import InputAdapter, InputContract, Preparation
+from distill.report.metrics import are_numbers
 from distill.students import merge_heads
 
 TOP = 5
@@ -90,16 +91,24 @@ def most_probable(
     """The most probable classes of each image, and their probabilities, the most probable first.
 
     Raises:
-        InputError: a file is no image.
+        InputError: a file is no image, or the student's logits for it are not numbers.
     """
     found = []
     for start in range(0, len(images), BATCH):
         inputs = torch.stack([_read(image, student.transform) for image in images[start : start + BATCH]])
-        for probabilities in student.model(inputs).softmax(-1):
+        logits = student.model(inputs)
+        for source, answered in zip(images[start : start + BATCH], are_numbers(logits.numpy()), strict=True):
+            if not answered:
+                raise InputError(f"{_name(source)}: the student's logits are not numbers, so it has no answer.")
+        for probabilities in logits.softmax(-1):
             top = probabilities.topk(min(TOP, len(student.labels)))
             labels = [student.labels[label] for label in top.indices.tolist()]
             found.append(list(zip(labels, top.values.tolist(), strict=True)))
     return found
+
+
+def _name(source: str | PathLike[str] | Image.Image) -> str:
+    return "image" if isinstance(source, Image.Image) else str(source)
 
 
 def _read(source: str | PathLike[str] | Image.Image, transform: Transform) -> Tensor:

@@ -201,6 +201,11 @@ class Teacher(Section):
     interpolation: Interpolation | None = Field(
         None, description="Interpolation of the resize to its size; null: the model's own."
     )
+    classes: list[Text] | dict[str, Annotated[int, Field(ge=0)] | Text] | None = Field(
+        None,
+        description="The order of its outputs: the data's classes in that order, or {class: index or name of its "
+        "output} for those that differ; null: by the names in its folder, else the data's order.",
+    )
     cache: bool = Field(
         False,
         description="Store its logits (float16, under runs/teacher-cache) and train with the stored ones; in an "

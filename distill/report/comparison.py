@@ -13,7 +13,7 @@ from distill.errors import InputError
 from distill.files.text import visible
 from distill.report.charts import COLOURS, TEACHER_COLOUR
 from distill.report.curves import Curves, curves_of
-from distill.report.metrics import Floats, Ints, Metrics, measure
+from distill.report.metrics import Floats, Ints, Metrics, are_numbers, decisions, measure
 from distill.report.runs import RunFiles, read_run
 from distill.report.statistics import PairedTest, mcnemar, wilson
 
@@ -103,7 +103,7 @@ class Comparison:
     def teacher_of(self, run: str) -> Row | None:
         """The teacher's row; the one of an earlier run where they share it."""
         logits = self.runs[run].predictions.logits.get("teacher")
-        return next((row for row in self.teachers if logits is not None and np.array_equal(row.logits, logits)), None)
+        return None if logits is None else next((row for row in self.teachers if _equal(row.logits, logits)), None)
 
     def row(self, run: str, model: str) -> Row | None:
         """The answer of a run's 'student' or 'control'."""
@@ -118,7 +118,7 @@ class Comparison:
         return next((row for row in others if row is not None), None)
 
     def test(self, first: Row, second: Row) -> PairedTest:
-        rights = [row.logits.argmax(1) == self.labels for row in (first, second)]
+        rights = [decisions(row.logits) == self.labels for row in (first, second)]
         return mcnemar(self.name(first), self.name(second), *rights)
 
     def costs(self, row: Row) -> dict[str, Any]:
@@ -165,19 +165,31 @@ def compare(runs: Sequence[Path]) -> Comparison:
     rows: list[Row] = []
     for row in (row for name, run in named.items() for row in _rows(name, run)):
         # A teacher that several runs have is one row.
-        if row.model != "teacher" or not any(np.array_equal(row.logits, other.logits) for other in rows):
+        if row.model != "teacher" or not any(_equal(row.logits, other.logits) for other in rows):
             rows.append(row)
     return Comparison(
         runs=named,
         rows=tuple(rows),
         curves=curves_of(named),
-        warnings=tuple(
-            f"{name}: the checkpoint was chosen on the test set (data.select_on: test). The figures on that same "
-            "test set are therefore optimistic."
-            for name, run in named.items()
-            if run.selected_on_test
+        warnings=(
+            *(
+                f"{name}: the checkpoint was chosen on the test set (data.select_on: test). The figures on that same "
+                "test set are therefore optimistic."
+                for name, run in named.items()
+                if run.selected_on_test
+            ),
+            *(
+                f"{row.run}, {row.label}: {missing:,} of {row.metrics.samples:,} rows of logits are not numbers; they "
+                "count as wrong answers."
+                for row in rows
+                if (missing := int((~are_numbers(row.logits)).sum()))
+            ),
         ),
     )
+
+
+def _equal(one: Floats, other: Floats) -> bool:
+    return np.array_equal(one, other, equal_nan=True)
 
 
 def _named(paths: Sequence[Path]) -> dict[str, RunFiles]:

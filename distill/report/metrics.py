@@ -17,6 +17,9 @@ from distill.files.checksum import CHECKSUM, has_right_checksum
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
+NO_ANSWER = -1
+"""The decision of a row of logits that is no numbers."""
+
 OUTPUTS = ("student.fused", "student.cls", "student.dist", "teacher")
 
 
@@ -79,7 +82,7 @@ def read_predictions(path: Path) -> Predictions:
     """Read and check the file that evaluation wrote.
 
     Raises:
-        InputError: it is missing or damaged, its shapes do not fit, a label is no class, or a logit is no number.
+        InputError: it is missing or damaged, its shapes do not fit, or a label is no class.
     """
     tensors, metadata = read_arrays(path)
     # Those that evaluation wrote all have a checksum, and the digest of the data.
@@ -100,24 +103,39 @@ def read_predictions(path: Path) -> Predictions:
             raise InputError(
                 f"{path}: {name} has shape {list(values.shape)}; expected [{len(labels)}, classes], as all outputs."
             )
-        # The largest logit of a row is finite unless the row holds a NaN, +inf or nothing but -inf.
-        if not np.isfinite(values.max(axis=1)).all():
-            raise InputError(f"{path}: {name} holds logits that are not numbers; the model had diverged.")
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, but there are {shape[1]} classes.")
     return Predictions(labels.astype(np.int64), logits)
 
 
+def are_numbers(logits: Floats) -> NDArray[np.bool_]:
+    """[N]: whether each row of logits [N, classes] is an answer: it holds no NaN, no +inf, and not only -inf."""
+    numbers: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
+    return numbers
+
+
+def decisions(logits: Floats) -> Ints:
+    """int64 [N]: the class of the largest logit, the lower one of equals; `NO_ANSWER` for a row that is no numbers."""
+    return np.where(are_numbers(logits), logits.argmax(axis=1), NO_ANSWER)
+
+
+def as_numbers(logits: Floats) -> Floats:
+    """float64 [N, classes]: the logits, where a row that is no numbers becomes zeros, all classes equally probable."""
+    exact = logits.astype(np.float64)
+    return np.where(are_numbers(exact)[:, None], exact, 0.0)
+
+
 def measure(logits: Floats, labels: Ints, teacher: Floats | None = None) -> Metrics:
     """Figures of one model; `logits` and `teacher` are [N, classes], `labels` int64 [N].
 
-    Of equal logits the lower class index comes first, for every count: a constant output decides for class 0.
+    Of equal logits the lower class index comes first, for every count: a constant output decides for class 0. A row
+    that is no numbers is a wrong answer that agrees with nothing; in the NLL all classes are equally probable there.
     """
     samples, classes = logits.shape
     k = min(5, classes)
-    ranks = _ranks(logits, labels)
+    ranks = np.where(are_numbers(logits), _ranks(logits, labels), classes)
     top1_correct, topk_correct = int((ranks == 0).sum()), int((ranks < k).sum())
-    agreements = None if teacher is None else int((logits.argmax(axis=1) == teacher.argmax(axis=1)).sum())
+    agreements = None if teacher is None else int(agree(decisions(logits), decisions(teacher)).sum())
     return Metrics(
         samples=samples,
         k=k,
@@ -131,6 +149,12 @@ def measure(logits: Floats, labels: Ints, teacher: Floats | None = None) -> Metr
     )
 
 
+def agree(first: Ints, second: Ints) -> NDArray[np.bool_]:
+    """[N]: where two models' decisions are the same answer."""
+    same: NDArray[np.bool_] = (first == second) & (first != NO_ANSWER)
+    return same
+
+
 def _ranks(logits: Floats, labels: Ints) -> Ints:
     """[N]: how many classes come before the label, by larger logit, then by lower index."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
@@ -139,8 +163,8 @@ def _ranks(logits: Floats, labels: Ints) -> Ints:
 
 
 def mean_nll(logits: Floats, labels: Ints) -> float:
-    """Mean negative log-likelihood of the labels in nats, computed in float64."""
-    exact = logits.astype(np.float64)
+    """Mean negative log-likelihood of the labels in nats, computed in float64 on `as_numbers`."""
+    exact = as_numbers(logits)
     shifted = exact - exact.max(axis=1, keepdims=True)
     own = np.take_along_axis(shifted, labels[:, None], axis=1)[:, 0]
     return float((np.log(np.exp(shifted).sum(axis=1)) - own).mean())

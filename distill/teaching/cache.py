@@ -11,6 +11,7 @@ the working directory like `runs/`, has to be on shared storage; a machine witho
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ from teachers import Ensemble, Teacher
 FOLDER = run.RUNS / "teacher-cache"
 FORMAT = 1
 FINGERPRINT_IMAGES = 64
+PROBE_IMAGES = 2
 PENDING_BYTES = 64 << 20
 """Limit of logits on the device that are not written yet; they are also written at each logging interval."""
 _LARGEST = torch.finfo(torch.float16).max
@@ -84,7 +86,10 @@ class TeacherCache:
         self._requested += len(found)
         if count == len(found):
             return self._to_device(stored).float()
-        logits = compute().clamp(-_LARGEST, _LARGEST).half()
+        logits = compute()
+        # A row that is no numbers stays that, and is not stored.
+        numbers = logits.amax(1, keepdim=True).isfinite()
+        logits = torch.where(numbers, logits.clamp(-_LARGEST, _LARGEST), torch.nan).half()
         if count:
             logits = torch.where(self._to_device(found)[:, None], self._to_device(stored), logits)
         self._pending.append((epoch, part.start, logits))
@@ -125,7 +130,7 @@ def open_cache(
     if teacher is None or not recipe.teachers[0].cache:
         return None
     description = on_main(lambda: describe(recipe, teacher, dataset, accelerator.mixed_precision))
-    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    key = cache_key(description)
     samples = dataset.info.sizes["train"]
     file = LogitFile(
         FOLDER / f"{key}.logits",
@@ -138,10 +143,34 @@ def open_cache(
     return TeacherCache(file, description, accelerator, steps=steps, plan=plan)
 
 
+def cache_key(description: dict[str, Any]) -> str:
+    """SHA-256 (hex) of what `describe` returns, without the names of the teachers."""
+    members = [{key: value for key, value in member.items() if key != "name"} for member in description["members"]]
+    return hashlib.sha256(json.dumps(description | {"members": members}, sort_keys=True).encode()).hexdigest()
+
+
+@torch.no_grad()
+def answers_digest(teacher: Teacher, images: Tensor) -> str:
+    """SHA-256 (hex) of the teacher's logits on images [B, C, H, W] in [0, 1].
+
+    Computed in float64 on the CPU and rounded to a hundred-thousandth of a row's largest logit, so that it depends
+    neither on the device nor on the number of threads, nor on rounding.
+    """
+    exact, images = copy.deepcopy(teacher).cpu(), images.cpu()
+    try:
+        logits, steps = exact.double()(images.double()), 1e5
+    except (RuntimeError, TypeError, ValueError):  # a network that computes in float32 only, whatever its weights
+        logits, steps = exact.float()(images.float()), 1e2
+    logits = logits.double()
+    rounded = (logits / logits.abs().amax(1, keepdim=True).clamp_min(1e-30) * steps).round()
+    return hashlib.sha256(rounded.nan_to_num().to(torch.int64).numpy().tobytes()).hexdigest()
+
+
 def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str) -> dict[str, Any]:
     """Everything that the logits depend on, as plain data.
 
-    The first augmented images of the first epoch represent the code of order and augmentation.
+    The first augmented images of the first epoch represent the code of order and augmentation; the teacher's answers to
+    some of them represent its own code and those of its settings that its layers do not show.
     """
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     samples = dataset.info.sizes["train"]
@@ -162,6 +191,7 @@ def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str)
             }
             for member in members
         ],
+        "answers": answers_digest(teacher, batch.images[:PROBE_IMAGES]),
         "precision": precision,
         "data": dataset.info.digest,
         "samples": samples,

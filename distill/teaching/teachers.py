@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from distill.inputs import InputContract
 from distill.launching.processes import with_precision
 from distill.recipe import FROM_PYTHON, OPERATIONAL_KEYS, Recipe, load
 from distill.recipe import Teacher as TeacherSpec
-from teachers import Ensemble, Teacher, check_accuracy, check_features, load_teacher
-from teachers.sources import parse
+from distill.teaching.contracts import candidates, check_contract
+from teachers import Ensemble, Teacher, check_accuracy, check_class_order, check_features, load_teacher
+from teachers.classes import class_order
+from teachers.sources import contract_is_assumed, parse
 
 PREFLIGHT_IMAGES = 5000
 PREFLIGHT_RANGES = 10
+CONTRACT_IMAGES = 500
+ORDER_IMAGES = 30
+"""Per class, with training images where the validation split has fewer; for the order of classes."""
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pth")
 """Model files in a folder of timm's layout."""
 _log = logging.getLogger("distill")
@@ -88,18 +94,18 @@ def build_teacher(
                 f"teacher.recipe: {spec.recipe} was trained in {directory} on other data than these. Move that folder "
                 "away to train it again."
             )
-    specs, classes = _trained(recipe), dataset.info.num_classes
+    specs, classes, names = _trained(recipe), dataset.info.num_classes, dataset.info.class_names
     if isinstance(recipe.teacher, list):
-        teacher = load_teacher(specs, classes)
+        teacher = load_teacher(specs, classes, names)
     elif specs[0].model == FROM_PYTHON:
-        teacher = _from_python(given, classes)
+        teacher = _from_python(given, classes, class_order(specs[0], None, names))
     else:
-        teacher = load_teacher(specs[0], classes)
+        teacher = load_teacher(specs[0], classes, names)
     _log.info("teacher: %s", teacher.describe())
     return teacher.to(accelerator.device)
 
 
-def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int) -> Teacher:
+def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int, order: list[int] | None) -> Teacher:
     if given is None:
         raise InputError(
             f"teacher.model: '{FROM_PYTHON}' needs a module from Python code: "
@@ -111,7 +117,7 @@ def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int
     except Exception as error:  # modules may hold any object
         raise InputError(f"teacher: the module cannot be copied ({type(error).__name__}: {error}).") from error
     without_classifier = getattr(copied, "num_classes", None) == 0  # as in timm
-    return Teacher(FROM_PYTHON, copied, contract, 0 if without_classifier else num_classes)
+    return Teacher(FROM_PYTHON, copied, contract, 0 if without_classifier else num_classes, order)
 
 
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
@@ -167,7 +173,45 @@ def run_preflight(
     # Each member is checked: a good ensemble can hide a member with wrong inputs. The last output is the ensemble's.
     members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
     models = list(dict.fromkeys([*members, teacher]))
-    ranges = _ranges(dataset.info.sizes[split], whole=split == "validation")
+    size = dataset.info.sizes[split]
+    keys = [f"teacher.{index}" if isinstance(recipe.teacher, list) else "teacher" for index in range(len(members))]
+    for member, spec, key in zip(members, _trained(recipe), keys, strict=True):
+        if member.num_classes and contract_is_assumed(spec):
+            under = candidates(spec, member, dataset.info, recipe.data.resolution)
+            sample, answers = _sample(under, dataset, split, accelerator, _ranges(size, CONTRACT_IMAGES))
+            check_contract(under, sample, answers, spec, key)
+    ranges = _ranges(size, size if split == "validation" else PREFLIGHT_IMAGES)
+    labels, outputs = _sample(models, dataset, split, accelerator, ranges)
+    described = {
+        "split": split,
+        "samples": len(outputs[-1]),
+        "teacher": teacher.describe(),
+        "teacher_sha256": teacher.digest,
+    }
+    if not teacher.num_classes:
+        check_features(teacher, outputs[-1])
+        _log.info("preflight: outputs of the teacher are finite and differ on %d %s images", len(outputs[-1]), split)
+        return described, None
+    logits = outputs[-1]
+    names = dataset.info.class_names
+    few = min(ORDER_IMAGES * len(names) - len(labels), PREFLIGHT_IMAGES)
+    more: tuple[Tensor, list[Tensor]] = labels[:0], [values[:0] for values in outputs]
+    if split == "validation" and few > 0 and any(spec.classes is None for spec in recipe.teachers):
+        more = _sample(members, dataset, "train", accelerator, _ranges(dataset.info.sizes["train"], few))
+    for member, own, others, spec, key in zip(members, outputs, more[1], recipe.teachers, keys, strict=False):
+        if spec.classes is None:
+            all_labels, all_logits = torch.cat([labels, more[0]]), torch.cat([own, others])
+            check_class_order(member, all_labels, all_logits, names, key=key)
+        check_accuracy(member, labels, own, min_accuracy=spec.min_accuracy)
+    values = accuracies({"teacher": logits}, labels)
+    _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
+    return described | values, logits
+
+
+def _sample(
+    models: Sequence[Teacher], dataset: Dataset, split: Split, accelerator: Accelerator, ranges: list[tuple[int, int]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Labels int64 [N] of these ranges of a split, and the output [N, ...] of each model."""
     parts = [
         predict(
             lambda images: [model(images) for model in models],
@@ -180,30 +224,15 @@ def run_preflight(
         )
         for start, stop in ranges
     ]
-    outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
-    described = {
-        "split": split,
-        "samples": len(outputs[-1]),
-        "teacher": teacher.describe(),
-        "teacher_sha256": teacher.digest,
-    }
-    if not teacher.num_classes:
-        check_features(teacher, outputs[-1])
-        _log.info("preflight: outputs of the teacher are finite and differ on %d %s images", len(outputs[-1]), split)
-        return described, None
-    logits = outputs[-1]
     labels = torch.cat([dataset.labels(split)[start:stop] for start, stop in ranges])
-    for member, member_logits, spec in zip(members, outputs, recipe.teachers, strict=False):
-        check_accuracy(member, labels, member_logits, min_accuracy=spec.min_accuracy)
-    values = accuracies({"teacher": logits}, labels)
-    _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
-    return described | values, logits
+    return labels, [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def _ranges(size: int, *, whole: bool) -> list[tuple[int, int]]:
-    """(start, stop) of the images for preflight: the whole split, or evenly spaced ranges."""
-    if whole or size <= PREFLIGHT_IMAGES:
+def _ranges(size: int, most: int) -> list[tuple[int, int]]:
+    """(start, stop) of up to `most` images of a split of `size`: all, or evenly spaced ranges of equal length."""
+    if size <= most:
         return [(0, size)]
-    length = PREFLIGHT_IMAGES // PREFLIGHT_RANGES
-    starts = [(size - length) * part // (PREFLIGHT_RANGES - 1) for part in range(PREFLIGHT_RANGES)]
+    count = min(PREFLIGHT_RANGES, most)
+    length = most // count
+    starts = [(size - length) * part // max(1, count - 1) for part in range(count)]
     return [(start, start + length) for start in starts]

@@ -64,6 +64,17 @@ def test_hard_is_its_formula():
     assert hard(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_without_an_answer_makes_the_step_one_to_skip(value: float) -> None:
+    """argmax would take the first NaN for the teacher's decision."""
+    teacher = logits(1)
+    teacher[2, 3] = value
+    assert math.isnan(hard(logits(0), teacher).item())
+    assert math.isnan(soft(logits(0), teacher, 1.0).item())
+    teacher[2, 3] = -math.inf  # an impossible class
+    assert hard(logits(0), teacher).isfinite()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_soft_is_deits_times_the_classes(temperature):
     """DeiT divides by the number of all elements where we divide by the number of samples."""

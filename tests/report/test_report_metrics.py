@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 from distill.errors import InputError
-from distill.report.metrics import measure, read_predictions
+from distill.report.metrics import decisions, measure, read_predictions
 
 
 def brute_force(logits: np.ndarray, labels: np.ndarray, k: int) -> tuple[int, int, float]:
@@ -73,6 +73,18 @@ def test_nll_is_exact_where_float32_is_not() -> None:
     assert measure(np.array([[0.0, -np.inf]], np.float32), np.array([1])).nll == math.inf
 
 
+@pytest.mark.parametrize("row", [[np.nan] * 3, [0, np.nan, 5], [0, 9, np.inf], [-np.inf] * 3])
+def test_a_row_that_is_no_numbers_is_wrong_and_agrees_with_nothing(row: list[float]) -> None:
+    """argmax takes the first NaN for the largest, which may be at the label."""
+    logits = np.array([[5, 0, 0], row, [0, -np.inf, 5]], np.float32)  # an impossible class is an answer
+    for label in range(3):
+        found = measure(logits, np.array([0, label, 2]), logits)
+        assert (found.top1_correct, found.topk_correct, found.agreements) == (2, 2, 2)
+        kept = [math.log(math.exp(5) / (math.exp(5) + others)) for others in (2, 1)]
+        assert found.nll == pytest.approx((math.log(3) - sum(kept)) / 3)
+    assert decisions(logits).tolist() == [0, -1, 2]
+
+
 def write(path: Path, **changes: np.ndarray | None) -> Path:
     tensors = {"labels": np.array([0, 1, 2]), "student.fused": np.eye(3, dtype=np.float32)}
     tensors |= {key.replace("__", "."): value for key, value in changes.items() if value is not None}
@@ -93,8 +105,6 @@ BAD = {
     "labels run from -1": {"labels": np.array([0, 1, -1])},
     "teacher has shape [3, 4]": {"teacher": np.zeros((3, 4), np.float32)},
     "student.fused has shape [2, 3]": {"student__fused": np.zeros((2, 3), np.float32)},
-    "student.cls holds logits": {"student__cls": np.full((3, 3), np.nan, np.float32)},
-    "teacher holds logits": {"teacher": np.array([[0, np.inf, 0]] * 3, np.float32)},
 }
 
 

@@ -109,7 +109,7 @@ def test_confusion_counts_labels_by_answers() -> None:
     assert matrix.shape == (K, K)
     for label, answer in np.ndindex(K, K):
         assert matrix[label, answer] == ((labels == label) & (logits.argmax(1) == answer)).sum()
-    accuracy = accuracy_by_class(matrix)
+    accuracy = accuracy_by_class(matrix, labels)
     assert accuracy[6] is None
     assert accuracy[0] == pytest.approx(100 * (logits.argmax(1) == labels)[labels == 0].mean())
     pairs = most_confused(matrix, 5)
@@ -117,3 +117,34 @@ def test_confusion_counts_labels_by_answers() -> None:
     assert [pair.images for pair in pairs] == counts[:5]
     assert all(matrix[pair.label, pair.taken_for] == pair.images for pair in pairs)
     assert most_confused(np.diag([3, 4]), 5) == []
+
+
+def test_rows_that_are_no_numbers_count_as_wrong_in_every_figure() -> None:
+    """Here argmax would find the label, since that is where the first NaN stands."""
+    logits, labels = drawn(5)
+    other, _ = drawn(6)
+    lost = np.arange(N) < 40
+    logits[lost, labels[lost]] = np.nan
+    uniform = np.where(lost[:, None], 0.0, logits).astype(np.float32)
+
+    says = np.where(lost, -1, logits.argmax(1))
+    bins, ece = reliability(logits, labels)
+    confidence = np.array([max(softmax(row)) for row in uniform])
+    gaps = [(confidence[inside] - (says == labels)[inside]).sum() for inside in _bins(confidence)]
+    assert ece == pytest.approx(100 * sum(map(abs, gaps)) / N)
+    assert sum(each.samples for each in bins) == N
+    assert fit_temperature(logits, labels) == pytest.approx(fit_temperature(uniform, labels), rel=1e-6)
+
+    accuracy = accuracy_by_class(confusion(logits, labels), labels)
+    assert accuracy == [pytest.approx(100 * (says == labels)[labels == label].mean()) for label in range(K)]
+    assert confusion(logits, labels).sum() == N - 40
+
+    found, mirror = fidelity(logits, other, labels), fidelity(other, logits, labels)
+    assert found.agreement == mirror.agreement == pytest.approx(100 * np.mean(says == other.argmax(1)))
+    assert mirror.teacher_wrong == (says != labels).sum()
+    assert found.kl == pytest.approx(fidelity(uniform, other, labels).kl)
+    assert fidelity(logits, logits, labels).agreement == pytest.approx(100 * (N - 40) / N)
+
+
+def _bins(confidence: np.ndarray) -> list[np.ndarray]:
+    return [(confidence > index / BINS) & (confidence <= (index + 1) / BINS) for index in range(BINS)]

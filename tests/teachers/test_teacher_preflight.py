@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -106,3 +107,36 @@ def test_another_class_order_is_recognised() -> None:
     renamed = _teacher(_ReadsTheAnswer(torch.arange(CLASSES).roll(3)))
     with pytest.raises(InputError, match=r"\(1\) its classes in another order .* would reach 100.00%"):
         _preflight(renamed, _batches(1000, wrong=0), min_accuracy=None)
+
+
+def test_answers_that_are_no_numbers_are_wrong() -> None:
+    """argmax takes the first NaN for the largest: "100 %" for a network that answers nothing."""
+    labels, logits = _answers(1000, CLASSES, 1000)
+    logits[range(100), labels[:100]] = torch.nan
+    assert check_accuracy(_teacher(), labels, logits, min_accuracy=0.5) == 0.9
+    with pytest.raises(InputError, match=r"90.00% accuracy .* \(1\) its logits are not numbers on 10.00%"):
+        check_accuracy(_teacher(), labels, logits, min_accuracy=0.95)
+    with pytest.raises(InputError, match=r"0.00% accuracy on 1000 images, below the required 20.00%"):
+        check_accuracy(_teacher(), labels, torch.full_like(logits, torch.nan), min_accuracy=None)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "refused"),
+    [("weight", math.nan, True), ("weight", math.inf, True), ("mask", math.nan, True), ("mask", -math.inf, False)],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(where: str, value: float, refused: bool) -> None:
+    class Masked(_ReadsTheAnswer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+            self.layer.register_buffer("mask", torch.zeros(4))
+
+    network = Masked()
+    with torch.no_grad():
+        getattr(network.layer, where).view(-1)[1] = value
+    if not refused:
+        assert _teacher(network).num_classes == CLASSES
+        return
+    size = 6 if where == "weight" else 4
+    with pytest.raises(InputError, match=rf"reader: its weights are not all numbers: layer\.{where} \(1 of {size} val"):
+        _teacher(network)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import argparse
 import hashlib
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import teachers.cifar_resnet  # noqa: F401
 from distill.errors import InputError
 from distill.files.digests import state_digest
+from teachers import load_teacher
 from teachers.weights import download, load_weights, read_state_dict
 
 
@@ -135,13 +138,94 @@ def test_a_whole_pickled_model_is_code_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "name"),
-    [(b"", "w.pth"), (b"hello, world", "w.pth"), (b"<html>404</html>", "w.th"), (b"hello, world", "w.safetensors"),
+    [(b"", "w.pth"), (b"hello, world", "w.pth"), (b"hello, world", "w.safetensors"),
      (b"PK\x03\x04broken", "w.pt"), (b"", "w.safetensors")],
 )  # fmt: skip
 def test_a_foreign_file(content: bytes, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name}: not a (torch|safetensors) file of tensors, or damaged"):
         read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", r"Git LFS.*git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"\xef\xbb\xbf\n  <html>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
+    ],
+)
+def test_what_is_often_taken_for_weights_is_recognised(content: bytes, message: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_state_dict(tmp_path / name)
+
+
+def test_torchscript_is_recognised_and_not_run(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"TorchScript.*jit\.load\(.*state_dict"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+def test_settings_stored_beside_weights_are_named(state: dict[str, Tensor], tmp_path: Path) -> None:
+    """As in the checkpoints of DeiT and many others."""
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"imports argparse\.Namespace.*settings of a training.*If you trust it"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_a_folder_of_transformers_is_recognised(state: dict[str, Tensor], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["ViTForImageClassification"], "model_type": "vit"}')
+    torch.save({"vit.embeddings.cls_token": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    for spec in (
+        {"model": f"local-dir:{tmp_path}"},
+        {"model": "cifar_resnet20", "weights": str(tmp_path)},
+        {"model": "cifar_resnet20", "weights": str(tmp_path / "pytorch_model.bin")},
+    ):
+        with pytest.raises(InputError, match=r"of transformers \(model_type 'vit'\).*hf_hub:timm"):
+            load_teacher(spec, 10)
+    (tmp_path / "config.json").write_text('{"architecture": "cifar_resnet20"}')
+    with pytest.raises(InputError, match=r"a folder, not a weights file.*local-dir:"):
+        load_teacher({"model": "cifar_resnet20", "weights": str(tmp_path)}, 10)
+
+
+PREFIXES = ["model.", "net.", "backbone.", "student.", "model.backbone.", "module.net.", "a-b_c.0.", "layer1."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_one_prefix_of_all_keys_is_removed_and_said(
+    prefix: str,
+    state: dict[str, Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
+    torch.save({"state_dict": _prefixed(state, prefix), "pytorch-lightning_version": "2.5"}, tmp_path / "w.ckpt")
+    network = _fresh()
+    with caplog.at_level(logging.INFO, "distill"):
+        assert load_weights(network, tmp_path / "w.ckpt", num_classes=10) == 10
+    assert state_digest(network.state_dict()) == state_digest(state)
+    assert f"the prefix '{prefix.removeprefix('module.')}' of all keys was removed" in caplog.text
+
+
+def test_a_prefix_before_weights_without_a_head(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({f"encoder.{k}": v for k, v in state.items() if not k.startswith("linear.")}, tmp_path / "w.pth")
+    network = _fresh()
+    assert load_weights(network, tmp_path / "w.pth", num_classes=10) == 0
+    assert torch.equal(network.state_dict()["conv1.weight"], state["conv1.weight"])
+
+
+def test_a_prefix_is_not_removed_unless_all_fits(state: dict[str, Tensor], tmp_path: Path) -> None:
+    both = _prefixed(state, "student.") | _prefixed(state, "teacher.")
+    torch.save(both, tmp_path / "both.pth")
+    with pytest.raises(InputError, match=r"Those that begin with 'student\.' or 'teacher\.' have this model's names"):
+        load_weights(_fresh(), tmp_path / "both.pth", num_classes=10)
+    torch.save(_prefixed(state | {"linear.bias": torch.zeros(3)}, "net."), tmp_path / "shape.pth")
+    with pytest.raises(InputError, match="do not fit the model"):
+        load_weights(_fresh(), tmp_path / "shape.pth", num_classes=10)
 
 
 def test_a_truncated_file(state: dict[str, Tensor], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from scipy.special import softmax
 
 from distill.report.charts import Chart
 from distill.report.comparison import Comparison, Row
-from distill.report.metrics import Floats, Ints, mean_nll
+from distill.report.metrics import Floats, Ints, as_numbers, decisions, mean_nll
 from distill.report.page import Column, Part, Plot, Section, Table
 
 BINS = 15
@@ -53,13 +53,13 @@ def calibration(logits: Floats, labels: Ints, validation: tuple[Floats, Ints] | 
     if validation is None:
         return Calibration(bins, ece)
     temperature = fit_temperature(*validation)
-    scaled = logits.astype(np.float64) / temperature
+    scaled = as_numbers(logits) / temperature
     return Calibration(bins, ece, temperature, reliability(scaled, labels)[1], mean_nll(scaled, labels))
 
 
 def reliability(logits: Floats, labels: Ints) -> tuple[list[Bin], float]:
     """Bins and ECE; a confidence on the border of two bins belongs to the lower one."""
-    confidence, right = softmax(logits.astype(np.float64), axis=1).max(1), logits.argmax(1) == labels
+    confidence, right = softmax(as_numbers(logits), axis=1).max(1), decisions(logits) == labels
     indices = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = [
         Bin(int(where.sum()), float(confidence[where].mean()), float(right[where].mean()))
@@ -70,7 +70,7 @@ def reliability(logits: Floats, labels: Ints) -> tuple[list[Bin], float]:
 
 def fit_temperature(logits: Floats, labels: Ints) -> float:
     """Between 1/20 and 20, where the mean NLL of logits / temperature is smallest; it has one minimum."""
-    exact, bound = logits.astype(np.float64), float(np.log(LARGEST_TEMPERATURE))
+    exact, bound = as_numbers(logits), float(np.log(LARGEST_TEMPERATURE))
     found = minimize_scalar(
         lambda log_t: mean_nll(exact / np.exp(log_t), labels),
         bounds=(-bound, bound),

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 
 from distill.report.charts import Chart, short
 from distill.report.comparison import Comparison, Row
-from distill.report.metrics import Floats, Ints
+from distill.report.metrics import Floats, Ints, decisions
 from distill.report.page import Cell, Column, Part, Plot, Section, Table, cell
 
 DRAWN = 30
@@ -39,13 +39,15 @@ class Pair(NamedTuple):
 
 
 def confusion(logits: Floats, labels: Ints) -> Confusion:
-    """int64 [classes, classes]: row the label, column the answer."""
-    matrix: Confusion = confusion_matrix(labels, logits.argmax(1), labels=np.arange(logits.shape[1]))
+    """int64 [classes, classes]: row the label, column the answer; images without an answer are left out."""
+    matrix: Confusion = confusion_matrix(labels, decisions(logits), labels=np.arange(logits.shape[1]))
     return matrix
 
 
-def accuracy_by_class(matrix: Confusion) -> list[float | None]:
-    return [100 * int(row[index]) / total if (total := int(row.sum())) else None for index, row in enumerate(matrix)]
+def accuracy_by_class(matrix: Confusion, labels: Ints) -> list[float | None]:
+    """In percent of the images with each label; None where there are none."""
+    totals, right = np.bincount(labels, minlength=len(matrix)).tolist(), np.diag(matrix).tolist()
+    return [100 * correct / total if total else None for correct, total in zip(right, totals, strict=True)]
 
 
 def most_confused(matrix: Confusion, number: int) -> list[Pair]:
@@ -61,7 +63,7 @@ def build(comparison: Comparison) -> Section | None:
     models = []
     for row in comparison.wholes:
         matrix = confusion(row.logits, comparison.labels)
-        models.append(Model(comparison.model_name(row), row, matrix, accuracy_by_class(matrix)))
+        models.append(Model(comparison.model_name(row), row, matrix, accuracy_by_class(matrix, comparison.labels)))
     student = next(model for model in models if model.row.model == "student")
     whole = len(names) <= WHOLE_MATRIX
     of = "each class" if len(names) <= DRAWN else f"the {DRAWN} classes that vary most"

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix
 
 from distill.report.comparison import Comparison, Row
-from distill.report.metrics import Floats, Ints
+from distill.report.metrics import Floats, Ints, agree, as_numbers, decisions
 from distill.report.page import Column, Section, Table
 from distill.report.statistics import SIGNIFICANT, mcnemar, p_text
 
@@ -69,9 +69,9 @@ class TwoByTwo(NamedTuple):
 
 def fidelity(logits: Floats, teacher: Floats, labels: Ints) -> Fidelity:
     """Of a model's logits [N, classes] to the teacher's."""
-    says, teacher_says = logits.argmax(1), teacher.argmax(1)
-    same, right, wrong = says == teacher_says, says == labels, teacher_says != labels
-    own, target = (log_softmax(values.astype(np.float64), axis=1) for values in (logits, teacher))
+    says, teacher_says = decisions(logits), decisions(teacher)
+    same, right, wrong = agree(says, teacher_says), says == labels, teacher_says != labels
+    own, target = (log_softmax(as_numbers(values), axis=1) for values in (logits, teacher))
     # From logarithms: a model's probability too small to store is not 0. One of 0 of the teacher's adds nothing.
     probabilities = np.exp(target)
     possible = probabilities > 0
@@ -91,16 +91,16 @@ def fidelity(logits: Floats, teacher: Floats, labels: Ints) -> Fidelity:
 
 def inheritance(student: Floats, control: Floats, teacher: Floats, labels: Ints) -> list[TwoByTwo]:
     """Student against control on the teacher's mistakes; empty where it makes none."""
-    wrong = teacher.argmax(1) != labels
+    wrong = decisions(teacher) != labels
     if not wrong.any():
         return []
-    student_says, control_says, teacher_says = (values[wrong].argmax(1) for values in (student, control, teacher))
+    student_says, control_says, teacher_says = (decisions(values[wrong]) for values in (student, control, teacher))
     found = []
     for what, answers in (
         ("makes the teacher's mistake", teacher_says),
         ("is right where the teacher is wrong", labels[wrong]),
     ):
-        a, b = student_says == answers, control_says == answers
+        a, b = agree(student_says, answers), agree(control_says, answers)
         both, student_only, control_only, neither = confusion_matrix(a, b, labels=[True, False]).ravel().tolist()
         test = mcnemar("student", "control", a, b)
         often = "more often" if test.points > 0 else "less often"

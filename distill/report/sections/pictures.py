@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from distill.report.comparison import Comparison
+from distill.report.metrics import NO_ANSWER, agree, as_numbers, decisions
 from distill.report.page import Picture, Section, Wall
 
 GROUPS = ("only the teacher is right", "only the student is right", "neither is right")
@@ -28,19 +29,23 @@ def build(comparison: Comparison) -> Section | None:
         control = comparison.row(name, "control")
         models = [student, teacher] if control is None else [student, teacher, control]
         numbers = run.analysis.tensors["pictures.indices"].tolist()
-        probabilities = [(row.model, softmax(row.logits[numbers].astype(np.float64), axis=1)) for row in models]
+        answered = [
+            (row.model, softmax(as_numbers(row.logits[numbers]), axis=1), decisions(row.logits[numbers]))
+            for row in models
+        ]
         pictures = []
         for index, (number, image) in enumerate(zip(numbers, run.analysis.tensors["pictures.images"], strict=True)):
             label = int(comparison.labels[number])
-            decided = [(model, values[index], int(values[index].argmax())) for model, values in probabilities]
             answers = [
-                (model, run.class_names[answer], 100 * float(values[answer]), answer == label)
-                for model, values, answer in decided
+                (model, "no answer", 0.0, False)
+                if decided[index] == NO_ANSWER
+                else (model, run.class_names[decided[index]], 100 * float(values[index].max()), decided[index] == label)
+                for model, values, decided in answered
             ]
             group = GROUPS[0] if answers[1][3] else GROUPS[1] if answers[0][3] else GROUPS[2]
             pictures.append(Picture(to_png(image), run.class_names[label], answers, group, number))
         walls.append(Wall(f"wall-{len(walls)}", GROUPS, pictures))
-        differ = int((student.logits.argmax(1) != teacher.logits.argmax(1)).sum())
+        differ = int((~agree(decisions(student.logits), decisions(teacher.logits))).sum())
         counts = {group: sum(picture.group == group for picture in pictures) for group in GROUPS}
         shown = {"disagreements": differ, "shown": len(pictures), "classes": len(run.class_names)}
         data.append({"run": name, **shown, **counts})

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.recipe import OPERATIONAL_KEYS
 from distill.report.comparison import Comparison, Row
-from distill.report.metrics import Ints
+from distill.report.metrics import Ints, decisions
 from distill.report.page import Section, Table
 from distill.report.statistics import mcnemar, p_value, paired
 
@@ -78,7 +78,7 @@ def _test(first: str, a: BySeed, second: str, b: BySeed, labels: Ints) -> Iterat
     """Of two models over the seeds that both have."""
     common = sorted(set(a) & set(b))
     if len(common) > 1:
-        rights = [np.concatenate([rows[seed].logits.argmax(1) == labels for seed in common]) for rows in (a, b)]
+        rights = [np.concatenate([decisions(rows[seed].logits) == labels for seed in common]) for rows in (a, b)]
         accuracies = [[rows[seed].metrics.top1 for seed in common] for rows in (a, b)]
         pooled = mcnemar(first, second, *rights)
         yield {
