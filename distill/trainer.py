@@ -36,7 +36,7 @@ from distill.training.accumulator import MetricAccumulator
 from distill.training.compilation import Compilation
 from distill.training.gradient_shares import GradientShares
 from distill.training.nonfinite import Ema, NonFiniteSteps
-from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
 from distill.training.saving import CheckpointWriter, Progress, TrainState, record_checkpoint, restore
 from distill.training.task import build_task
 from teachers import Teacher
@@ -70,6 +70,7 @@ class Trainer:
         self.steps_per_epoch = self.plan.steps_per_epoch(info.sizes["train"])
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
+        warn_of_long_warmup(recipe.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         self.student: Student = build_student(
             recipe.student,
             resolution=recipe.data.resolution,

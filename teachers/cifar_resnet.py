@@ -127,7 +127,9 @@ def _head(features: int, num_classes: int) -> nn.Module:
 
 
 def _create(variant: str, depth: int, pretrained: bool, kwargs: dict[str, Any]) -> CifarResNet:
-    return build_model_with_cfg(CifarResNet, variant, pretrained, depth=depth, **kwargs)
+    # Of features_only; timm's default wants five stages, and calls modules one after another, without what is between.
+    features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
+    return build_model_with_cfg(CifarResNet, variant, pretrained, depth=depth, feature_cfg=features, **kwargs)
 
 
 # No URLs: weights are loaded by `load_teacher`, which checks their hash.

@@ -75,6 +75,15 @@ def test_a_distillation_head_that_nothing_teaches(refused, toy: Toy, model: str,
     assert "distill.0.weight: always 0: the distillation head would not be trained" in message
 
 
+@pytest.mark.parametrize("model", ["vit_nano", "deit_tiny_distilled_patch16_224"])
+def test_a_class_head_that_nothing_teaches(refused, toy: Toy, model: str) -> None:
+    patch, resolution = (["student.patch_size=4"], 8) if model == "vit_nano" else ([], 32)
+    message = refused(
+        toy.recipe, f"student={{model: {model}}}", *patch, f"data.resolution={resolution}", "label_weight=0"
+    )
+    assert "label_weight: 0: the class head would not be trained" in message
+
+
 def test_missing_data_without_network(refused, toy: Toy, tmp_path: Path) -> None:
     message = refused(toy.recipe, "data.root=elsewhere")
     assert "elsewhere" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -210,7 +211,8 @@ def test_shares_are_those_by_hand_and_change_nothing(toy: Toy, changes: dict[str
 def test_no_share_where_there_is_no_gradient(toy: Toy, tmp_path: Path) -> None:
     """At the first step nothing has a weight: the line stays one of numbers."""
     distill = [{"method": "dkd", "weight": {"start": 0.0, "end": 1.0}}]
-    trainer = trainer_of(recipe_of(toy, distill=distill, label_weight=0.0, train={"log_gradient_share": True}))
+    changes = {"student": {"distillation_token": False}, "train": {"log_gradient_share": True}}
+    trainer = trainer_of(recipe_of(toy, distill=distill, label_weight=0.0, **changes))
     directory, batches = directory_at(tmp_path / "run"), batches_of(trainer)
     for _ in range(2):
         take_steps(trainer, batches, 1)
@@ -220,6 +222,32 @@ def test_no_share_where_there_is_no_gradient(toy: Toy, tmp_path: Path) -> None:
     first, second = train_lines(tmp_path / "run")
     assert "gradient_share/dkd" not in first
     assert (second["gradient_share/dkd"], second["gradient_share/label"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_a_head_that_nothing_teaches_is_refused_or_said(
+    toy: Toy, token: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
+    hints, never = {"method": "fitnet", "weight": 1.0}, {"method": "hard", "weight": 0.0}
+
+    def build(weight: float, *distill: dict[str, Any]) -> None:
+        caplog.clear()
+        student = {"distillation_token": token}
+        trainer_of(recipe_of(toy, distill=list(distill), label_weight=weight, student=student))
+
+    build(0.0, hints)
+    assert "only feature maps are learned" in caplog.text
+    build(0.5, hints)
+    assert "only feature maps" not in caplog.text
+    with pytest.raises(InputError, match="nothing would train the prediction"):
+        build(0.0, hints, never)
+    taught = {"method": "soft", "weight": {"start": 0.0, "end": 1.0}}
+    if token:
+        with pytest.raises(InputError, match="label_weight: 0: the class head would not be trained"):
+            build(0.0, hints, taught)
+    else:
+        build(0.0, hints, taught)
 
 
 # All methods together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,7 @@ from distill.errors import InputError
 from distill.recipe.schema import Optim
 from distill.students import register_models
 from distill.training.muon import BatchedMuon, iteration_dtype
-from distill.training.optim import build_optimizer, learning_rate, set_learning_rate
+from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
 
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
@@ -53,6 +54,18 @@ def test_constant_stays_and_a_long_warm_up_is_allowed() -> None:
     assert values == sorted(values)
     assert values[-1] == pytest.approx(20 / 501)
     assert math.isfinite(learning_rate(Optim(), 10**6, steps_per_epoch=1, total_steps=5))
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(3.0, True), (4.0, True), (1.9, False)])
+def test_a_warm_up_longer_than_the_run_is_said(
+    epochs: float, said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("distill"), "propagate", True)
+    warn_of_long_warmup(Optim(warmup_epochs=epochs), steps_per_epoch=10, total_steps=30)
+    message = f"optim.warmup_epochs: {epochs:g} epochs are {round(10 * epochs)} steps, and the run has 30"
+    assert (message in caplog.text) == said
+    if epochs == 4.0:
+        assert "to 0.732 of optim.lr" in caplog.text  # 30 of 41 steps
 
 
 def test_decay_falls_on_matrices_only_and_layer_decay_scales() -> None:

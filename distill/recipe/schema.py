@@ -397,6 +397,25 @@ class Recipe(Section):
             "the method out",
         )
 
+    def untaught_heads(self, number: int) -> Problem | None:
+        """What is wrong where methods on logits are given, and nothing with any weight teaches one of the student's
+        `number` heads: labels teach the first, these methods the last.
+        """
+        if number > 1 and (problem := self.untaught_head()) is not None:
+            return problem
+        on_logits = [section for section in self.distill if section.needs.logits]
+        taught = any(section.mean_weight for section in on_logits)
+        if not on_logits or self.label_weight or (taught and number == 1):
+            return None
+        which = (
+            "the class head would not be trained, though the prediction is the mean of both"
+            if taught
+            else ("nothing would train the prediction")
+        )
+        return Problem(
+            (("label_weight",),), f"0: {which}; give the labels a weight" + (", or take a student of one head" * taught)
+        )
+
     def as_control(self) -> Recipe:
         """The recipe without teacher; its label loss, a mean over heads, has the weight of all losses on heads."""
         assert self.label_weight is not None, "a loaded recipe has it resolved"

@@ -209,6 +209,7 @@ def _build(
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},  # of features_only, as timm's vision transformers
         **model_args,
     )
 

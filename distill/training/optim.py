@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import nn
 from distill.errors import InputError
 from distill.recipe.schema import Optim
 from distill.training.muon import BatchedMuon
+
+_log = logging.getLogger("distill")
 
 
 def build_optimizer(spec: Optim, model: nn.Module, methods: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -83,6 +86,17 @@ def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: 
         return spec.lr
     progress = (step - warmup) / max(1.0, total_steps - warmup)
     return spec.min_lr + (spec.lr - spec.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def warn_of_long_warmup(spec: Optim, *, steps_per_epoch: int, total_steps: int) -> None:
+    """Log a warm-up that does not end within the run's `total_steps`."""
+    warmup = spec.warmup_epochs * steps_per_epoch
+    if warmup >= total_steps:
+        _log.warning(
+            "optim.warmup_epochs: %g epochs are %d steps, and the run has %d: its learning rate only rises, to %.3g of "
+            "optim.lr",
+            spec.warmup_epochs, warmup, total_steps, total_steps / (warmup + 1),
+        )  # fmt: skip
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -19,6 +20,8 @@ from distill.options import MapsOptions
 from distill.recipe import Recipe
 from distill.students import Student
 from distill.teaching.source import StepIndex, TeacherSource
+
+_log = logging.getLogger("distill")
 
 
 class Losses(NamedTuple):
@@ -116,8 +119,10 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
     Raises:
         InputError: a head has no loss, or a method needs logits or maps that student or teacher lack.
     """
-    if len(student.heads) > 1 and (untaught := recipe.untaught_head()) is not None:
+    if (untaught := recipe.untaught_heads(len(student.heads))) is not None:
         raise InputError(f"{'.'.join(map(str, untaught.keys[0]))}: {untaught.message}")
+    if recipe.distill and not recipe.label_weight and all(section.needs.maps for section in recipe.distill):
+        _log.warning("label_weight: 0, and only feature maps are learned: the prediction stays that of random weights")
     _check_logits(recipe, source)
     # Without a teacher, which may have to be trained first, only methods that need none are built.
     sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
