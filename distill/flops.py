@@ -15,7 +15,9 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
     convolutions; elementwise work is not counted.
 
     Independent of device and torch release: kernels, and those that torch's counter knows, differ between them, so a
-    copy of the model runs on the CPU without fused attention.
+    copy of the model runs on the CPU without fused attention. There area attention with mean keys and summed or
+    averaged values sums logits and weights of tokens, which count nothing; others pool keys and values, which count as
+    further tokens. On a GPU all are pooled.
     """
     model = copy.deepcopy(model).cpu().eval()
     fused = torch.backends.mha.get_fastpath_enabled()  # of nn.MultiheadAttention, as in torchvision's ViT

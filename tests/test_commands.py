@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -207,6 +209,28 @@ def test_export(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "other")]) == 2
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_an_export_is_compared_on_the_images_of_a_folder(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 2)):
+        for label in "abcd":
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    overrides = ["data.name=folder", f"data.root={tmp_path / 'images'}", "train.max_steps=1", "data.validation=0",
+                 "teacher=null", "distill=[]", "report.analysis=none"]  # fmt: skip
+    assert main(["train", str(toy.recipe), "--out", "run", *overrides]) == 0
+    capsys.readouterr()
+    assert main(["export", "run", "--to", "half", "--fp16"]) == 0
+    assert "on 8 test images" in capsys.readouterr().out
+    (tmp_path / "images" / "test" / "a" / "0.png").unlink()
+    assert main(["export", "run", "--to", "again", "--fp16"]) == 0
+    assert "not at hand" in capsys.readouterr().out
 
 
 def test_a_second_export_has_the_card_of_the_first(finished: Path, tmp_path: Path) -> None:

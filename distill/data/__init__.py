@@ -6,6 +6,6 @@ evaluation batches on its device. Small data are held there as uint8; large data
 
 from distill.data.batches import Batch, BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, Split
-from distill.data.opening import open_dataset
+from distill.data.opening import at_hand, open_dataset
 
-__all__ = ["Batch", "BatchPlan", "Dataset", "DatasetInfo", "Split", "open_dataset"]
+__all__ = ["Batch", "BatchPlan", "Dataset", "DatasetInfo", "Split", "at_hand", "open_dataset"]

@@ -186,6 +186,11 @@ class DataReader:
     """Whether data.skip_unreadable may be true."""
 
     @classmethod
+    def at_hand(cls, options: Any) -> bool:
+        """Whether opening the data downloads nothing."""
+        return True
+
+    @classmethod
     def open(cls, options: Any, opening: Opening) -> Dataset:
         """The dataset. Several processes may open the same data at once.
 
@@ -236,6 +241,12 @@ def open_dataset(
 def _with_names(digest: str, names: Sequence[str]) -> str:
     """The digest of the data and of what `data.test` holds out."""
     return hashlib.sha256("\n".join([digest, *names]).encode()).hexdigest() if names else digest
+
+
+def at_hand(spec: Data) -> bool:
+    """Whether the dataset of `spec` can be opened without a download."""
+    reader = reader_of(spec.name)
+    return reader is not None and registry.find("datasets", reader).implementation.at_hand(spec)
 
 
 def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:

@@ -173,6 +173,10 @@ def _read_labels(spec: Data, split: str) -> Tensor:
 @register("datasets", "sequential", Options)
 class SequentialReader(DataReader):
     @classmethod
+    def at_hand(cls, options: Data) -> bool:
+        return options.name.startswith("wds/")
+
+    @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
         """Raises InputError if validation is to be held out, which needs random access."""
         opening.must_stream()

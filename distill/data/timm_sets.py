@@ -31,6 +31,10 @@ class Options(Data):
 @register("datasets", "timm_sets", Options)
 class RandomAccessReader(DataReader):
     @classmethod
+    def at_hand(cls, options: Data) -> bool:
+        return False  # the hub is asked even for what is there
+
+    @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
         opening.must_stream()
         readers = open_random_access(options.name, opening.root)

@@ -57,6 +57,13 @@ KNOWN = {
 @register("datasets", "torchvision_sets", Options)
 class PackedFile(DataReader):
     @classmethod
+    def at_hand(cls, options: Data) -> bool:
+        name, root = options.name, Path(options.root)
+        return name not in KNOWN or bool(
+            _existing(name, root, cache_folder(options.cache)) or _source(name, root) is not None
+        )
+
+    @classmethod
     def read(cls, options: Data) -> Packed:
         root = Path(options.root)
         if options.name in KNOWN:

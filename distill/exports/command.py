@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill import run
 from distill.console import say
-from distill.data import Dataset, open_dataset
+from distill.data import Dataset, at_hand, open_dataset
 from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH
 from distill.exports.card import card_of_run, check_license, render
@@ -66,12 +66,11 @@ def export_run(
 
 
 def _test_set(path: Path) -> Dataset | None:
-    """The data of the run at `path`, where they lie ready in one file; nothing is downloaded or packed for this."""
+    """The data of the run at `path`, unless they would have to be downloaded, or are others now."""
     recipe = run.read_recipe(path)
-    names = (recipe.data.name, f"{recipe.data.name}.safetensors")
-    if recipe.data.name != "digits" and not any((Path(recipe.data.root) / name).is_file() for name in names):
-        return None
     try:
+        if not at_hand(recipe.data):
+            return None
         dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"))
     except InputError:
         return None

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from distill.methods.base import MapsMethod, Shapes
 from distill.methods.maps import resize
 from distill.methods.precision import at_least_float32
-from distill.options import MapsOptions, Weight, WeightSchedule, weight
+from distill.options import MapsOptions, Needs, Weight, WeightSchedule, weight
 from distill.registry import register
 
 
 class Options(MapsOptions):
+    needs = Needs(maps=True, compares_samples=True)
     method: Literal["guide"] = Field(
         "guide",
         description="Locality guidance (Li et al. 2022): projected tokens regress all maps of the teacher, spread "

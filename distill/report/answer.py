@@ -8,6 +8,12 @@ from distill.report.comparison import Comparison
 from distill.report.page import Column, Table
 from distill.report.statistics import SIGNIFICANT, PairedTest, p_text
 
+COUNTED = (
+    "GFLOPs: two operations for each multiply-add of matrix products and convolutions, by one algorithm on any device: "
+    "areas with mean keys and summed or averaged values are sums of the tokens' logits and weights, which "
+    "count nothing; other areas have a pooled key and value each, which count as further tokens."
+)
+
 
 def answer(comparison: Comparison) -> str:
     """Sentences on every run: how good its student is, beside its teacher and its control."""
@@ -89,4 +95,11 @@ def _caption(comparison: Comparison, *, speed: bool) -> str:
             f" Speed: in evaluation, float32, {on}; teacher and student in turns, medians of five rounds. The control "
             "is the same network as the student."
         )
+        if sum(run.analysis is not None for run in comparison.runs.values()) > 1:
+            text += (
+                " Each run was measured at its own end: compare speeds within a run; between runs they also differ by "
+                "what else the machine did, up to a tenth or more."
+            )
+    if any(comparison.costs(row)["gflops"] is not None for row in comparison.rows):
+        text += f" {COUNTED}"
     return text

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from distill.errors import InputError
+from distill.report.answer import main_table
 from distill.report.comparison import Comparison, compare
+from distill.report.document import write_report
 from distill.report.tables import render_console
 
 MakeRun = Callable[..., Path]
@@ -149,6 +151,38 @@ def test_selection_on_the_test_set_is_said(make_run: MakeRun) -> None:
     text = console_text(comparison)
     assert "select_on: test" in text
     assert "optimistic" in text
+
+
+def test_rows_that_are_no_numbers_are_said_and_every_figure_is_one(make_run: MakeRun, tmp_path: Path) -> None:
+    path = make_run("run", control=True, analysis=True, strength=2.0)
+    tensors = load_file(path / "predictions.safetensors")
+    tensors["student.fused"][:3] = np.nan
+    tensors["teacher"][2:4] = np.nan
+    save_file(tensors, path / "predictions.safetensors")
+    comparison = compare([path])
+    assert [text.split(";")[0] for text in comparison.warnings] == [
+        "run, teacher: 2 of 40 rows of logits are not numbers",
+        "run, student, both heads: 3 of 40 rows of logits are not numbers",
+    ]
+    student = comparison.row("run", "student")
+    assert student is not None
+    answers = tensors["student.fused"].argmax(1)
+    same = (answers == tensors["teacher"].argmax(1))[4:].sum()
+    assert student.metrics.top1_correct == (answers == tensors["labels"])[3:].sum()
+    assert student.metrics.agreements == same  # row 3 has no answer of the teacher's
+    write_report(comparison, tmp_path / "report.html")
+    text = (tmp_path / "report.json").read_text()
+    assert "NaN" not in text
+    calibration = json.loads(text)["calibration"]
+    assert all(isinstance(record["ece"], float) and isinstance(record["nll"], float) for record in calibration)
+
+
+def test_speeds_of_several_runs_are_said_to_be_measured_apart(make_run: MakeRun) -> None:
+    one, other = (make_run(name, analysis=True) for name in ("one", "other"))
+    assert "each run was measured" not in main_table(compare([one])).caption.lower()
+    caption = main_table(compare([one, other])).caption
+    assert "Each run was measured at its own end: compare speeds within a run" in caption
+    assert "by one algorithm on any device" in caption
 
 
 def test_numbers_that_are_none_are_not_drawn(make_run: MakeRun) -> None:
