@@ -12,6 +12,7 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
+import fsspec
 from PIL import Image
 
 from distill.data.images import Source
@@ -27,16 +28,23 @@ def samples(dataset: Any, name: str) -> Iterator[tuple[Source, str, int]]:
         prepare(reader)
     for number, (image, label) in enumerate(dataset):
         content, own_name = image if isinstance(image, tuple) else (image, "")
-        if isinstance(content, Mapping):  # Hugging Face's
-            own_name, content = content.get("path") or "", content["bytes"] or content["path"]
+        if isinstance(content, Mapping):
+            content, own_name = _fetched(content, name)
         where = f"{name}: {own_name}" if own_name else f"{name}, image {number}"
-        yield _source(content), where, int(label)
+        source = BytesIO(content) if isinstance(content, bytes) else content
+        yield source if isinstance(source, BytesIO | Image.Image) else Image.fromarray(source), where, int(label)
 
 
-def _source(content: Any) -> Source:
-    if isinstance(content, bytes):
-        return BytesIO(content)
-    return content if isinstance(content, str | Image.Image) else Image.fromarray(content)
+def _fetched(value: Mapping[str, Any], name: str) -> tuple[bytes, str]:
+    """Content and name of an image of a Hugging Face set, which may be in a remote file or an archive."""
+    path = value.get("path") or ""
+    if (content := value.get("bytes")) is not None:
+        return content, path
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read(), path
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {path}: cannot be read ({error})") from None
 
 
 def _webdataset(reader: Any) -> None:

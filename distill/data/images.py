@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +46,7 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 RUNS_A_PROGRAM = "EPS"
 
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
-COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+MODES = GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 """Of 8 bits per channel. The others have 16 or 32 bits, or floats, whose black and white are anybody's guess."""
 
 WHITE = (255, 255, 255)
@@ -130,7 +131,7 @@ def decode_for(
     if misfit is not None:
         raise InputError(f"{name}: {misfit}{remedy}")
     _say_if_reduced(image)
-    pixels = image.width * image.height
+    pixels = math.prod(image.size)
     if SMALL * pixels < rules.max_pixels:
         return use(_load(image, name, rules, remedy))
     with _budget.share(pixels, rules.max_pixels):
@@ -205,7 +206,7 @@ def _misfit(image: Image.Image, rules: ImageRules) -> str | None:
             f"has {width * height:,} pixels ({width} x {height}), more than data.max_pixels, {rules.max_pixels:,}; "
             "shrink it or raise that limit"
         )
-    if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
+    if image.mode not in MODES:
         return f"has pixels of PIL mode {image.mode}; convert it to 8 bits per channel"
     return None
 
@@ -313,7 +314,8 @@ def to_square(image: Image.Image, resolution: int, box: Box | None) -> Tensor:
         size = (image.width * resolution // shorter, image.height * resolution // shorter)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((image.width - resolution) / 2), round((image.height - resolution) / 2)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+    if image.size != (resolution, resolution):
+        left, top = round((image.width - resolution) / 2), round((image.height - resolution) / 2)
+        image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image)
+    return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())

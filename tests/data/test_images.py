@@ -9,6 +9,7 @@ import json
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -328,7 +329,11 @@ class Rows(Shards):
         return self
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        yield from (({"bytes": file, "path": f"{number}.png"}, number % 2) for number, file in enumerate(self.files))
+        with tempfile.TemporaryDirectory() as folder:
+            for number, file in enumerate(self.files):
+                path = Path(folder) / f"{number}.png"
+                path.write_bytes(file)
+                yield {"bytes": None if number % 2 else file, "path": str(path)}, number % 2
 
 
 class HubTable(Shards):
@@ -449,7 +454,7 @@ def test_what_is_refused_is_refused_by_name(
     }[what]
     where = {
         "packed": "1.png", "streamed": "1.png", "python": r"test\[1\]", "python streamed": r"test\[1\]",
-        "wds/x": r"wds/x: 0.tar, 01.png", "tfds/x": "tfds/x, image 1", "hfids/x": "hfids/x: 1.png",
+        "wds/x": r"wds/x: 0.tar, 01.png", "tfds/x": "tfds/x, image 1", "hfids/x": "hfids/x: .*/1.png",
         "hfds/x": "hfds/x, image 1",
     }[way]  # fmt: skip
     with pytest.raises(InputError, match=f"{where}.*{reason}"):
