@@ -12,7 +12,6 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
-import fsspec
 from PIL import Image
 
 from distill.data.images import Source
@@ -40,6 +39,8 @@ def _fetched(value: Mapping[str, Any], name: str) -> tuple[bytes, str]:
     path = value.get("path") or ""
     if (content := value.get("bytes")) is not None:
         return content, path
+    import fsspec  # as `datasets` does
+
     try:
         with fsspec.open(path, "rb") as file:
             return file.read(), path
