@@ -16,7 +16,7 @@ from typing import NoReturn
 from distill.errors import InputError, Interrupted
 from distill.files.text import visible
 from distill.launching.exit_messages import exit_code, exit_message, write_interruption
-from distill.launching.launcher import is_main_process
+from distill.launching.launcher import is_local_main_process, is_main_process
 from distill.launching.signals import StopRequest
 from distill.version import __version__
 
@@ -142,7 +142,7 @@ def train(options: argparse.Namespace) -> int:
         if isinstance(error, Interrupted) and not stop.runs and out and is_main_process():
             write_interruption(error, out)
             directories = [out]
-        if is_main_process() or any(recorded):
+        if is_main_process() or any(recorded) or (stop.isolated and is_local_main_process()):
             message = exit_message(error, directories, arguments, resuming)
             with suppress(OSError):  # a closed terminal or pipe
                 print(visible(message), file=sys.stderr, flush=True)

@@ -24,3 +24,6 @@ class Interrupted(BaseException):
 
     Not an `Exception`, so that no `except Exception` catches it.
     """
+
+    alone = False
+    """Whether this process of several stops by itself, while others are within a step: they cannot save together."""

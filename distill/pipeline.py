@@ -187,15 +187,19 @@ def _execute(
         if status.get("phase") != "control" or location.named:
             _log.info("run directory: %s", location.directory)
             _train(trainer, tracking, location, shared, preflight)
+        tracking.close()  # a tracker has one run at a time, and the control's is next
         if recipe.control:
             directory.status(phase="control")
             accelerator.free_memory()
             del trainer
             execute_control(recipe, location, shared, dataset)
+            tracking.reopen()
             check_control(location.directory, tracking)
             on_main(lambda: describe_export(location.directory))
-    finally:
-        tracking.close()
+            tracking.close()
+    except BaseException:
+        tracking.close(failed=True)
+        raise
 
 
 def execute_control(recipe: Recipe, location: RunLocation, shared: Launch, dataset: Dataset) -> None:
@@ -209,13 +213,15 @@ def _train(
     trainer: Trainer, tracking: Tracking, location: RunLocation, shared: Launch, preflight: dict[str, Any] | None
 ) -> None:
     recipe, accelerator, directory = trainer.recipe, trainer.accelerator, tracking.run
-    tracking.start()
     on_main(lambda: checkpoint.discard_after(directory.checkpoints, location.checkpoint))
     if location.checkpoint is not None:
         trainer.restore(location.checkpoint, directory)
-        directory.log("resume", step=trainer.progress.step, epoch=trainer.epoch)
     else:
         directory.cut_metrics(0)
+    tracking.start(trainer.progress.step if location.resumed else None)
+    if location.checkpoint is not None:
+        directory.log("resume", step=trainer.progress.step, epoch=trainer.epoch)
+    else:
         directory.log("start", step=0, epoch=0, initial_weights=trainer.initial_weights, steps=trainer.total_steps)
         if preflight is not None:
             directory.log("preflight", step=0, epoch=0, **preflight)

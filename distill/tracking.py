@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 
 from distill.console import TrainingDisplay
+from distill.files.metrics import read_lines
 from distill.recipe import Recipe
-from distill.run import Run
+from distill.run import Run, read_status
 
 
 class Tracking:
@@ -27,17 +29,50 @@ class Tracking:
             recipe.name, total_steps=total_steps, steps_per_epoch=steps_per_epoch, is_main=run.is_main
         )
         self._step, self._evaluated = 0, ""
-        run.listeners.append(self._track)
 
-    def start(self) -> None:
-        """Start the recipe's trackers, with the recipe as configuration."""
+    def start(self, resumed_at: int | None = None) -> None:
+        """Start the recipe's trackers, with the recipe as configuration.
+
+        Args:
+            resumed_at: the step from which the run is resumed; None: it is new. `metrics.jsonl` ends there. TensorBoard
+                discards what it has of later steps, and W&B continues the same run.
+        """
         config = {key: str(value) for key, value in self._recipe.flat().items()}
-        self._accelerator.init_trackers(self._recipe.name, config=config)
+        self._start({} if resumed_at is None else {"tensorboard": {"purge_step": resumed_at}}, config)
+        if resumed_at is not None and self.run.is_main:
+            self._log_again(resumed_at)
 
-    def close(self) -> None:
+    def reopen(self) -> None:
+        """Continue in the trackers after `close`."""
+        self._start({}, None)
+
+    def _start(self, options: dict[str, dict[str, Any]], config: dict[str, str] | None) -> None:
+        if "wandb" in self._recipe.train.trackers and self.run.is_main:
+            identity = read_status(self.run.path).get("wandb") or uuid.uuid4().hex[:8]
+            self.run.status(wandb=identity)
+            options = options | {"wandb": {"id": identity, "resume": "allow"}}
+        self._accelerator.init_trackers(self._recipe.name, config=config, init_kwargs=options)
+        self.run.listeners.append(self._track)
+
+    def _log_again(self, step: int) -> None:
+        """Give TensorBoard the lines that it has discarded though they stay: those of `step` itself."""
+        trackers = [tracker for tracker in self._accelerator.trackers if tracker.name == "tensorboard"]
+        for line in read_lines(self.run.metrics.path) if trackers else ():
+            self._evaluated = line.get("weights", "")  # there is no test evaluation before the run's last checkpoint
+            values = self._values(line)
+            for tracker in trackers if self._step >= step else ():
+                tracker.log(values, step=self._step)
+
+    def close(self, *, failed: bool = False) -> None:
         """Finish the trackers; `Accelerator.end_training` would also destroy the process group."""
+        if self._track in self.run.listeners:
+            self.run.listeners.remove(self._track)
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            if failed and tracker.name == "wandb" and self.run.is_main:
+                tracker.tracker.finish(exit_code=1)
+            else:
+                tracker.finish()
+        self._accelerator.trackers = []
 
     def training(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Log means since the last such line, after `step` steps."""
@@ -62,10 +97,15 @@ class Tracking:
         self.display.accuracy(f"epoch {epoch:.2f}  {split} top-1 {values['student/top1']:.2f} % ({weights} weights)")
 
     def _track(self, line: Mapping[str, Any]) -> None:
+        values = self._values(line)
+        self._accelerator.log(values, step=self._step)
+
+    def _values(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a line under the trackers' names; sets the step to log them at."""
         values = {key: value for key, value in line.items() if key not in ("event", "step", "epoch", "time")}
         if line["event"] != "train":
             prefix = self._evaluated if line["event"] == "eval" else line["event"]
             values = {f"{prefix}/{key}": value for key, value in values.items()}
         # W&B drops values of earlier steps than its last one; the test evaluation may be of an earlier step.
         self._step = max(self._step, line["step"])
-        self._accelerator.log({**values, "epoch": line["epoch"]}, step=self._step)
+        return {**values, "epoch": line["epoch"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -186,7 +186,8 @@ class Trainer:
                 epoch, first_step = divmod(progress.step, self.steps_per_epoch)
                 self.model.train()
                 batches = self.dataset.training_batches(self.plan, epoch, first_step)
-                for micro_batches in self.accumulator.timed(with_process_index(batches)):
+                batches = self.saved_if_interrupted(with_process_index(batches), run)
+                for micro_batches in self.accumulator.timed(batches):
                     if progress.step % self.steps_per_epoch == 0:
                         # Only the first sample of the global batch: it does not depend on the number of processes.
                         first = micro_batches[0].first()
@@ -222,17 +223,30 @@ class Trainer:
         self.progress.compilation_seconds += self.accumulator.take_seconds()
         self.accumulator.start_clock()
 
+    def saved_if_interrupted(self, batches: Iterator[list[Batch]], run: Run) -> Iterator[list[Batch]]:
+        """Yield the batches unchanged; if interrupted while waiting for one, save a checkpoint first."""
+        try:
+            yield from batches
+        except Interrupted as stopped:
+            if not stopped.alone:
+                self.finish_saving()
+                if self.saved.step < self.progress.step:
+                    self.save(run)
+                    self.finish_saving()
+            raise
+
     def evaluate_or_save(self, tracking: Tracking) -> None:
         """Evaluate; if interrupted, save the state before it, so that a resumed run repeats the evaluation."""
         run = tracking.run
         before, size = replace(self.progress), run.metrics.size
         try:
             self.evaluate(tracking)
-        except Interrupted:
-            self.progress = before
-            run.cut_metrics(size)
-            self.save(run)
-            self.finish_saving()
+        except Interrupted as stopped:
+            if not stopped.alone:
+                self.progress = before
+                run.cut_metrics(size)
+                self.save(run)
+                self.finish_saving()
             raise
 
     def checkpoint_due(self) -> bool:

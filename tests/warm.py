@@ -126,6 +126,8 @@ def _child(
         del os.environ[name]
     os.environ |= environment
     os.chdir(cwd)
+    # Workers of data loaders are forked, as those of a command are.
+    multiprocessing.set_start_method("fork", force=True)
     code = 1
     try:
         import distill.console

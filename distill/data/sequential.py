@@ -21,12 +21,12 @@ from distill.data.batches import BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
 from distill.data.encoded import samples
 from distill.data.images import ImageRules, decode, to_square
+from distill.data.loading import items, worker_loader
 from distill.data.opening import DataReader, Opening
 from distill.data.randomness import keys
 from distill.data.stream import Draw, crop_box
 from distill.data.timm_sets import create
 from distill.errors import InputError
-from distill.launching.signals import ignore_first_sigterm
 from distill.recipe import Data
 from distill.registry import register
 
@@ -69,10 +69,10 @@ def rules_of(spec: Data) -> ImageRules:
     return rules._replace(channels=rules.channels or 3)
 
 
-def _collate(items: list[tuple[Tensor, int] | InputError]) -> Any:
+def _collate(batch: list[tuple[Tensor, int] | InputError]) -> Any:
     """A batch, or the first error among its samples."""
-    error = next((item for item in items if isinstance(item, InputError)), None)
-    return error or torch_data.default_collate(items)
+    error = next((sample for sample in batch if isinstance(sample, InputError)), None)
+    return error or torch_data.default_collate(batch)
 
 
 class SequentialDataset(Dataset):
@@ -100,17 +100,16 @@ class SequentialDataset(Dataset):
         decoder = _Decoder(source, self._spec, draw, plan.process_index, plan.num_processes)
         # timm's readers shuffle with the worker seeds of the loader.
         seed = int(keys(plan.seed, epoch, [f"reader/{plan.process_index}"])[0, 0])
-        loader = torch_data.DataLoader(
+        loader = worker_loader(
             decoder,
+            workers=self._workers,
             batch_size=plan.micro_batch,
             drop_last=True,
-            collate_fn=_collate,
-            num_workers=self._workers,
+            collate=_collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_first_sigterm,
             generator=torch.Generator().manual_seed(seed),
         )
-        batches = iter(loader)
+        batches = items(loader)
         for step in range(plan.steps_per_epoch(self.info.sizes["train"])):
             micro_batches = list(islice(batches, plan.accumulation))
             for batch in micro_batches:
@@ -135,14 +134,8 @@ class SequentialDataset(Dataset):
         if start >= stop:
             return
         decoder = _Decoder(_whole(self._spec, self._sources[split]), self._spec)
-        loader = torch_data.DataLoader(
-            decoder,
-            batch_size=None,
-            num_workers=min(self._workers, 1),
-            worker_init_fn=ignore_first_sigterm,
-            generator=torch.Generator(),
-        )
-        decoded = islice(loader, start, stop)
+        loader = worker_loader(decoder, workers=min(self._workers, 1), generator=torch.Generator())
+        decoded = islice(items(loader), start, stop)
         while chunk := list(islice(decoded, batch_size)):
             for sample in chunk:
                 if isinstance(sample, InputError):

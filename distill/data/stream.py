@@ -16,9 +16,9 @@ from distill.data.batches import BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
 from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
 from distill.data.images import Box, ImageRules, Source, decode, to_square
+from distill.data.loading import items, worker_loader
 from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
-from distill.launching.signals import ignore_first_sigterm
 from distill.recipe import Data
 from distill.recipe.schema import RandomResizedCrop
 
@@ -133,20 +133,18 @@ class StreamDataset(Dataset):
         self._train_loader = self._loader("train", self._requests, workers, persistent=True)
 
     def _loader(self, split: Split, requests: object, workers: int, persistent: bool) -> torch_data.DataLoader:
-        return torch_data.DataLoader(
+        return worker_loader(  # each request is a batch
             self._decoders[split],
-            batch_size=None,  # each request is a batch
-            sampler=requests,  # type: ignore[arg-type]
-            num_workers=workers,
+            workers=workers,
+            sampler=requests,
             persistent_workers=persistent and workers > 0,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
-            worker_init_fn=ignore_first_sigterm,
             generator=torch.Generator(),  # or the loader would draw its seed from the global state
         )
 
     def _decoded(self, loader: torch_data.DataLoader) -> Iterator[RawBatch]:
-        for item in loader:
+        for item in items(loader):
             if isinstance(item, InputError):
                 raise item
             yield RawBatch(*(tensor.to(self.device, non_blocking=True) for tensor in item))

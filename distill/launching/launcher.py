@@ -18,6 +18,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_local_main_process() -> bool:
+    """Whether this is the first process of its launch on this machine; needs no torch."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def training_command(arguments: Sequence[str]) -> str:
     """The shell command that trains with these arguments in the way this process was started.
 

@@ -1,4 +1,4 @@
-"""Stops a run on a signal, at the time limit, or when the launcher or another process of the launch has ended.
+"""Stops a run on a signal, at the time limit, or when the launcher or another process has ended or vanished.
 
 While the student trains, a signal only sets a flag; the loop polls it, at the same step on all processes, and saves a
 checkpoint. At all other times (packing, preflight, export, ...) there is nothing to save, and the signal raises
@@ -40,6 +40,8 @@ DUPLICATE_WINDOW = 1.0
 IDLE_GRACE, STEP_GRACE = 5.0, 20.0
 """Seconds until the watching thread ends the process: with nothing to save, and in a step that waits for a process that
 has ended. torchrun kills after 30."""
+WAIT_GRACE = 10.0
+"""Seconds to wait for a batch before a process stops without the others; torchrun kills after 30."""
 DETECTION_TIMEOUT = 3.0
 """Seconds to wait until the end of a process is visible, after a connection to it broke."""
 
@@ -149,6 +151,8 @@ class StopRequest:
             import torch.distributed as dist
 
             dist.barrier(group)
+        if self._ranks is not None:
+            self._ranks.stop_beating()
         self._raises, self._ending, self._exit_deadline = False, True, None
 
     def reason(self) -> str | None:
@@ -165,6 +169,11 @@ class StopRequest:
         reason = REASONS[int(index)]
         self._agreed = reason is not None
         return reason
+
+    @property
+    def isolated(self) -> bool:
+        """Whether this machine has lost that of process 0, and has to say so itself."""
+        return self._ranks is not None and self._ranks.isolated
 
     def exit_cause(self, error: BaseException) -> BaseException:
         """What ended the run, given the `error` of this process. If another process failed first, this one only sees a
@@ -215,10 +224,14 @@ class StopRequest:
                         self._on_arrival(number)
             if self._parent is not None and self._reason is None and os.getppid() != self._parent:
                 self._interrupt(LAUNCHER_ENDED)
-            if self.group is not None and self._ranks is not None and not self._rank_ended and self._ranks.ended():
-                self._rank_ended = True
-                self._set_exit_deadline(STEP_GRACE)
-                self._interrupt(RANK_ENDED)
+            if self.group is not None and self._ranks is not None and not self._rank_ended:
+                silent = self._ranks.silent()
+                if silent or self._ranks.ended():
+                    self._rank_ended = True
+                    self._set_exit_deadline(STEP_GRACE)
+                    self._interrupt(RANK_ENDED)
+                    if silent:
+                        self._ranks.disconnect()
             if self._exit_deadline is not None and time.monotonic() > self._exit_deadline:
                 self._end(Interrupted(self._reason))
 
@@ -310,6 +323,21 @@ def _stop_if_requested() -> None:
         raise Interrupted(reason)
 
 
+def stop_while_waiting(seconds: float) -> None:
+    """Raise Interrupted if a stop was requested while the student trains, and this process waits for data since so many
+    seconds. One of several waits for `WAIT_GRACE` until it stops alone; then the others lose their connection to it.
+    """
+    stop = _current.get()
+    if stop is None or not stop._training:
+        return
+    if stop.group is None:
+        _stop_if_requested()
+    elif stop._reason is not None and seconds > WAIT_GRACE:
+        error = Interrupted(stop._reason)
+        error.alone = True
+        raise error
+
+
 def _ignore_signals() -> None:
     """In a forked worker: signals to the process group are handled by the parent, which ends its workers itself."""
     stop = _current.get()
@@ -320,10 +348,3 @@ def _ignore_signals() -> None:
 
 
 os.register_at_fork(after_in_child=_ignore_signals)
-
-
-def ignore_first_sigterm(worker: int) -> None:
-    """`worker_init_fn` of data loaders: torchrun sends SIGTERM to workers too, which the parent still needs for its
-    last step. The second one ends them.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)

@@ -153,7 +153,7 @@ class Data(Options):
         None,
         ge=0,
         le=1024,
-        description="Decoding workers per process of a stream; null: cores over local processes.",
+        description="Decoding workers per process of a stream; null: cores over local processes. They need /dev/shm.",
         json_schema_extra=MAY_CHANGE,
     )
     channels: Literal[1, 3] | None = Field(
