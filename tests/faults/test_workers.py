@@ -126,7 +126,6 @@ def test_a_signal_while_a_batch_is_waited_for(epoch: int | None, step: int, reci
     os.kill(launched.processes[0].pid or 0, signal.SIGTERM)
     assert launched.wait() == [75], launched.output
     assert time.monotonic() - begun < 10
-    assert no_process_is_left(tmp_path)
     status = read_status(tmp_path / "run")
     assert (status["state"], status["reason"], status["step"]) == ("interrupted", "SIGTERM", step)
     saved = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
