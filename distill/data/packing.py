@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ from distill.data.locking import one_at_a_time
 from distill.data.packed import Packed, open_packed, write_packed
 from distill.errors import InputError
 
+PART = 16
+"""Images that a thread decodes before it takes the next ones: taking each by itself costs as much as a small image."""
 SECONDS = 5.0
 """Between two lines on the progress of packing."""
 T = TypeVar("T")
@@ -61,10 +64,11 @@ def _pack(folder: Folder, path: Path, resolution: int, rules: ImageRules, source
     with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
         for split, files in folder.splits.items():
 
-            def read(row: int, files: ImageFiles = files, rules: ImageRules = rules) -> Tensor:
-                return read_square(*files.source(row), resolution, rules)
+            def read(rows: range, files: ImageFiles = files, rules: ImageRules = rules) -> list[Tensor]:
+                return [read_square(*files.source(row), resolution, rules) for row in rows]
 
-            images = stack(progress.of(pool.map(read, range(len(files)))), len(files))
+            parts = [range(first, min(first + PART, len(files))) for first in range(0, len(files), PART)]
+            images = stack(progress.of(chain.from_iterable(pool.map(read, parts))), len(files))
             rules = rules._replace(channels=images.shape[1])  # those of train, the first split, for all
             tensors |= {f"{split}.images": images, f"{split}.labels": files.labels}
     write_packed(path, name=folder.root.name, class_names=folder.class_names, tensors=tensors, extra={"source": source})
