@@ -1,4 +1,4 @@
-"""Compiled networks: the losses and gradients of eager ones.
+"""Compiled networks: the losses, gradients and weights of eager ones, and nothing compiled in the middle of a run.
 
 On a CPU most of it runs what was captured as it is: the kernels of a student take minutes to build.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,17 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+import distill.exports.folder
+from distill import checkpoint
+from distill.errors import Interrupted
+from distill.launching.determinism import set_deterministic
 from distill.recipe import Recipe
+from distill.run import Run, is_finished, read_metrics
 from distill.students.attention.area import AreaAttention
 from distill.trainer import Trainer
+from distill.training.compilation import Compilation
 from tests.conftest import DEVICES, Toy
+from tests.test_resume import go
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
 
 GUIDED = [{"method": "hard"}, {"method": "guide"}]
@@ -133,3 +141,84 @@ def test_compiled_steps_have_the_losses_of_eager_ones(toy: Toy, device: str) -> 
     if trainer.compilation.graphs:
         assert counters["inductor"]["cudagraph_skips"] == 0
         assert graph_launches(trainer, batches) >= 3  # the teacher, and both passes of the student
+
+
+@DEVICES
+@pytest.mark.usefixtures("captured")
+def test_drop_path_and_batch_norm_resume_bit_for_bit_and_a_skipped_step_leaves_no_trace(
+    toy: Toy, tmp_path: Path, device: str
+) -> None:
+    train = {"deterministic": True, "max_bad_steps": 5}
+    recipe = compiled(toy, student={"stem": "conv", "drop_path": 0.5}, train=train)
+    directory = Run(tmp_path, is_main=True)
+    directory.checkpoints.mkdir()
+    try:
+        undisturbed = trainer_of(recipe)
+        batches = batches_of(undisturbed)
+        take_steps(undisturbed, batches, 2)
+        before = {name: value.clone() for name, value in undisturbed.student.state_dict().items()}
+        (spoiled,) = next(batches)
+        spoiled.images[0] = float("nan")
+        undisturbed.train_step([spoiled])
+        undisturbed.progress.step += 1
+        assert equal(undisturbed.student.state_dict(), before)
+        assert any(name.endswith("running_mean") for name in before)
+        undisturbed.save(directory)
+        undisturbed.finish_saving()
+        take_steps(undisturbed, batches, 2)
+        ends = undisturbed.student.state_dict()
+        assert not any(torch.equal(ends[name], before[name]) for name in before if name.endswith("running_mean"))
+        resumed = trainer_of(recipe)
+        resumed.restore(checkpoint.folder_of_step(directory.checkpoints, 3), directory)
+        take_steps(resumed, batches_of(resumed), 2)
+        assert equal(resumed.student.state_dict(), ends)
+    finally:
+        set_deterministic(False)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Runs
+
+
+@DEVICES
+@pytest.mark.usefixtures("captured")
+def test_all_graphs_of_a_run_are_compiled_in_its_first_step(
+    toy: Toy, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation of raw and averaged weights, mixing switched off, guidance that ends, a step for shares of the
+    gradients, the cache's fingerprint, the test and the export compile nothing, and neither does a resumed run.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
+    if device == "cpu":  # the augmentation too
+        monkeypatch.setattr(Compilation, "apply_to_augmentation", lambda self, augmenter: augmenter.compile())
+    seen: list[int] = []
+    step = Trainer.train_step
+
+    def counted(trainer: Trainer, *arguments: Any) -> None:
+        step(trainer, *arguments)
+        seen.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    augment = {"crop_padding": 1, "hflip": True, "mixup": 0.8, "cutmix": 1.0, "mix_off_epoch": 1}
+    ends = {"start": 1.0, "end": 0.0, "until": 0.5}
+    recipe = compiled(
+        toy,
+        data={"augment": augment},
+        teacher={"cache": True},
+        distill=[{"method": "hard"}, {"method": "soft", "weight": ends}],
+        train={"log_gradient_share": True, "log_every": 4, "max_steps": 14},
+        report={"analysis": "none"},
+    )
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        go(recipe, out, 8)
+    first = counters["stats"]["unique_graphs"]
+    go(recipe, out, None, resume="auto")
+    assert is_finished(out)
+    assert len(list(read_metrics(out, "eval"))) == 2 * 3 + 1  # raw and averaged weights, and the test
+    assert seen == [3] * 8 + [first + 3] * 6
+    assert counters["stats"]["unique_graphs"] == first + 3 == 6
