@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from distill.errors import InputError
+from distill.files.regular import reachable
 from distill.launching.signals import stopping
 from distill.recipe import Recipe, from_mapping, load, load_teachers_recipe
 from distill.registry import load_plugin
@@ -51,7 +52,9 @@ class Run:
             InputError: no run has begun there.
         """
         self.path = Path(path)
-        if not (self.path / "status.json").is_file():
+        with reachable():
+            begun = (self.path / "status.json").is_file()
+        if not begun:
             raise InputError(f"{self.path}: not a run directory (it has no status.json).")
 
     def __fspath__(self) -> str:
@@ -143,12 +146,14 @@ def train(
         given, named = take(data, teacher)
         directory = None if out is None else Path(out)
         resume = None if resume is None else str(resume)
-        # First, since without the given objects the recipe may be invalid.
-        check_given(resumed_directory(directory, resume), given)
-        resolved, source = _load(recipe, [*overrides, *named])
+        with reachable():
+            # First, since without the given objects the recipe may be invalid.
+            check_given(resumed_directory(directory, resume), given)
+            resolved, source = _load(recipe, [*overrides, *named])
         return Run(launch(resolved, source=source, out=directory, resume=resume, given=given))
 
 
+@reachable()
 def dry_run(
     recipe: RecipeLike,
     *,
@@ -165,6 +170,7 @@ def dry_run(
         run_once(_load(recipe, [*overrides, *named])[0], given)
 
 
+@reachable()
 def evaluate(
     target: str | PathLike[str] | RecipeLike | Run,
     *,
@@ -200,6 +206,7 @@ def evaluate(
         return evaluate_teacher(recipe, given)
 
 
+@reachable()
 def compare(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> Report:
     """Compare teacher, student and control of finished runs in a report; `out` ends in .html.
 
@@ -213,6 +220,7 @@ def compare(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> Re
     return Report(comparison, write_report(comparison, Path(out)))
 
 
+@reachable()
 def export(
     run: str | PathLike[str],
     to: str | PathLike[str],
@@ -240,6 +248,7 @@ def export(
         return Path(to)
 
 
+@reachable()
 def predict(
     student: str | PathLike[str] | LoadedStudent, images: Sequence[str | PathLike[str] | Image]
 ) -> list[list[tuple[str, float]]]:
@@ -257,6 +266,7 @@ def predict(
     return most_probable(student if isinstance(student, LoadedStudent) else load_student(student), images)
 
 
+@reachable()
 def load_student(folder: str | PathLike[str]) -> LoadedStudent:
     """The student in a folder written by `distill export` or a run: model, transform and labels.
 
@@ -271,6 +281,7 @@ def load_student(folder: str | PathLike[str]) -> LoadedStudent:
         return load_folder(Path(folder))
 
 
+@reachable()
 def load_teacher(spec: str | Mapping[str, Any], num_classes: int, class_names: Sequence[str] | None = None) -> Teacher:
     """A frozen teacher: images in [0, 1], float [B, C, H, W] -> logits [B, num_classes].
 

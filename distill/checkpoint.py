@@ -12,22 +12,27 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from distill import faults
 from distill.errors import InputError, RunFailed
 from distill.files.digests import file_digest
 from distill.files.durable import NewFile, flush_folder, remove_folder
+from distill.files.plain_data import MOST_BYTES, parse_json, read_json
+from distill.files.regular import read_bytes, regular
+from distill.files.safetensors_file import read_safetensors
 from distill.files.tensors import fill
+from distill.recipe.reading import short
 
 MANIFEST = "manifest.json"
+ADVICE = "Use another checkpoint."
 _log = logging.getLogger("distill")
 
 
@@ -97,14 +102,14 @@ def verify(path: str | Path) -> None:
     path = Path(path)
     manifest = path / MANIFEST
     try:
-        text = manifest.read_text(encoding="utf-8")
-        digests = json.loads(text)
-    except (OSError, ValueError):
+        text = (read_bytes(manifest, MOST_BYTES) or b"").decode()
+        digests = parse_json(text, str(manifest))
+    except ValueError:  # an InputError too
         raise InputError(
             f"{manifest}: missing or unreadable; the checkpoint {path} cannot be trusted. Use another one."
         ) from None
     # The manifest has a canonical form, so that every changed byte is detected.
-    if not isinstance(digests, dict) or text != _manifest_text(digests):
+    if text != _manifest_text(digests):
         raise InputError(f"{manifest}: damaged; the checkpoint {path} cannot be trusted. Use another one.")
     present = {child.name for child in path.iterdir()} - {MANIFEST}
     for name in sorted(present | digests.keys()):
@@ -116,7 +121,7 @@ def verify(path: str | Path) -> None:
         if name not in present:
             raise InputError(f"{file}: missing from the checkpoint. Use another one.")
         try:
-            found = file_digest(file)
+            found = file_digest(file, opener=regular)
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror}). Use another checkpoint.") from None
         if found != digests[name]:
@@ -124,18 +129,31 @@ def verify(path: str | Path) -> None:
 
 
 def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
-    """One state dict of the verified checkpoint at `path`, on the CPU."""
-    return load_file(path / f"{stem}.safetensors")
+    """One state dict of the verified checkpoint at `path`, on the CPU. Raises InputError."""
+    return read_safetensors(path / f"{stem}.safetensors", "pt", advice=ADVICE)[0]
 
 
 def read_optimizer(path: Path) -> dict[str, Any]:
-    """The optimizer's state dict of the verified checkpoint at `path`, on the CPU."""
-    return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    """The optimizer's state dict of the verified checkpoint at `path`, on the CPU. Raises InputError."""
+    file = path / "optimizer.pt"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed, size = sum(entry.file_size for entry in archive.infolist()), file.stat().st_size
+        if packed > size:
+            raise ValueError(f"{packed:,} bytes in a file of {size:,}")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        # Strides of 0 repeat a value without memory, until it is copied.
+        if not isinstance(found, dict) or sum(tensor.nbytes for tensor in _tensors_in(found)) > size:
+            raise ValueError("no state of an optimizer")
+    except Exception as error:  # a pickle can fail in any way; `weights_only` runs none of its code
+        reason = short(str(error).strip().partition("\n")[0])
+        raise InputError(f"{file}: cannot be read ({reason}). {ADVICE}") from None
+    return found
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The plain data of the verified checkpoint at `path`."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """The plain data of the verified checkpoint at `path`. Raises InputError."""
+    return read_json(path / "state.json") or {}
 
 
 def folder_of_step(checkpoints: Path, step: int) -> Path:
@@ -145,7 +163,7 @@ def folder_of_step(checkpoints: Path, step: int) -> Path:
 
 def existing(checkpoints: Path) -> list[Path]:
     """All checkpoints in the folder, oldest first."""
-    return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+    return sorted(path for path in checkpoints.glob("step_*") if path.is_dir() and not path.is_symlink())
 
 
 def newest_intact(checkpoints: Path) -> Path | None:
@@ -218,9 +236,10 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 def _best_step(path: Path) -> int | None:
     try:
-        return read_state(path)["progress"]["best_step"]
-    except (OSError, ValueError, LookupError, TypeError):  # damaged: a resumption passes over it
+        step = read_state(path)["progress"]["best_step"]
+    except (InputError, LookupError, TypeError):  # damaged: a resumption passes over it
         return None
+    return step if isinstance(step, int) else None
 
 
 def _manifest_text(digests: Mapping[str, str]) -> str:

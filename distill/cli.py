@@ -10,10 +10,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
 from distill.errors import InputError, Interrupted
+from distill.files.regular import reachable
 from distill.files.text import visible
 from distill.launching.exit_messages import exit_code, exit_message, write_interruption
 from distill.launching.launcher import is_local_main_process, is_main_process
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         run(sys.argv[1:])
+    if isinstance(sys.stdout, TextIOWrapper):  # without some characters it shows their numbers, as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     command, rest = _split(list(arguments))
     if command not in COMMANDS:
@@ -49,9 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if function is not train:  # which handles signals before it imports anything
             _load_plugins(options)
+            with reachable():
+                return function(options) or 0
         return function(options) or 0
     except InputError as error:
-        if is_main_process() or error.process is not None:
+        # Only these two run on all processes of a launch.
+        if function not in (train, evaluate) or is_main_process() or error.process is not None:
             print(f"error: {visible(str(error))}", file=sys.stderr)
         return exit_code(error)
 

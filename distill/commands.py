@@ -7,7 +7,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from rich.table import Table
-from safetensors import safe_open
 from torch import Tensor
 
 from distill import run
@@ -17,6 +16,7 @@ from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
 from distill.evaluation import Classification, save_predictions, warn_of_missing
 from distill.exports.folder import load_export
+from distill.files.safetensors_file import read_safetensors
 from distill.given import Given
 from distill.launching.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping
@@ -47,8 +47,9 @@ def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str
     predictions = outputs["test"]
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
-    with safe_open(earlier if earlier.exists() else path / "export" / WEIGHTS_FILE, "pt") as file:
-        metadata = (file.metadata() or {}) | {"data": dataset.info.digest}
+    described = earlier if earlier.exists() else path / "export" / WEIGHTS_FILE
+    _, metadata = read_safetensors(described, "pt", advice="Move it away.")
+    metadata |= {"data": dataset.info.digest}
     save_predictions(earlier, predictions, labels, metadata)
     analyse(path, student, teacher, dataset, predictions, outputs.get("validation", {}))
     return _measured(predictions, labels)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from io import TextIOWrapper
 from types import TracebackType
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distill.files.regular import regular
 from distill.files.text import visible
 
 console = Console(highlight=False)
@@ -37,7 +39,10 @@ class _OnFullDisk(logging.Handler):
 
 
 class LogFile(_OnFullDisk, logging.FileHandler):
-    """`train.log`."""
+    """`train.log`. A link is not followed: OSError."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=regular)
 
 
 class _LogStream(_OnFullDisk, logging.StreamHandler):

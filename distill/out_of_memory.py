@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill.data import BatchPlan
-from distill.errors import RunFailed
+from distill.errors import InputError, RunFailed
 from distill.recipe import Recipe
 
 # Messages of torch's CPU allocator, CUDA, cuBLAS, cuDNN, the C++ library and oneDNN; only CUDA's caching allocator has
@@ -72,3 +76,35 @@ def _advice(recipe: Recipe, plan: BatchPlan, paired: bool) -> str:
     else:
         return f"{problem}\nTake a smaller student, teacher or data.resolution, or a device with more memory."
     return f"{problem}\nSet {setting}{stays} --resume accepts it, and --dry-run shows in seconds whether it fits."
+
+
+class _Bounded(TorchDispatchMode):
+    """Counts operations, and the values of tensors that are made of no other, before memory is taken for them."""
+
+    def __init__(self, values: int, operations: int) -> None:
+        super().__init__()
+        self._values, self._operations = values, operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._operations -= 1
+        if not (args and isinstance(args[0], torch.Tensor)):
+            leaves = tree_leaves((args, kwargs))
+            if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                # A shape, or the end or the number of steps of a range.
+                self._values -= math.prod(max(1, abs(leaf)) for leaf in leaves if type(leaf) is int)
+        if self._values < 0 or self._operations < 0:
+            raise InputError("it would be far larger than its weights")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def bounded_allocation(num_bytes: int, tensors: int) -> Iterator[None]:
+    """Within, raise InputError before a model is built that is far larger than the weights that it is to hold.
+
+    Args:
+        num_bytes, tensors: of the weights.
+    """
+    with _Bounded(16 * num_bytes + 2**26, 30 * tensors + 10_000):
+        yield

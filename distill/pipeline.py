@@ -22,6 +22,7 @@ from distill.data import Dataset, open_dataset
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError
+from distill.files.regular import reachable
 from distill.finishing import check_control, describe_export, finish, report_on
 from distill.given import Given
 from distill.launching.processes import (
@@ -94,7 +95,8 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
     """
     with joined() as stop:
         recipe = with_precision(recipe)
-        location = on_main(lambda: locate(recipe, out, resume, given))
+        with reachable():
+            location = on_main(lambda: locate(recipe, out, resume, given))
         earlier = on_main(lambda: run.read_environment(location.directory)) if location.resumed else {}
         shared = Launch(stop, set_threads(recipe.train.threads, earlier.get("threads")), given)
         shared.stop.limit(recipe.train.max_minutes)
@@ -113,7 +115,8 @@ def execute(
     on_main(directory.claim)
     shared.stop.runs.append(directory)
     try:
-        _execute(recipe, location, shared, directory, source=source, dataset=dataset)
+        with reachable(lambda: not directory.opened):
+            _execute(recipe, location, shared, directory, source=source, dataset=dataset)
         directory.status("finished")
         if shared.stop.runs[0] is not directory:
             shared.stop.runs.remove(directory)

@@ -269,6 +269,6 @@ def check_available(variants: Mapping[str, str], where: str) -> None:
     """Raise InputError for the first of these variants, from `origins`, that is missing, with its origin."""
     for key, origin in variants.items():
         group, _, name = key.partition("/")
-        if name not in names(group):
+        if group not in GROUPS or name not in names(group):
             source = origin.partition(" ")[0]
             raise InputError(f"{where}: needs {group} '{name}' of {source}. Give --plugin {source}.")

@@ -29,12 +29,18 @@ from distill.cores import cores
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
-from distill.files.text import read_json, write_text
+from distill.files.plain_data import MOST_BYTES, parse_json, read_json, read_resolved
+from distill.files.records import Environment, Status, check
+from distill.files.regular import check_no_links, read_bytes, regular
+from distill.files.text import write_text
 from distill.launching.determinism import allowed_tf32
-from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
+from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping
+from distill.recipe.reading import short
 from distill.version import __version__
 
 RUNS = Path("runs")
+MOST_OF_LOCK = 1000
+"""Characters of a lock file that are read."""
 LOCKED = (errno.EACCES, errno.EAGAIN)
 """Error numbers of a lock that another process holds."""
 _held: set[tuple[int, int] | None] = set()
@@ -62,7 +68,9 @@ class Run:
         self._lock_path = path / ".lock"
         self._created: list[Path] = []
         self._status: dict[str, Any] = {}
-        self._opened = self._ended = self._recorded_end = False
+        self.opened = False
+        """Whether the run has begun, and is recorded."""
+        self._ended = self._recorded_end = False
         self._lock: IO[str] | None = None
         self._log_file: logging.Handler | None = None
         self._failing: set[Path] = set()
@@ -77,6 +85,7 @@ class Run:
         if not self.is_main:
             return
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        check_no_links(self.checkpoints, self.export, self.path / "control")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._created = [*([] if self._lock_path.exists() else [self._lock_path]), *missing]
@@ -98,11 +107,12 @@ class Run:
         if not self.is_main:
             return
         try:
+            check_no_links(self.path / recipe.name)  # the folder of its TensorBoard
             self.checkpoints.mkdir(exist_ok=True)
             for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".export-*"), *self.checkpoints.glob(".*.tmp")):
                 clear(leftover)  # of a process that was killed while it wrote
             self.metrics.repair()
-            self._opened = True
+            self.opened = True
             self.status("running")
             given = recipe.to_yaml() if source is None else source.read_text(encoding="utf-8")
             write_text(self.path / "recipe.yaml", given)
@@ -127,14 +137,14 @@ class Run:
         self._ended = True
         expected = isinstance(error, InputError | RunFailed | Interrupted)
         try:
-            if isinstance(error, InputError) and not self._opened:
+            if isinstance(error, InputError) and not self.opened:
                 self._remove_created()
                 return self.is_main
             if not expected:
-                with (self.path / "train.log").open("a", encoding="utf-8") as file:
+                with open(self.path / "train.log", "a", encoding="utf-8", opener=regular) as file:
                     file.write("".join(traceback.format_exception(error)))
             self._recorded_end = self.is_main or self._take_over()
-            if not self._recorded_end or (self._status.get("state") == "finished" and self._opened):
+            if not self._recorded_end or (self._status.get("state") == "finished" and self.opened):
                 return self._recorded_end
             state = "interrupted" if isinstance(error, Interrupted) else "failed"
             self.status(state, reason=str(error) if expected else f"{type(error).__name__}: {error}")
@@ -177,7 +187,7 @@ class Run:
         while True:
             if _identity(self._lock_path) in _held:
                 check_free(self.path)
-            lock = self._lock_path.open("a")
+            lock = open(self._lock_path, "a", opener=regular)  # noqa: SIM115 (held until the end of the run)
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -247,22 +257,26 @@ class Run:
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """`environment.json` of the run directory at `path`; empty if missing or unreadable."""
+    """What is known of `environment.json` of the run directory at `path`; empty if missing or unreadable."""
+    file = path / "environment.json"
     try:
-        environment: dict[str, Any] = json.loads((path / "environment.json").read_text())
-    except (OSError, ValueError):
+        return check(Environment, read_json(file) or {}, str(file)).model_dump(exclude_unset=True)
+    except InputError:
         return {}
-    return environment
 
 
 def read_status(path: Path) -> dict[str, Any]:
     """`status.json` of the run directory at `path`; empty if missing.
 
     Raises:
-        InputError: it is unreadable.
+        InputError: it is unreadable, or its values are not what belongs there.
     """
+    file = path / "status.json"
+    text = read_bytes(file, MOST_BYTES)
     try:
-        return read_json(path / "status.json") or {}
+        status = {} if text is None else parse_json(text, str(file))
+        check(Status, status, str(file))
+        return status
     except InputError as error:
         raise InputError(f'{error} Write {{"state": "interrupted"}} there to resume from its checkpoints.') from None
 
@@ -284,10 +298,11 @@ def read_recipe(path: Path) -> Recipe:
         InputError: there is none: `path` is no run directory.
     """
     file = path / "resolved.yaml"
-    if not file.is_file():
+    raw = read_resolved(path)
+    if raw is None:
         raise InputError(f"{path}: not a run directory (it has no resolved.yaml).")
     registry.check_available(read_environment(path).get("variants", {}), str(path))
-    return from_mapping(read_mapping(file), source=str(file))
+    return from_mapping(raw, source=str(file))
 
 
 def check_free(path: Path) -> None:
@@ -301,11 +316,11 @@ def holder_of(path: Path) -> str | None:
     try:
         if _identity(path / ".lock") in _held:
             return f"this process, {os.getpid()}"
-        with (path / ".lock").open() as file:
+        with open(path / ".lock", opener=regular, errors="replace") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
-                return file.read() or "another process" if error.errno in LOCKED else None
+                return short(file.read(MOST_OF_LOCK)) or "another process" if error.errno in LOCKED else None
     except OSError:
         pass
     return None

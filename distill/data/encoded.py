@@ -6,7 +6,6 @@ in shards of webdataset become white, and those that fail are left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from io import BytesIO
@@ -16,6 +15,7 @@ from PIL import Image
 
 from distill.data.images import Source
 from distill.errors import InputError
+from distill.files.plain_data import parse_json
 
 
 def samples(dataset: Any, name: str) -> Iterator[tuple[Source, str, int]]:
@@ -63,7 +63,7 @@ def _sample(sample: Mapping[str, Any], image_key: str, label_key: str) -> dict[s
     name = f"{sample['__url__']}, {sample['__key__']}"
     key = next((key for key in image_key.split(";") if key in sample), None)
     try:
-        label = int(json.loads(sample["json"])[label_key] if label_key else sample["cls"])
+        label = int(parse_json(sample["json"], name)[label_key] if label_key else sample["cls"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{name}: has no whole number as its label ({type(error).__name__}: {error})") from None
     if key is None:

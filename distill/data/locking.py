@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill.errors import InputError
+from distill.files.regular import regular
 
 
 @contextmanager
@@ -38,11 +39,11 @@ def _acquire(path: Path) -> tuple[int, bool]:
     while True:
         made_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = regular(str(path), os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX)
         # The last holder may have removed the file while we waited; then others see another file than ours.
         try:
-            current = path.stat().st_ino
+            current = path.lstat().st_ino
         except FileNotFoundError:
             current = None
         if current == os.fstat(lock).st_ino:

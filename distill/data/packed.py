@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import InputError
 from distill.files.checksum import CHECKSUM, has_right_checksum
+from distill.files.plain_data import parse_json
+from distill.files.safetensors_file import read_safetensors
 from distill.files.tensors import write_tensors
 
 
@@ -81,17 +82,10 @@ def open_packed(path: Path, expected: Expected | None = None, *, needs_test: boo
     Reads every byte once (about 0.1 s for CIFAR-10); tensors stay memory-mapped. Raises InputError with the file and
     its first problem. `needs_test`: whether there must be a test split.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; put the packed data there, or change data.root or data.name") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: cannot be read as .safetensors ({error}); it is truncated or has another format; delete it and "
-            "get it again"
-        ) from None
+    if not path.exists():
+        raise InputError(f"{path}: no such file; put the packed data there, or change data.root or data.name")
+    advice = "It is truncated or has another format: delete it and get it again."
+    tensors, metadata = read_safetensors(path, "pt", links=True, advice=advice)
     class_names = _class_names(metadata)
     is_whole = has_right_checksum(path, metadata)
     for problem, remedy in problems_of(
@@ -195,8 +189,8 @@ def _describe(tensor: Tensor) -> str:
 def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The class names; empty if they are missing or invalid."""
     try:
-        names = json.loads(metadata.get("classes", "null"))
-    except (ValueError, RecursionError):
+        names = parse_json(f'{{"classes": {metadata.get("classes", "null")}}}', "metadata").get("classes")
+    except InputError:
         return ()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()

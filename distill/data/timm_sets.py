@@ -43,9 +43,17 @@ class RandomAccessReader(DataReader):
 
 
 def create(name: str, root: Path, split: str, **arguments: Any) -> Any:
-    """timm's dataset; raises InputError if it, or a package that it needs, is missing."""
+    """timm's dataset; raises InputError if it, or a package that it needs, is missing.
+
+    Of webdatasets only a local folder: webdataset takes what begins like `pipe:` for a command, and runs it.
+    """
     from timm.data import create_dataset
 
+    root = root.absolute()
+    if name.startswith("wds/") and not root.is_dir():
+        raise InputError(
+            f"data.root: {root} is no folder; '{name}' is read from a local one, with the shards and their _info.json"
+        )
     try:
         return create_dataset(name, root=str(root), split=split, input_img_mode="", **arguments)
     except ImportError as error:

@@ -16,6 +16,7 @@ from distill.data.cache import cached_file
 from distill.data.image_files import REMEDY, Folder, ImageFiles
 from distill.data.images import ImageRules, decode, header_fault
 from distill.errors import InputError
+from distill.files.plain_data import read_json
 from distill.files.text import write_text
 
 
@@ -48,9 +49,9 @@ def without_unreadable(folder: Folder, rules: ImageRules, cache_folder: Path) ->
 def _read_record(path: Path, source: str) -> list[Any] | None:
     """The recorded faults of the files with digest `source`; None: no valid record."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path) or {}
         return record["faults"] if record["sha256"] == _digest(source, record["faults"]) else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (InputError, LookupError):
         return None
 
 

@@ -25,6 +25,8 @@ from distill.files.durable import clear, flush_folder
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
 from distill.inputs import InputContract, Preparation
+from distill.out_of_memory import bounded_allocation
+from distill.recipe.reading import short
 from distill.students import Student, check_name, register_models
 from distill.students.saved import (
     CONFIG_DIGEST,
@@ -33,6 +35,7 @@ from distill.students.saved import (
     WEIGHTS_FILE,
     config_digest,
     read_export,
+    variants_in,
 )
 from distill.version import __version__
 
@@ -141,13 +144,20 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
     """The student in an export folder, in eval mode on the CPU, and its class names.
 
     Raises:
-        InputError: a file is missing, damaged or was changed, or is of an architecture that is not known here.
+        InputError: a file is missing, damaged or was changed, is of an architecture that is not known here, or the
+            model is another one than the weights are of.
     """
     folder = Path(folder)
     config, weights, metadata = read_export(folder)
-    registry.check_available(json.loads(metadata.get("variants", "{}")), str(folder))
+    registry.check_available(variants_in(metadata, str(folder / WEIGHTS_FILE)), str(folder))
     check_name(config["architecture"], str(folder / CONFIG_FILE))
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    try:
+        with bounded_allocation(sum(tensor.nbytes for tensor in weights.values()), len(weights)):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        preparation = Preparation.from_json(config["preparation"]) if "preparation" in config else None
+    except Exception as error:  # wrong arguments can fail anywhere in the model's constructor
+        reason = short(" ".join(str(error).split()) or type(error).__name__)
+        raise InputError(f"{folder}: its {CONFIG_FILE} describes no student of these weights ({reason}).") from error
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     cast = {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in weights.items()}
     if state_digest(model.state_dict()) != state_digest(cast):
@@ -158,7 +168,6 @@ def load_export(folder: str | Path) -> tuple[Student, list[str]]:
     contract = InputContract(
         tuple(inputs["mean"]), tuple(inputs["std"]), inputs["input_size"][-1], inputs["interpolation"]
     )
-    preparation = Preparation.from_json(config["preparation"]) if "preparation" in config else None
     student = Student(
         model,
         contract,

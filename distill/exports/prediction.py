@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from distill.console import console
 from distill.data.augment import to_float
 from distill.data.images import ImageRules, Source, decode, to_square
 from distill.errors import InputError
@@ -80,7 +81,10 @@ def load_student(folder: str | Path) -> LoadedStudent:
         InputError: a file is missing, damaged or was changed.
     """
     student, labels = load_export(folder)
-    transform = Transform(student.adapter.contract, student.preparation)
+    try:
+        transform = Transform(student.adapter.contract, student.preparation)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
     student.model.train(False)  # the student keeps its two heads apart; the model by itself has one answer
     return LoadedStudent(merge_heads(student.model).requires_grad_(False), transform, labels)
 
@@ -119,5 +123,8 @@ def table(classes: Sequence[tuple[str, float]]) -> Table:
     """What `most_probable` says of one image, for a console."""
     shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for label, share in classes:
-        shown.add_row(f"{100 * share:6.2f} %", Bar(1.0, 0.0, share, width=30), Text(visible(label)))
+        bar: Bar | Text = Bar(1.0, 0.0, share, width=30)
+        if console.options.ascii_only:  # without the characters of a bar
+            bar = Text("#" * round(30 * share))
+        shown.add_row(f"{100 * share:6.2f} %", bar, Text(visible(label)))
     return shown

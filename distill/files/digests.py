@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
+def file_digest(path: Path, *, opener: Callable[[str, int], int] | None = None) -> str:
+    """SHA-256 (hex) of a file's bytes; `opener` as for `open`."""
+    with open(path, "rb", opener=opener) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ _log = logging.getLogger("distill")
 
 
 class NewFile:
-    """Context manager for a new file, flushed to disk at its end. Not atomic by itself.
+    """Context manager for a file that does not exist yet, flushed to disk at its end. Not atomic by itself.
 
     Errors are raised at the end of the block, because `torch.save` would replace them.
 
@@ -33,7 +33,7 @@ class NewFile:
         self._name = name or path.name
         self._sha256 = hashlib.sha256()
         self._error: OSError | None = None
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("xb", buffering=0)
         faults.point(f"{self._name} opened")
 
     def write(self, data: bytes | memoryview) -> int:
@@ -73,6 +73,7 @@ class NewFile:
 def replacing(path: Path) -> Iterator[NewFile]:
     """Context manager for a file that replaces `path` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process with this number, or a link that somebody put there
     try:
         with NewFile(temporary, path.name) as file:
             yield file

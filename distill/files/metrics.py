@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from distill import faults
-from distill.files.text import parse_json
+from distill.files.plain_data import parse_json
+from distill.files.records import Line, check
+from distill.files.regular import read_bytes, regular
+
+MOST_BYTES = 1 << 30
+"""Of a file that is read."""
 
 
 class MetricsFile:
@@ -23,13 +28,13 @@ class MetricsFile:
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line. Raises OSError if it cannot be written yet."""
         self._waiting += json.dumps(line).encode() + b"\n"
-        with self.path.open("ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=regular) as file:
             self._write(file)
         faults.point(f"{line['event']} line")
 
     def sync(self) -> None:
         """Write pending lines and flush to disk. Raises OSError."""
-        with self.path.open("ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=regular) as file:
             self._write(file)
             os.fsync(file.fileno())
 
@@ -45,18 +50,23 @@ class MetricsFile:
 
     @property
     def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
+        try:
+            return self.path.lstat().st_size
+        except FileNotFoundError:
+            return 0
 
     def repair(self) -> None:
         """Remove an incomplete last line."""
         if self.size:
-            content = self.path.read_bytes()
+            with open(self.path, "rb", opener=regular) as file:
+                content = file.read()
             self.cut(content.rfind(b"\n") + 1)
 
     def cut(self, size: int) -> None:
         """Truncate the file to `size` bytes."""
         if self.size > size:
-            os.truncate(self.path, size)
+            with open(self.path, "r+b", buffering=0, opener=regular) as file:
+                file.truncate(size)
 
 
 def read_lines(path: Path, *, finished: bool = False) -> Iterator[dict[str, Any]]:
@@ -66,7 +76,8 @@ def read_lines(path: Path, *, finished: bool = False) -> Iterator[dict[str, Any]
     Raises:
         InputError: a line is damaged.
     """
-    if path.exists():
-        *lines, last = path.read_bytes().split(b"\n")
-        for number, line in enumerate([*lines, last] if last and finished else lines, start=1):
-            yield parse_json(line, f"{path}, line {number}")
+    *lines, last = (read_bytes(path, MOST_BYTES) or b"").split(b"\n")
+    for number, line in enumerate([*lines, last] if last and finished else lines, start=1):
+        where = f"{path}, line {number}"
+        check(Line, parsed := parse_json(line, where), where)
+        yield parsed

@@ -49,7 +49,7 @@ def exit_message(
         return "".join(traceback.format_exception(error)).rstrip()
     if not begun:
         return "\n".join([*lines, "safe: nothing was started", f"again: {training_command(arguments)}"])
-    if json.loads((begun[0] / "status.json").read_text(encoding="utf-8")).get("state") == "finished":
+    if _is_finished(begun[0]):
         report = shlex.join(["distill", "compare", str(begun[0]), "--out", str(begun[0] / "report.html")])
         return "\n".join(
             [*lines, f"safe: the run is finished; only its report is missing: {begun[0]}", f"report: {report}"]
@@ -58,6 +58,14 @@ def exit_message(
     safe = "no step is saved yet; the run starts over" if newest is None else f"all up to {newest}"
     command = training_command([*resuming, "--resume", str(begun[0])])
     return "\n".join([*lines, f"safe: {safe}", f"continue: {command}"])
+
+
+def _is_finished(directory: Path) -> bool:
+    try:
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # damaged since it was checked
+        return False
+    return isinstance(status, dict) and status.get("state") == "finished"
 
 
 def write_interruption(error: Interrupted, directory: Path) -> None:

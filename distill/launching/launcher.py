@@ -7,6 +7,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+GROUP = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Environment variables of the processes that form a group."""
+
 
 def is_launched() -> bool:
     """Whether `accelerate launch` or torchrun started this process: each sets its own environment variable."""
@@ -14,8 +17,8 @@ def is_launched() -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0 of its launch; needs no torch."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is process 0 of its launch; needs no torch. One that is in no launch, whatever RANK says, is."""
+    return os.environ.get("RANK", "0") == "0" or not (is_launched() or os.environ.keys() >= GROUP)
 
 
 def is_local_main_process() -> bool:

@@ -25,7 +25,7 @@ from distill.cores import share_of_cores, share_of_free_cores
 from distill.errors import InputError, RunFailed
 from distill.launching.determinism import set_deterministic, use_full_float32
 from distill.launching.exit_messages import describe
-from distill.launching.launcher import is_launched
+from distill.launching.launcher import GROUP, is_launched
 from distill.launching.ranks import Ranks
 from distill.launching.signals import StopRequest
 from distill.recipe.schema import Recipe, Train
@@ -152,7 +152,10 @@ def start_processes() -> PartialState:
             )
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     options: dict[str, Any] = {}
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and not dist.is_initialized():
+    if not os.environ.keys() >= GROUP:  # the others are not of a launch of this process; accelerate would wait for it
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    elif not dist.is_initialized():
         store, rank, size = _launch_store()
         options = {"store": dist.PrefixStore(f"distill/{next(_groups)}", store), "rank": rank, "world_size": size}
     state = PartialState(cpu=cpu, timeout=TIMEOUT, **options)

@@ -4,7 +4,7 @@ A recipe is YAML plus `key=value` overrides. `load` returns one validated, froze
 every problem at once, each under its dotted path.
 """
 
-from distill.recipe.loading import from_mapping, load, load_teachers_recipe
+from distill.recipe.loading import from_mapping, known_part, load, load_teachers_recipe
 from distill.recipe.reading import read_mapping, read_yaml
 from distill.recipe.schema import FROM_PYTHON, OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
 from distill.recipe.sizes import VIT_SIZES
@@ -19,6 +19,7 @@ __all__ = [
     "Recipe",
     "Teacher",
     "from_mapping",
+    "known_part",
     "load",
     "load_teachers_recipe",
     "read_mapping",

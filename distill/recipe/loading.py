@@ -82,6 +82,17 @@ def from_mapping(
     return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
 
 
+def known_part(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as plain data without what is unknown or invalid here: of another version, or damaged."""
+    data: Any = {str(key): _plain(value, short(str(key))) for key, value in raw.items()}
+    for _ in range(MOST_PROBLEMS):
+        recipe, invalid = _validate(data)
+        if recipe is not None:
+            return dict(data)
+        data = _without(data, [problem.path for problem in invalid])
+    return {}
+
+
 def _plain(value: Any, where: str) -> Any:
     """A deep copy of YAML data in which every key is a string."""
     try:

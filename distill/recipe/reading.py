@@ -32,18 +32,31 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         InputError: the file cannot be read, is too long or no YAML mapping.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_CHARACTERS + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path, a text that is not UTF-8
+        with path.open("rb") as file:
+            content = file.read(4 * MOST_CHARACTERS + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise InputError(f"{path}: cannot read the recipe: {reason}. Give the path of a YAML file.") from None
-    if len(text) > MOST_CHARACTERS:
-        raise InputError(f"{path}: longer than {MOST_CHARACTERS:,} characters: no recipe. Give the path of one.")
-    raw = read_yaml(text, source=str(path))
+    return mapping_of(content, str(path))
+
+
+def mapping_of(content: bytes, source: str) -> dict[Any, Any]:
+    """The recipe in a YAML text as a mapping; empty for an empty text.
+
+    Raises:
+        InputError: it is too long, not UTF-8 or no YAML mapping; the message begins with `source`.
+    """
+    try:
+        text = content[: 4 * MOST_CHARACTERS].decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: cannot read the recipe: {error}. Give the path of a YAML file.") from None
+    if len(text) > MOST_CHARACTERS or len(content) > 4 * MOST_CHARACTERS:
+        raise InputError(f"{source}: longer than {MOST_CHARACTERS:,} characters: no recipe. Give the path of one.")
+    raw = read_yaml(text, source=source)
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}.")
+        raise InputError(f"{source}: a recipe is a mapping of keys to values, not a {type(raw).__name__}.")
     return raw
 
 

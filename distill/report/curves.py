@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from distill.report.runs import Record, RunFiles
 
+LARGEST = 1e12
+"""Of the values that are drawn: a chart cannot show some of 1e300 beside others."""
+
 
 class Curve(NamedTuple):
     """`values` over `epochs`, of equal length, in rising order of epochs and finite throughout."""
@@ -59,7 +62,7 @@ def _points(events: Iterable[Record], key: str) -> Iterator[tuple[float, float]]
     """(epoch, value) of the lines that have both; a loss that is no number cannot be drawn."""
     for event in events:
         epoch, value = event.get("epoch"), event.get(key)
-        if isinstance(epoch, int | float) and isinstance(value, int | float) and math.isfinite(value):
+        if epoch is not None and isinstance(value, int | float) and abs(value) < LARGEST:  # not so with NaN
             yield epoch, value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from distill.errors import InputError
 from distill.files.checksum import CHECKSUM, has_right_checksum
+from distill.files.safetensors_file import read_safetensors
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -62,14 +63,9 @@ def read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     Raises:
         InputError: it is missing or cannot be read.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
-            return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read: {error}. Write it again with `distill evaluate`.") from None
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file. Only a run that has been evaluated can be compared.")
+    return read_safetensors(path, "np", advice="Write it again with `distill evaluate`.")
 
 
 def check_whole(path: Path, metadata: Mapping[str, str]) -> None:
@@ -99,10 +95,12 @@ def read_predictions(path: Path) -> Predictions:
             f"{path}: labels must be a non-empty row of integers, got {labels.dtype} {list(labels.shape)}."
         )
     for name, values in logits.items():
-        if values.shape != shape or len(shape) != 2 or len(values) != len(labels):
+        if values.shape != shape or len(shape) != 2 or len(values) != len(labels) or not shape[1]:
             raise InputError(
                 f"{path}: {name} has shape {list(values.shape)}; expected [{len(labels)}, classes], as all outputs."
             )
+        if values.dtype.kind != "f":
+            raise InputError(f"{path}: {name} holds {values.dtype} and not floating-point numbers.")
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, but there are {shape[1]} classes.")
     return Predictions(labels.astype(np.int64), logits)

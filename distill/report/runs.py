@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import InputError
 from distill.files.metrics import read_lines
-from distill.files.text import read_json
-from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, read_mapping
+from distill.files.plain_data import read_json, read_resolved
+from distill.files.records import AnalysisValues, Environment, LabelNames, Status, check
+from distill.files.records import Record as Checked
+from distill.files.regular import check_no_links
+from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, known_part
 from distill.registry import check_available
 from distill.report.metrics import Predictions, check_whole, read_arrays, read_predictions
 
 Record = Mapping[str, Any]
 ANALYSIS = "analysis"
 ANALYSIS_FORMAT = "1"
+TOKENS = ("class token", "distillation token")
+"""Names of the tokens in an analysis that does not give them."""
+LARGEST_PICTURE = 1024
+"""Of the sides of pictures, in pixels, and of a grid, in patches."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,11 @@ class RunFiles:
     predictions: Predictions
     status: Record
     recipe: Record
-    """The resolved one as plain data, unchecked: a report on a run of an earlier version is still a report."""
+    """What is known of the resolved one, as plain data: a report on a run of another version is still a report."""
+    whole_recipe: bool
+    """Whether all of it is known."""
     environment: Record
+    """What is known of it; so with all other records."""
     events: tuple[Record, ...]
     """The lines of metrics.jsonl in their order."""
     control: RunFiles | None
@@ -64,8 +75,8 @@ class RunFiles:
         """One for each class of the logits; their numbers where the run did not record names."""
         classes = next(iter(self.predictions.logits.values())).shape[1]
         names = self.config.get("label_names")
-        if isinstance(names, list) and len(names) == classes:
-            return tuple(map(str, names))
+        if names is not None and len(names) == classes:
+            return tuple(names)
         return tuple(map(str, range(classes)))
 
     def costs(self, model: str) -> Record:
@@ -88,8 +99,7 @@ class RunFiles:
             return float(recorded)
         total, before = 0.0, None
         for event in self.events:
-            now = event.get("time")
-            if not isinstance(now, int | float) or not math.isfinite(now):
+            if (now := event.get("time")) is None:
                 continue
             if before is not None and event.get("event") not in ("resume", "start", "control"):
                 total += max(0.0, now - before)
@@ -99,6 +109,8 @@ class RunFiles:
     @cached_property
     def known_recipe(self) -> Recipe | None:
         """The recipe, checked; None where it is of a version that knew other keys."""
+        if not self.whole_recipe:
+            return None
         try:
             return from_mapping(self.recipe)
         except InputError:
@@ -135,38 +147,91 @@ def read_run(path: Path) -> RunFiles:
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such run directory.")
-    status = read_json(path / "status.json")
+    check_no_links(path / "export", path / "control")
+    status = _read(Status, path / "status.json")
     if status is None:
         raise InputError(f"{path}: not a run directory: it has no status.json.")
     state = status.get("state")
     if state != "finished":
         raise InputError(f"{path}: the run is not finished (its state is '{state}'). Resume it, then compare.")
-    environment = read_json(path / "environment.json") or {}
+    environment = _read(Environment, path / "environment.json") or {}
     check_available(environment.get("variants", {}), str(path))
+    predictions = read_predictions(path / "predictions.safetensors")
+    raw = read_resolved(path) or {}
+    recipe = known_part(raw)
     return RunFiles(
         path=path,
-        predictions=read_predictions(path / "predictions.safetensors"),
+        predictions=predictions,
         status=status,
-        recipe=read_mapping(recipe) if (recipe := path / "resolved.yaml").exists() else {},
+        recipe=recipe,
+        whole_recipe=recipe == raw,
         environment=environment,
         events=tuple(read_lines(path / "metrics.jsonl", finished=True)),
         control=read_run(path / "control") if (path / "control").is_dir() else None,
-        analysis=_read_analysis(path, status.get("data_digest")),
-        config=read_json(path / "export" / "config.json") or {},
+        analysis=_read_analysis(path, status.get("data_digest"), predictions),
+        config=_read(LabelNames, path / "export" / "config.json") or {},
     )
 
 
-def _read_analysis(path: Path, data_digest: str | None) -> Analysis | None:
+def _read(model: type[Checked], path: Path) -> Record | None:
+    """What is known of a JSON file, checked; None if it does not exist."""
+    values = read_json(path)
+    return None if values is None else check(model, values, str(path)).model_dump(exclude_unset=True)
+
+
+def _read_analysis(path: Path, data_digest: str | None, predictions: Predictions) -> Analysis | None:
     """None where there is none, or one of a later or earlier version.
 
     Raises:
         InputError: it is damaged, or of other data.
     """
-    values, file = read_json(path / f"{ANALYSIS}.json"), path / f"{ANALYSIS}.safetensors"
-    if values is None or not file.exists() or values.get("format") != ANALYSIS_FORMAT:
+    raw, file = read_json(path / f"{ANALYSIS}.json"), path / f"{ANALYSIS}.safetensors"
+    if raw is None or not os.path.lexists(file) or raw.get("format") != ANALYSIS_FORMAT:
         return None
+    values = check(AnalysisValues, raw, f"{path / ANALYSIS}.json").model_dump(exclude_none=True)
     tensors, metadata = read_arrays(file)
     check_whole(file, metadata)
     if data_digest not in (None, values.get("data")) or metadata.get("data") != values.get("data"):
         raise InputError(f"{path / ANALYSIS}.json: made on other data. Write it again with `distill evaluate {path}`.")
+    if problem := next(_misfits(values, tensors, predictions), None):
+        raise InputError(f"{file}: {problem}. Write it again with `distill evaluate {path}`.")
     return Analysis(values, tensors)
+
+
+def _misfits(values: Record, tensors: Mapping[str, NDArray[Any]], predictions: Predictions) -> Iterator[str]:
+    """What is wrong with the tensors of an analysis; reading on after the first may raise."""
+    samples, classes = predictions.logits["student.fused"].shape
+    for kind in ("pictures", "attention"):
+        numbers, images = tensors.get(f"{kind}.indices"), tensors.get(f"{kind}.images")
+        if numbers is None or images is None:
+            if any(name.startswith(f"{kind}.") for name in tensors):
+                yield f"{kind} without images or their numbers"
+            continue
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not all(0 <= number < samples for number in numbers):
+            yield f"{kind}.indices are no numbers of the {samples} test images"
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(numbers):
+            yield f"{kind}.images is {images.dtype} {list(images.shape)}, not uint8 [{len(numbers)}, C, H, W]"
+        if len(images) and not 0 < min(images.shape[1:]) <= max(images.shape[1:]) <= LARGEST_PICTURE:
+            yield f"{kind}.images are of {images.shape[1:]}"
+    if (patches := tensors.get("attention.patches")) is not None:
+        number, tokens = len(tensors["attention.indices"]), values.get("tokens")
+        if patches.dtype.kind != "f" or patches.ndim != 5 or not patches.size or patches.shape[1] != number:
+            yield f"attention.patches is {patches.dtype} {list(patches.shape)}, not [depth, {number}, tokens, H, W]"
+        if tokens is None or patches.shape[2] > len(tokens.get("names") or TOKENS):
+            yield f"attention.patches has {patches.shape[2]} tokens, more than have names"
+        if max(patches.shape) > LARGEST_PICTURE or not np.isfinite(patches).all():
+            yield "attention.patches holds what is no attention"
+        for name, areas in tensors.items():
+            fits = (areas.shape[:2], areas.shape[3:]) == (patches.shape[1:3], patches.shape[3:]) and areas.ndim == 5
+            if name.startswith("attention.areas.") and not (areas.dtype == bool and fits):
+                yield f"{name} is {areas.dtype} {list(areas.shape)}, which does not fit attention.patches"
+    labels = tensors.get("validation.labels")
+    for name, logits in tensors.items():
+        if name.startswith("validation.") and name != "validation.labels":
+            if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+                yield "validation without labels"
+                return
+            if not all(0 <= label < classes for label in (labels.min(), labels.max())):
+                yield f"validation.labels are not among the {classes} classes"
+            if logits.dtype.kind != "f" or logits.shape != (len(labels), classes):
+                yield f"{name} is {logits.dtype} {list(logits.shape)}, not floats [{len(labels)}, {classes}]"

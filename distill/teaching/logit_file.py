@@ -20,6 +20,8 @@ import numpy as np
 
 from distill.data.locking import one_at_a_time
 from distill.errors import InputError
+from distill.files.regular import regular
+from distill.files.text import write_text
 
 _log = logging.getLogger("distill")
 
@@ -47,7 +49,7 @@ class LogitFile:
     @property
     def missing(self) -> int:
         """Bytes by which the file is too short; its size if it does not exist."""
-        return max(0, self.size - (self.path.stat().st_size if self.path.exists() else 0))
+        return max(0, self.size - (self.path.lstat().st_size if self.path.exists() else 0))
 
     def check_space(self) -> None:
         """Raise InputError unless there is disk space for the missing bytes."""
@@ -79,13 +81,14 @@ class LogitFile:
                     _extend(self.path, self.size)
                     return
                 temporary = self.path.with_name(f".{self.path.name}.tmp")
+                temporary.unlink(missing_ok=True)
                 try:
-                    temporary.write_bytes(b"")
+                    temporary.touch(exist_ok=False)
                     _extend(temporary, self.size)
                     temporary.replace(self.path)
                 finally:
                     temporary.unlink(missing_ok=True)
-                self.path.with_suffix(".json").write_text(description, encoding="utf-8")
+                write_text(self.path.with_suffix(".json"), description)
         except OSError as error:
             raise InputError(
                 f"teacher.cache: {self.path} of {self.size:,} bytes cannot be created ({error.strerror or error}). "
@@ -93,10 +96,17 @@ class LogitFile:
             ) from None
 
     def open(self) -> None:
-        """Map the file; on a machine that does not see it, it is empty."""
+        """Map the file; on a machine that does not see it, it is empty. Raises InputError if it is a link."""
         if self.missing:
             return
-        self._records = np.memmap(self.path, self._dtype, "r", shape=self._shape)
+        try:
+            with open(self.path, "rb", opener=regular) as file:
+                self._records = np.memmap(file, self._dtype, "r", shape=self._shape)
+        except OSError as error:
+            raise InputError(
+                f"teacher.cache: {self.path} cannot be read ({error.strerror}). Move it away, or set "
+                "teacher.cache=false."
+            ) from None
         self._writable = True
 
     def read(self, epoch: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +130,7 @@ class LogitFile:
             return
         try:
             # Not through the map: on a full disk that would kill the process. Incomplete records count as missing.
-            with self.path.open("r+b", buffering=0) as file:
+            with open(self.path, "r+b", buffering=0, opener=regular) as file:
                 for epoch, start, logits in ranges:
                     rows = np.zeros(len(logits), self._dtype)
                     finite = np.isfinite(logits).all(1)  # others stay missing
@@ -142,7 +152,7 @@ class LogitFile:
 
 def _extend(path: Path, size: int) -> None:
     """Extend to `size` bytes, or not at all."""
-    with path.open("r+b") as file:
+    with open(path, "r+b", opener=regular) as file:
         before = os.fstat(file.fileno()).st_size
         try:
             if hasattr(os, "posix_fallocate"):

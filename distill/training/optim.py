@@ -33,13 +33,21 @@ def build_optimizer(spec: Optim, model: nn.Module, methods: nn.Module | None = N
     `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group has an `lr_scale`.
 
     Raises:
-        InputError: unknown optimizer, or one that needs second derivatives.
+        InputError: unknown optimizer, one that needs second derivatives, or one that this machine cannot have.
     """
     known = list_optimizers()
     if spec.name.lower() not in known:
         raise InputError(f"optim.name: timm has no optimizer '{spec.name}'; it has {', '.join(known)}")
     if get_optimizer_info(spec.name.lower()).second_order:
         raise InputError(f"optim.name: {spec.name} needs second derivatives, which the loop does not compute.")
+    try:
+        return _build(spec, model, methods)
+    except Exception as error:  # some need a GPU or another package, and say so in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"optim.name: {spec.name} cannot be had here ({reason}). Choose another one.") from error
+
+
+def _build(spec: Optim, model: nn.Module, methods: nn.Module | None) -> torch.optim.Optimizer:
     parameters = inspect.signature(get_optimizer_class(spec.name, bind_defaults=False).__init__).parameters
     arguments: dict[str, Any] = {"momentum": spec.momentum}
     # Fused AdamW is one kernel a step, on CPU as on CUDA.

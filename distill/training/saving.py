@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from pydantic import TypeAdapter
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_map_only
 from distill import checkpoint
 from distill.errors import InputError
 from distill.files.durable import describe_failure
+from distill.files.records import CheckpointState, check
 from distill.launching.processes import on_main
+from distill.recipe.reading import short
 from distill.run import Run
 from distill.teaching.source import TeacherSource
 
@@ -150,10 +153,34 @@ def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, 
     """Load a checkpoint after verifying it; returns its progress and all of its plain data.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or of another recipe.
     """
     checkpoint.verify(folder)
     state = checkpoint.read_state(folder)
+    check(CheckpointState, state, str(folder / "state.json"))
+    try:
+        progress = TypeAdapter(Progress).validate_python(state["progress"])
+        _load(train_state, folder, state)
+    except InputError:
+        raise
+    except Exception as error:  # states of other shapes or without what they need can fail anywhere
+        reason = short(" ".join(str(error).split()) or type(error).__name__)
+        raise InputError(
+            f"{folder}: not a checkpoint of this recipe ({type(error).__name__}: {reason}). Use another one, or start "
+            "a new run with another --out."
+        ) from error
+    if problem := on_main(lambda: _damage_of_best(run.checkpoints, progress)):
+        _log.warning(
+            "%s: the best checkpoint so far is missing or damaged (%s); selection starts over", folder, problem
+        )
+        progress.copy_best(Progress())
+        progress.evaluated_at = 0
+    run.cut_metrics(state["metrics_size"])
+    return progress, state
+
+
+def _load(train_state: TrainState, folder: Path, state: Mapping[str, Any]) -> None:
+    """Load the tensors of a verified checkpoint."""
     train_state.student.load_state_dict(checkpoint.read_tensors(folder, "model"))
     if train_state.methods.state_dict():
         train_state.methods.load_state_dict(checkpoint.read_tensors(folder, "methods"))
@@ -164,15 +191,6 @@ def restore(train_state: TrainState, folder: Path, run: Run) -> tuple[Progress, 
     train_state.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
     if train_state.scaler is not None and state["scaler"] is not None:
         train_state.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
-    if problem := on_main(lambda: _damage_of_best(run.checkpoints, progress)):
-        _log.warning(
-            "%s: the best checkpoint so far is missing or damaged (%s); selection starts over", folder, problem
-        )
-        progress.copy_best(Progress())
-        progress.evaluated_at = 0
-    run.cut_metrics(state["metrics_size"])
-    return progress, state
 
 
 def record_checkpoint(train_state: TrainState, folder: Path, progress: Progress, run: Run, *, epoch: float) -> None:

@@ -91,6 +91,7 @@ def _become(request: Mapping[str, Any]) -> None:
         os.chdir(request["cwd"])
         if "fault" in request:
             os.environ["DISTILL_FAULT"] = request["fault"]
+        os.environ.update(request.get("environment", {}))
         if "file_size" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
         sys.argv = ["distill", *request["arguments"]]

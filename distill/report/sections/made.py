@@ -47,9 +47,9 @@ def _by_run(name: str, caption: str, facts: Mapping[str, Mapping[str, str]]) -> 
 
 
 def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
-    environment, versions = run.environment, run.environment.get("versions")
-    if isinstance(command := environment.get("command"), list) and command:
-        yield "command", command_line([str(word) for word in command])
+    environment = run.environment
+    if command := environment.get("command"):
+        yield "command", command_line(command)
     preflight = next((event for event in run.events if event.get("event") == "preflight"), None)
     if preflight is not None:
         if "teacher" in preflight:
@@ -57,14 +57,14 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
         if "teacher_sha256" in preflight:
             yield "teacher's weights, SHA-256", str(preflight["teacher_sha256"])
         if isinstance(top1 := preflight.get("teacher/top1"), int | float):
-            where = f" on {preflight['samples']:,} {preflight.get('split')} images" if "samples" in preflight else ""
+            where = f" on {preflight['samples']:,} {preflight.get('split')} images" if preflight.get("samples") else ""
             yield "preflight", f"{top1:.2f} %{where}"
     if run.data_digest is not None:
         yield "data, SHA-256", run.data_digest
     exported = run.status.get("exported")
-    if isinstance(exported, dict):
-        yield "exported weights", f"{exported.get('weights')}, step {exported.get('step')}"
-    if isinstance(versions, dict):
+    if exported is not None:
+        yield "exported weights", f"{exported['weights']}, step {exported['step']}"
+    if versions := environment.get("versions"):
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     for key, name in (("python", "Python"), ("commit", "commit"), ("platform", "system")):
         if environment.get(key):

@@ -21,7 +21,9 @@ def build(comparison: Comparison) -> Section | None:
         return None
     records = [record for _, record in found]
     wholes = [(row, record) for row, record in found if row.is_whole]
-    corruptions = list(records[0]["accuracy"])
+    corruptions = [name for name in records[0]["accuracy"] if all(name in record["accuracy"] for record in records)]
+    if not corruptions:
+        return None
     least, most = (pick(record["images"] for record in records) for pick in (min, max))
     on = f"{most:,} test images" if least == most else f"{least:,} to {most:,} test images"
     if most < comparison.samples:

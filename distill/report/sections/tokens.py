@@ -14,10 +14,9 @@ from scipy.ndimage import binary_erosion
 from distill.report.charts import Chart
 from distill.report.comparison import Comparison
 from distill.report.page import Attention, Part, Plot, Section
-from distill.report.runs import Analysis, RunFiles
+from distill.report.runs import TOKENS, Analysis, RunFiles
 from distill.report.sections.pictures import to_png
 
-TOKENS = ("class token", "distillation token")
 PIXELS = 64
 """Of a view's side, about."""
 GLOW = np.array([255, 176, 0])
