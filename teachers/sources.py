@@ -17,11 +17,18 @@ import teachers.cifar_resnet  # noqa: F401  registers the names with timm
 from distill import recipe
 from distill.errors import InputError
 from distill.files.digests import file_digest
+from distill.files.plain_data import MOST_BYTES, parse_json
+from distill.files.records import TimmConfig, check
+from distill.files.regular import read_bytes
 from distill.inputs import InputContract
+from distill.out_of_memory import bounded_allocation
+from distill.recipe.reading import short
 from teachers.weights import download, load_weights, transformers_model
 from teachers.zoo import ZOO
 
 _TORCH_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+MOST_TENSORS = 10_000
+"""Of a teacher's weights."""
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
@@ -108,7 +115,7 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
                 torchvision.models.get_model(name, weights=None, num_classes=num_classes), contract, num_classes
             )
         case "local-dir":
-            network = _folder_network(Path(name))
+            network = _folder_network(spec, Path(name))
         case "hf_hub":
             _hub_config(name)
             network = timm.create_model(f"hf-hub:{name}")
@@ -220,8 +227,8 @@ def _no_download(url: str, error: Exception) -> str:
     )
 
 
-def _folder_network(folder: Path) -> Any:
-    """The network of a folder in timm's layout, without its weights."""
+def _folder_network(spec: recipe.Teacher, folder: Path) -> Any:
+    """The network of a folder in timm's layout, without its weights; not one that is far larger than they are."""
     import distill.students  # noqa: F401  registers the architectures of our exports; other teachers need no import
 
     config = folder / "config.json"
@@ -229,15 +236,20 @@ def _folder_network(folder: Path) -> Any:
         raise InputError(f"teacher.model: {folder} has no config.json. Give one that `distill export` or timm wrote.")
     if (advice := transformers_model(folder)) is not None:
         raise InputError(f"teacher.model: {folder} is no folder of timm's. {advice}")
+    files = [*folder.iterdir(), *([Path(spec.weights)] if spec.weights else [])]
+    size = sum(path.stat().st_size for path in files if path.is_file())
     try:
-        return timm.create_model(f"local-dir:{folder}")
+        content = read_bytes(config, MOST_BYTES, opener=None) or b""
+        check(TimmConfig, parse_json(content, "it"), "it")
+        with bounded_allocation(size, MOST_TENSORS):
+            return timm.create_model(f"local-dir:{folder}")
     except Exception as error:  # a wrong configuration can fail anywhere in the model's constructor
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {short(' '.join(str(error).split()))}"
         raise InputError(f"{config}: does not describe a model that timm can build ({reason}).") from error
 
 
 def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source:
-    network = _folder_network(folder)
+    network = _folder_network(spec, folder)
     known = _same_classes(str(folder), network.num_classes, num_classes)
     candidates = [Path(spec.weights)] if spec.weights else [folder / name for name in _FOLDER_FILES]
     weights = next((path for path in candidates if path.is_file()), candidates[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os.path
 import re
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from distill.errors import InputError
 from distill.files.digests import file_digest
+from distill.files.plain_data import MOST_BYTES, parse_json
+from distill.files.regular import read_bytes
 
 # Keys of the state dict in checkpoints; EMA weights first, which authors evaluate.
 _WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -100,11 +101,11 @@ def _folder_advice(folder: Path) -> str:
 def transformers_model(folder: Path) -> str | None:
     """What to do with a folder that transformers wrote for a model of its own; None: it is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = parse_json(read_bytes(folder / "config.json", MOST_BYTES, opener=None) or b"", str(folder))
+    except InputError:
         return None
     # Its wrapper of timm's models has timm's keys too.
-    if not isinstance(config, dict) or "model_type" not in config or "architecture" in config:
+    if "model_type" not in config or "architecture" in config:
         return None
     return (
         f"Its config.json is of transformers (model_type {str(config['model_type'])[:50]!r}), whose models have other "

@@ -185,6 +185,24 @@ class Inputs(Record):
         return self
 
 
+class TimmInputs(Record):
+    """What a teacher takes of `pretrained_cfg` in a folder of timm's."""
+
+    input_size: Annotated[list[Side], Field(min_length=3, max_length=3)] | None = None
+    mean: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0.0)]] | None = None
+    interpolation: Name | None = None
+
+
+class TimmConfig(TimmInputs):
+    """`config.json` of a folder of timm's; its older form has the inputs beside the architecture."""
+
+    architecture: Name
+    num_classes: Count | None = None
+    model_args: Annotated[dict[str, Any], AfterValidator(_arguments)] | None = None
+    pretrained_cfg: TimmInputs | None = None
+
+
 class Prepared(Record):
     """`preparation` of an export."""
 
