@@ -69,6 +69,7 @@ class Status(Record):
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
     exported: Exported | None = None
+    wandb: Name | None = None
 
 
 class Environment(Record):

@@ -18,12 +18,16 @@ def is_launched() -> bool:
 
 def is_main_process() -> bool:
     """Whether this is process 0 of its launch; needs no torch. One that is in no launch, whatever RANK says, is."""
-    return os.environ.get("RANK", "0") == "0" or not (is_launched() or os.environ.keys() >= GROUP)
+    return os.environ.get("RANK", "0") == "0" or not _is_in_a_launch()
 
 
 def is_local_main_process() -> bool:
     """Whether this is the first process of its launch on this machine; needs no torch."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" or not _is_in_a_launch()
+
+
+def _is_in_a_launch() -> bool:
+    return is_launched() or os.environ.keys() >= GROUP
 
 
 def training_command(arguments: Sequence[str]) -> str:
