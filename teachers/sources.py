@@ -239,7 +239,7 @@ def _folder_network(spec: recipe.Teacher, folder: Path) -> Any:
     files = [*folder.iterdir(), *([Path(spec.weights)] if spec.weights else [])]
     size = sum(path.stat().st_size for path in files if path.is_file())
     try:
-        content = read_bytes(config, MOST_BYTES, opener=None) or b""
+        content = read_bytes(config, MOST_BYTES, links=True) or b""
         check(TimmConfig, parse_json(content, "it"), "it")
         with bounded_allocation(size, MOST_TENSORS):
             return timm.create_model(f"local-dir:{folder}")

@@ -101,7 +101,7 @@ def _folder_advice(folder: Path) -> str:
 def transformers_model(folder: Path) -> str | None:
     """What to do with a folder that transformers wrote for a model of its own; None: it is none."""
     try:
-        config = parse_json(read_bytes(folder / "config.json", MOST_BYTES, opener=None) or b"", str(folder))
+        config = parse_json(read_bytes(folder / "config.json", MOST_BYTES, links=True) or b"", str(folder))
     except InputError:
         return None
     # Its wrapper of timm's models has timm's keys too.

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.data.dataset import Dataset
 from distill.data.images import Source
 from distill.data.opening import DataReader, Opening
+from distill.data.shards import check_list
 from distill.errors import InputError
 from distill.recipe import Data
 from distill.registry import register
@@ -50,10 +51,13 @@ def create(name: str, root: Path, split: str, **arguments: Any) -> Any:
     from timm.data import create_dataset
 
     root = root.absolute()
-    if name.startswith("wds/") and not root.is_dir():
-        raise InputError(
-            f"data.root: {root} is no folder; '{name}' is read from a local one, with the shards and their _info.json"
-        )
+    if name.startswith("wds/"):
+        if not root.is_dir():
+            raise InputError(
+                f"data.root: {root} is no folder; '{name}' is read from a local one, with the shards and their "
+                "_info.json"
+            )
+        check_list(root)
     try:
         return create_dataset(name, root=str(root), split=split, input_img_mode="", **arguments)
     except ImportError as error:

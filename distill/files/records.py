@@ -186,6 +186,20 @@ class Inputs(Record):
         return self
 
 
+class Split(Record):
+    name: Name
+    num_samples: Count
+    filenames: list[Name]
+    shard_lengths: list[Count]
+    alt_label: Name = ""
+
+
+class ShardList(Record):
+    """`_info.json` of a webdataset, as timm reads it."""
+
+    splits: dict[Name, Split] = {}
+
+
 class TimmInputs(Record):
     """What a teacher takes of `pretrained_cfg` in a folder of timm's."""
 

@@ -42,18 +42,18 @@ def regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def read_bytes(path: Path, most: int, *, opener: Callable[[str, int], int] | None = regular) -> bytes | None:
-    """The content of a file; None if it does not exist.
+def read_bytes(path: Path, most: int, *, links: bool = False) -> bytes | None:
+    """The content of a regular file; None if it does not exist.
 
     Args:
         most: bytes of the largest file that is read.
-        opener: None follows links.
+        links: whether they are followed.
 
     Raises:
         InputError: it cannot be read, is no regular file, or is larger.
     """
     try:
-        with open(path, "rb", opener=opener) as file:
+        with open(os.path.realpath(path) if links else path, "rb", opener=regular) as file:
             content = file.read(most + 1)
     except FileNotFoundError:
         return None

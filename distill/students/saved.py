@@ -47,7 +47,7 @@ def read_export(folder: str | Path) -> Saved:
             )
     # Links are followed: the Hugging Face Hub's client keeps its files behind them.
     weights, metadata = read_safetensors(folder / WEIGHTS_FILE, "pt", links=True, advice="Export the student again.")
-    text = read_bytes(folder / CONFIG_FILE, MOST_BYTES, opener=None) or b""
+    text = read_bytes(folder / CONFIG_FILE, MOST_BYTES, links=True) or b""
     digests = {
         WEIGHTS_FILE: (metadata.get(WEIGHTS_DIGEST), state_digest(weights)),
         CONFIG_FILE: (metadata.get(CONFIG_DIGEST), hashlib.sha256(text).hexdigest()),

@@ -83,3 +83,21 @@ def test_nor_one_of_the_list_of_shards(tmp_path: Path, name: str) -> None:
         dataset = open_dataset(data, seed=0, device=torch.device("cpu"))
         list(dataset.training_batches(BatchPlan(seed=0, batch_size=2), 0))
     assert not mark.exists()
+
+
+HOSTILE_LISTS = {
+    "no JSON": "{", "a list": "[]", "deep": '{"splits": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "splits are a list": '{"splits": []}', "a split is a number": '{"splits": {"train": 1}}',
+    "a number": '{"splits": {"train": {"name": "train", "num_samples": 4, "filenames": [1], "shard_lengths": [4]}}}',
+    "negative": '{"splits": {"train": {"name": "train", "num_samples": -4, "filenames": [], "shard_lengths": []}}}',
+    "a text": '{"splits": {"train": {"name": "train", "num_samples": 4, "filenames": "abc", "shard_lengths": [4]}}}',
+    "long": '{"splits": {}, "a": "' + "x" * (5 << 20) + '"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_LISTS)
+def test_a_list_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    write_set(tmp_path / "set", ["train.tar"])
+    (tmp_path / "set" / "_info.json").write_text(HOSTILE_LISTS[name])
+    with pytest.raises(InputError, match=r"set/_info\.json: [^\n]*$"):
+        labels(str(tmp_path / "set"))
