@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import multiprocessing.process
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +30,8 @@ BUSY = 0.2
 """Seconds of processor time of all workers together that count as computing: idle ones only poll."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux has the shared memory by which workers hand over tensors."""
+_iterators: weakref.WeakSet[_MultiProcessingDataLoaderIter] = weakref.WeakSet()
+"""Those that may have workers."""
 
 
 def worker_loader(
@@ -94,6 +98,7 @@ def items(loader: torch_data.DataLoader) -> Iterator[Any]:
             raise
         raise _no_shared_memory() from error
     assert isinstance(iterator, _MultiProcessingDataLoaderIter)
+    _iterators.add(iterator)
     # By the loader's own argument, its reset would time out too. A `next` that timed out can be called again.
     iterator._timeout = POLL_INTERVAL
     if iterator._worker_pids_set:  # or torch raises that a worker died wherever the main thread is
@@ -159,6 +164,13 @@ def _abandon(iterator: _MultiProcessingDataLoaderIter) -> None:
     for worker in iterator._workers:
         worker.kill()
         multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Python would end them by one SIGTERM, which they ignore, and wait for them."""
+    for iterator in list(_iterators):
+        _abandon(iterator)
 
 
 def _described(error: Exception, iterator: _MultiProcessingDataLoaderIter) -> RunFailed | None:
