@@ -41,7 +41,7 @@ def described(out: Path) -> dict[str, Any]:
             for line in lines
             if line["event"] != "resume"
         ],
-        "status": {key: value for key, value in status.items() if key not in ("updated", "metrics")},
+        "status": {key: value for key, value in status.items() if key not in ("updated", "metrics", "seconds")},
         "files": [
             (out / name).read_bytes() for name in ("export/model.safetensors", "predictions.safetensors")
         ] + [(last / f"{stem}.safetensors").read_bytes() for stem in ("model", "ema")],
