@@ -24,7 +24,7 @@ from distill.launching import heartbeat, ranks, signals
 from distill.launching.processes import on_main
 from distill.run import read_metrics, read_status
 from distill.trainer import Trainer
-from tests.conftest import Toy, environment
+from tests.conftest import Counted, Toy, environment
 from tests.warm import Launched, launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,8 @@ def disconnect(host: Host) -> None:
     subprocess.run(["ip", "-n", host.namespace, "link", "set", host.interface, "down"], check=True)
 
 
-def test_the_launch_file_for_two_hosts(toy: Toy, linked: list[Host], tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_the_launch_file_for_two_hosts(toy: Toy, linked: list[Host], tmp_path: Path, counted: Counted) -> None:
     """Losses equal those of one process; then the link goes down."""
     out, steps = tmp_path / "run", 30
     command = [toy.recipe, *SMALL, "train.epochs=2000", "train.batch_size=16"]
@@ -125,7 +126,8 @@ def test_the_launch_file_for_two_hosts(toy: Toy, linked: list[Host], tmp_path: P
     assert saved is not None
     resumed = launch(["train", *command, "--out", out, "--resume", "auto", "train.max_minutes=0.0001"], cwd=tmp_path)
     assert resumed.wait() == [75], resumed.output
-    assert read_status(out)["step"] == int(saved.name[5:]) + 1
+    resumes = read_status(out)["step"] == int(saved.name[5:]) + 1
+    counted("one of two hosts vanished: the other stopped within 60 s", done=int(resumes), of=1, seconds=round(took, 1))
 
 
 def hurry() -> None:
@@ -174,8 +176,17 @@ def cut_the_link_in(what: str, hosts: list[Host]) -> None:
     Trainer.train_step = trained  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("what", "saved"), [("step", STEPS), ("checkpoint", 2 * STEPS), ("evaluation", STEPS)])
-def test_a_host_that_vanishes(what: str, saved: int, toy: Toy, linked: list[Host], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "saved"),
+    [
+        ("step", STEPS),
+        pytest.param("checkpoint", 2 * STEPS, marks=pytest.mark.soak),
+        pytest.param("evaluation", STEPS, marks=pytest.mark.soak),
+    ],
+)
+def test_a_host_that_vanishes(
+    what: str, saved: int, toy: Toy, linked: list[Host], tmp_path: Path, counted: Counted
+) -> None:
     command = ["train", toy.recipe, *SMALL, "train.ema=null", "--out", "run"]
     launched = launch(command, cwd=tmp_path, processes=2, before=partial(cut_the_link_in, what, linked))
     assert launched.wait() == [3, 3], launched.output
@@ -188,7 +199,8 @@ def test_a_host_that_vanishes(what: str, saved: int, toy: Toy, linked: list[Host
     assert newest == checkpoint.folder_of_step(tmp_path / "run" / "checkpoints", saved)
     resumed = launch([*command, "--resume", "auto"], cwd=tmp_path)
     assert resumed.wait() == [0], resumed.output
-    assert [line["step"] for line in read_metrics(tmp_path / "run", "train")] == list(range(1, 3 * STEPS + 1))
+    steps = [line["step"] for line in read_metrics(tmp_path / "run", "train")]
+    counted("a host that vanished was named, and the run resumed", done=int(steps == [*range(1, 3 * STEPS + 1)]), of=1)
 
 
 def train_in_python(recipe: Path, hosts: list[Host]) -> None:
@@ -207,6 +219,7 @@ def train_in_python(recipe: Path, hosts: list[Host]) -> None:
     raise SystemExit(7)
 
 
+@pytest.mark.soak
 def test_a_host_that_vanishes_from_python(toy: Toy, linked: list[Host], tmp_path: Path) -> None:
     launched = launch([], cwd=tmp_path, processes=2, before=partial(train_in_python, toy.recipe, linked))
     assert launched.wait() == [7, 7], launched.output
@@ -221,6 +234,7 @@ def until_step(launched: Launched, out: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.soak
 def test_a_process_that_is_stopped_is_named_and_all_of_them_go_on(toy: Toy, tmp_path: Path) -> None:
     command = ["train", toy.recipe, *SMALL, "train.epochs=1000", "train.batch_size=16", "--out", "run"]
     launched = launch(command, cwd=tmp_path, processes=2, before=hurry)
