@@ -118,7 +118,7 @@ def test_a_worker_that_blocks_fails_the_run_which_goes_on_from_its_checkpoint(re
 @pytest.mark.parametrize(("epoch", "step"), [(1, STEPS + 1), (None, STEPS)])
 def test_a_signal_while_a_batch_is_waited_for(epoch: int | None, step: int, recipe: Path, tmp_path: Path) -> None:
     """Within the second epoch, and in the first evaluation."""
-    command = ["train", recipe, "--out", "run", "train.evaluate_every=1"]
+    command = ["train", recipe, "--out", "run", "data.validation=0.25"]  # its folder of validation images
     launched = launch(command, cwd=tmp_path, before=partial(block_for_long, epoch))
     until(launched, tmp_path / "run" / "metrics.jsonl", f'"train", "step": {step}')
     time.sleep(1)
