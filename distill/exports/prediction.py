@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -116,7 +117,7 @@ def _name(source: str | PathLike[str] | Image.Image) -> str:
 
 
 def _read(source: str | PathLike[str] | Image.Image, transform: Transform) -> Tensor:
-    return transform(source) if isinstance(source, Image.Image) else transform.read(Path(source), str(source))
+    return transform(source) if isinstance(source, Image.Image) else transform.read(os.fspath(source), str(source))
 
 
 def table(classes: Sequence[tuple[str, float]]) -> Table:
