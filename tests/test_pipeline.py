@@ -24,6 +24,7 @@ from distill import checkpoint, finishing, run
 from distill.errors import InputError, Interrupted
 from distill.evaluation import Classification
 from distill.recipe import Recipe, from_mapping, load
+from distill.report.runs import read_run
 from distill.trainer import Trainer
 from tests.conftest import Toy
 from tests.test_resume import go, train_lines
@@ -182,6 +183,7 @@ def test_the_time_by_what_it_went_to(toy: Toy, tmp_path: Path, monkeypatch: pyte
     go(recipe, out, None, resume="auto")
     expected = {"training": 16.0, "compilation": 0.0, "evaluation": 40.0, "analysis": 100.0}
     assert run.read_status(out)["seconds"] == expected
+    assert read_run(out).seconds == expected, "what a report reads"
 
 
 # Which weights are exported

@@ -69,6 +69,9 @@ class Status(Record):
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
     exported: Exported | None = None
+    metrics: dict[Name, Annotated[float, Field(allow_inf_nan=True)]] | None = None
+    seconds: dict[Name, Size] = {}
+    training_seconds: Size | None = None
     wandb: Name | None = None
 
 

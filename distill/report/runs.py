@@ -87,8 +87,8 @@ class RunFiles:
     @property
     def seconds(self) -> Record:
         """By what the time went to: training, compilation, evaluation, analysis."""
-        recorded = self.status.get("seconds")
-        return recorded if isinstance(recorded, dict) else {}
+        seconds: Record = self.status.get("seconds", {})
+        return seconds
 
     @property
     def training_seconds(self) -> float | None:

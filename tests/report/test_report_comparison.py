@@ -17,6 +17,8 @@ from distill.errors import InputError
 from distill.report.answer import main_table
 from distill.report.comparison import Comparison, compare
 from distill.report.document import write_report
+from distill.report.page import Table
+from distill.report.sections import cost
 from distill.report.tables import render_console
 
 MakeRun = Callable[..., Path]
@@ -221,3 +223,12 @@ def test_the_report_builds_no_model() -> None:
     code = "import sys, distill.report; print({'torch', 'timm', 'accelerate', 'teachers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_time_of_a_run_stands_by_what_it_went_to(make_run: MakeRun) -> None:
+    seconds = {"training": 90.0, "compilation": 5.0, "evaluation": 8.5, "analysis": 0.0}
+    section = cost.build(compare([make_run(status={"seconds": seconds})]))
+    assert section is not None
+    (table,) = (part for part in section.parts if isinstance(part, Table) and part.name == "training")
+    assert [*table.header][-3:] == ["training", "compilation", "evaluation"]
+    assert [[entry.sort for entry in row[-3:]] for row in table.rows] == [[90.0, 5.0, 8.5]]

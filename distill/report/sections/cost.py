@@ -31,7 +31,7 @@ def build(comparison: Comparison) -> Section | None:
             "model": comparison.called(name, model),
             "machine": _machine(files.environment),
             "training_seconds": files.training_seconds,
-            **{f"{part}_seconds": files.seconds.get(part) for part in BESIDES},
+            **{f"{part}_seconds": files.seconds.get(part) or None for part in BESIDES},
         }
         for name, run in comparison.runs.items()
         for model, files in run.models
@@ -41,7 +41,7 @@ def build(comparison: Comparison) -> Section | None:
             ("model", "model", ""),
             ("machine", "machine", ""),
             ("training", "training_seconds", duration),
-            *((part, f"{part}_seconds", duration) for part in BESIDES if any(t[f"{part}_seconds"] for t in trained)),
+            *((part, f"{part}_seconds", duration) for part in BESIDES),
         ]
         caption = (
             "Time of the training steps and of the rest, without the pauses before a resumption. Where a run recorded "
