@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ if hasattr(os, "sched_setaffinity"):
     # Whether or not others are busy: runs that are compared need the same number of threads.
     os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Counted = Callable[..., None]
@@ -150,6 +152,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     recipe = folder / "toy.yaml"
     recipe.write_text(TOY_RECIPE.format(root=folder, teacher=folder / "teacher.pth"))
     return Toy(folder, folder / "teacher.pth", recipe)
+
+
+def image_folder(root: Path, labels: Iterable[str], counts: dict[str, int], *, width: int, height: int) -> None:
+    """Write PNG files of random pixels as root/<split>/<label>/<number>.png; `counts`: of each label, by split."""
+    chance = np.random.default_rng(0)
+    for split, count in counts.items():
+        for label in labels:
+            (folder := root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def environment(**values: str) -> dict[str, str]:

@@ -13,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -27,7 +25,7 @@ from distill import api, cli
 from distill.cli import main
 from distill.cores import cores
 from distill.recipe import load
-from tests.conftest import Command, Toy, environment
+from tests.conftest import Command, Toy, environment, image_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "distill" / "train.py"
@@ -214,14 +212,7 @@ def test_export(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_an_export_is_compared_on_the_images_of_a_folder(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("test", 2)):
-        for label in "abcd":
-            folder = tmp_path / "images" / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+    image_folder(tmp_path / "images", "abcd", {"train": 8, "test": 2}, width=8, height=8)
     overrides = ["data.name=folder", f"data.root={tmp_path / 'images'}", "train.max_steps=1", "data.validation=0",
                  "teacher=null", "distill=[]", "report.analysis=none"]  # fmt: skip
     assert main(["train", str(toy.recipe), "--out", "run", *overrides]) == 0

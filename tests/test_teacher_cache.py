@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from distill.teaching.logit_file import LogitFile
 from distill.teaching.teachers import build_teacher
 from distill.trainer import Trainer
 from teachers import Teacher, load_teacher
-from tests.conftest import DEVICES, Toy
+from tests.conftest import DEVICES, Toy, image_folder
 from tests.students.helpers import student_options
 from tests.test_resume import go
 from tests.warm import launch
@@ -173,14 +172,7 @@ def test_an_ensemble_is_stored_as_a_whole(toy: Toy, tmp_path: Path, asked: Count
 
 
 def test_streamed_images(toy: Toy, tmp_path: Path, asked: Counter[str]) -> None:
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("test", 2)):
-        for label in "abcd":
-            folder = tmp_path / "images" / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+    image_folder(tmp_path / "images", "abcd", {"train": 8, "test": 2}, width=12, height=9)
     data = {"name": "folder", "root": str(tmp_path / "images"), "stream": True, "workers": 0, "validation": 0.0}
     recipe = cached(toy, 3, data=data | {"augment": {"random_resized_crop": {}, "mixup": 0.8}})
     for name in ("recorded", "replayed"):

@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from distill.data.packed import open_packed
 from distill.launching.exit_messages import EXIT_INTERRUPTED
 from distill.run import read_metrics, read_status
-from tests.conftest import Counted, Toy, environment
+from tests.conftest import Counted, Toy, environment, image_folder
 from tests.faults.launched import COMMANDS
 
 TOGETHER = """
@@ -51,14 +49,7 @@ def at_once(commands: list[list[str]], cwd: Path, *, fresh: bool) -> list[int]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    root = tmp_path / "images"
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 16), ("test", 6)):
-        for name in "abcd":
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    image_folder(root := tmp_path / "images", "abcd", {"train": 16, "test": 6}, width=12, height=12)
     return root
 
 

@@ -6,7 +6,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import time
@@ -19,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from PIL import Image
 from torch.utils import data as torch_data
 
 from distill import checkpoint
@@ -27,7 +25,7 @@ from distill.data import loading, stream
 from distill.errors import RunFailed
 from distill.launching import signals
 from distill.run import read_metrics, read_status
-from tests.conftest import Toy
+from tests.conftest import Toy, image_folder
 from tests.warm import Launched, launch
 
 STEPS = 3
@@ -37,13 +35,9 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def recipe(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Streams 24 images of three classes with two workers; a checkpoint at each of two epochs' ends."""
-    folder, chance = tmp_path_factory.mktemp("photographs"), random.Random(0)
-    for split, count in (("train", 8), ("validation", 4), ("test", 4)):
-        for name in ("ant", "bee", "cat"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                image = Image.frombytes("RGB", (12, 10), chance.randbytes(360))
-                image.save(folder / split / name / f"{number}.png")
+    folder = tmp_path_factory.mktemp("photographs")
+    counts = {"train": 8, "validation": 4, "test": 4}
+    image_folder(folder, ("ant", "bee", "cat"), counts, width=12, height=10)
     data = {"name": "folder", "root": str(folder), "stream": True, "workers": 2, "validation": 0.0}
     train = {"epochs": 2, "batch_size": 8, "gradient_accumulation": 1}
     mapping = toy.mapping(data=data, train=train) | {"distill": [], "teacher": None}
