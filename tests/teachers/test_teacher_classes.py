@@ -141,3 +141,7 @@ def test_a_longer_cycle_is_refused_too_and_outputs_are_the_networks() -> None:
 )
 def test_ordinary_mistakes_are_not_an_order(answers: list[int], per_class: int, right: float) -> None:
     _check(answers, per_class, right)
+
+
+def test_a_teacher_that_answers_one_class_for_all_images_exchanges_none() -> None:
+    _check([0, 0, 0, 0, 0], per_class=30, right=1.0)
