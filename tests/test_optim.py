@@ -17,12 +17,14 @@ from timm.optim import create_optimizer_v2
 from timm.optim.muon import Muon, zeropower_via_newtonschulz
 from timm.scheduler import CosineLRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from distill.errors import InputError
 from distill.recipe.schema import Optim
 from distill.students import register_models
 from distill.training.muon import BatchedMuon, iteration_dtype
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
+from tests.conftest import DEVICES
 
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
@@ -175,7 +177,7 @@ def _muons(name: str, **options: Any) -> Iterator[tuple[torch.nn.Module, torch.o
 def _give_gradients(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator)
+        parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 @pytest.mark.parametrize("name", ["muon", "nmuon"])
@@ -226,3 +228,31 @@ def test_a_skipped_step_of_batched_muon_changes_nothing_and_a_scaled_one_what_it
     optimizer.step()
     unscaled.step()
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@DEVICES
+def test_a_resumed_muon_takes_the_step_that_it_would_have_taken(device: str) -> None:
+    (model, optimizer), (other, resumed) = ([*_muons("nmuon")][1] for _ in range(2))
+    model.to(device), other.to(device)
+    _give_gradients(model, 0)
+    optimizer.step()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(tree_map_only(torch.Tensor, torch.Tensor.cpu, copy.deepcopy(optimizer.state_dict())))
+    for one, its in ((model, optimizer), (other, resumed)):
+        _give_gradients(one, 1)
+        its.step()
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_loaded_muon_has_its_step_counts_beside_the_parameters() -> None:
+    """They come from a checkpoint, on the CPU, where an update on a GPU cannot use them."""
+    optimizers = [
+        BatchedMuon([torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((8, 8), (3,))])
+        for device in ("cpu", "meta")
+    ]
+    for group in optimizers[0].param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert {state["step"].device.type for state in optimizers[1].state.values() if "step" in state} == {"meta"}

@@ -16,7 +16,7 @@ import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
@@ -69,6 +69,8 @@ class Options(StudentOptions):
 class AttentionVisionTransformer(VisionTransformer):
     """timm's VisionTransformer with another attention in some blocks."""
 
+    dynamic_img_size: bool
+
     def __init__(self, *args: Any, kind: str, attention: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         variant = registry.find("attention", kind)
@@ -97,7 +99,15 @@ class AttentionVisionTransformer(VisionTransformer):
         grid = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
         self.patch_grid.height, self.patch_grid.width = grid
         self.shared.clear()
-        return super()._pos_embed(x)
+        own = tuple(self.patch_embed.grid_size)
+        if not self.dynamic_img_size or any(isinstance(side, SymInt) for side in grid) or tuple(grid) != own:
+            return super()._pos_embed(x)
+        # In graphs that torch 2.9 to 2.11 compile, timm would resample the embedding to the size that it has: time for
+        # nothing, and on CUDA a backward pass that is not deterministic.
+        self.dynamic_img_size = False
+        x = super()._pos_embed(x.flatten(1, 2))
+        self.dynamic_img_size = True
+        return x
 
     def no_weight_decay(self) -> set[str]:
         """timm's parameters without weight decay, and those of the attention kinds."""

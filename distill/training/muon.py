@@ -47,6 +47,13 @@ class BatchedMuon(Muon):
         """With the groups and options of an optimizer that has not stepped yet."""
         return cls(optimizer.param_groups, **optimizer.defaults)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch loads the step counts of what it does not call fused to the CPU; here they are read on the device."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """One step; it changes nothing if `found_inf` (float32 []) is set and not 0."""

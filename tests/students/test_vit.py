@@ -78,6 +78,23 @@ def test_the_grid_of_a_fixed_size_is_that_of_the_patches():
     torch.testing.assert_close(fixed(images), free(images), rtol=0, atol=1e-6)
 
 
+def test_positions_are_resampled_only_to_another_size(monkeypatch):
+    """Also where timm takes compilation for an export, as it does on torch 2.9 to 2.11."""
+    model = create("area_vit_nano", distilled=True, attention=BOXES)
+    resampled = []
+    interpolate = torch.nn.functional.interpolate
+    monkeypatch.setattr(timm.layers.pos_embed, "is_exporting", lambda: True)
+
+    def counted(x, **options):
+        resampled.append(tuple(options["size"]))
+        return interpolate(x, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", counted)
+    for side in (32, 48, 32):
+        model(torch.randn(1, 3, side, side))
+    assert resampled == [(12, 12)]
+
+
 @pytest.mark.parametrize(
     "options", [BOXES, {"max_area": 2}, {"max_area": 2, "key_mode": "concat", "top_k": 9}], ids=str
 )
