@@ -104,7 +104,8 @@ def export_selected(
         raise RunFailed(f"{damage} A resumed run uses the best of the remaining ones.") from None
     student.load_state_dict(checkpoint.read_tensors(folder, "model" if selected.weights == "raw" else "ema"))
     images, _ = next(dataset.evaluation_batches("test", 0, 1, 1))
-    student.preparation = Preparation.of(images[0], recipe.data.resolution, rgb(recipe.data.background))
+    data = recipe.data
+    student.preparation = Preparation.of(images[0], data.resolution, rgb(data.background), data.fit)
     names = dataset.info.class_names
     readme = render(Card(recipe.name, data_name(recipe.data), names, metadata), student)
     with indispensable(run.export, _size(student)):

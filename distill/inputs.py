@@ -37,13 +37,13 @@ class Preparation(NamedTuple):
     channels: int = 3
     """1: images are converted to greyscale."""
     by_pillow: bool = True
-    """Whether Pillow resizes the shorter side to the student's size, followed by a centre crop; else the whole image is
-    resized as floats.
-    """
+    """Whether Pillow makes images squares of the student's size, by `fit`; else they are resized whole, as floats."""
     square: bool = True
     """Whether the data's images are square; then other images are centre-cropped to a square."""
     background: tuple[int, int, int] = (255, 255, 255)
-    """RGB, under transparent pixels."""
+    """RGB, under transparent pixels, and beside padded images."""
+    fit: str = "crop"
+    """The recipe's `data.fit`: crop, squash or pad."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preparation:
@@ -53,10 +53,12 @@ class Preparation(NamedTuple):
         return preparation._replace(background=(red, green, blue))
 
     @classmethod
-    def of(cls, image: Tensor, size: int, background: tuple[int, int, int] = (255, 255, 255)) -> Preparation:
+    def of(
+        cls, image: Tensor, size: int, background: tuple[int, int, int] = (255, 255, 255), fit: str = "crop"
+    ) -> Preparation:
         """From a test image [C, H, W] of the dataset, for a student of this size."""
         channels, height, width = image.shape
-        return cls(channels, (height, width) == (size, size), height == width, background)
+        return cls(channels, (height, width) == (size, size), height == width, background, fit)
 
 
 class InputAdapter(nn.Module):

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from distill import checkpoint, run
 from distill.console import set_up_logging
 from distill.data import Dataset, open_dataset
+from distill.data.facts import facts
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
 from distill.errors import InputError
@@ -177,6 +178,8 @@ def _execute(
     )
     try:
         status = on_main(lambda: run.read_status(location.directory))
+        for key, value in facts(dataset.info, recipe.data):
+            _log.info("%s: %s", key, value)
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])

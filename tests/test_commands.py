@@ -294,6 +294,10 @@ def test_a_dry_run_tells_all_and_writes_nothing(toy: Toy, tmp_path: Path, capsys
     parameters = sum(parameter.numel() for parameter in student.parameters())
     teacher = sum(parameter.numel() for parameter in timm.create_model("cifar_resnet20", num_classes=4).parameters())
     assert f"student {parameters:,}, teacher {teacher:,}" in printed
+    assert f"data        toy in {toy.root}, 178 images: train 96, validation 32, test 50" in printed
+    assert "classes     4: a, b, c, d" in printed
+    assert "images      8 x 8 pixels; colour, 3 channels; as they are" in printed
+    assert f"pack        {toy.root / 'toy.safetensors'}, 0.0 MB" in printed
     assert re.search(r"FLOPs +0\.0\d{3} G", printed)
     assert re.search(r"memory +[\d,]+ MiB", printed)
     assert re.search(r"steps +18, 6 an epoch", printed)

@@ -171,6 +171,7 @@ def test_numbers_are_finite(key: str, value: str) -> None:
     [
         (["data.resolution=30", "student.patch_size=4"], "student.patch_size", "not divisible"),
         (["data.validation=1.5"], "data.validation", "1.5"),
+        (["data.test=2.5"], "data.test", "2.5"),
         (["data.select_on=test"], "data.select_on", "validation to 0"),
         (["data.augment={crop_padding: 4, random_resized_crop: {}}"], "data.augment.crop_padding", "exclude"),
         (["data.augment={rand_augment: {}, trivial_augment: true}"], "data.augment.rand_augment", "exclude"),

@@ -33,6 +33,12 @@ class DatasetInfo:
     """SHA-256 (hex) that identifies the data."""
     sizes: dict[str, int]
     """Images in 'train', 'validation' (0: no such split) and 'test'."""
+    pixels: str = ""
+    """The sizes of the images as they are stored, in words; empty: not known."""
+    fitted: bool = False
+    """Whether they are resized and cropped to `data.resolution`, by `data.fit`."""
+    pack: str | None = None
+    """The packed file."""
     held_out: tuple[str, ...] = ()
     """The images that `data.test` held out of all of them: files, else numbers from 0."""
     left_out: tuple[str, ...] = ()

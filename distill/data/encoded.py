@@ -28,13 +28,13 @@ def samples(dataset: Any, name: str) -> Iterator[tuple[Source, str, int]]:
     for number, (image, label) in enumerate(dataset):
         content, own_name = image if isinstance(image, tuple) else (image, "")
         if isinstance(content, Mapping):
-            content, own_name = _fetched(content, name)
+            content, own_name = fetched(content, name)
         where = f"{name}: {own_name}" if own_name else f"{name}, image {number}"
         source = BytesIO(content) if isinstance(content, bytes) else content
         yield source if isinstance(source, BytesIO | Image.Image) else Image.fromarray(source), where, int(label)
 
 
-def _fetched(value: Mapping[str, Any], name: str) -> tuple[bytes, str]:
+def fetched(value: Mapping[str, Any], name: str) -> tuple[bytes, str]:
     """Content and name of an image of a Hugging Face set, which may be in a remote file or an archive."""
     path = value.get("path") or ""
     if (content := value.get("bytes")) is not None:

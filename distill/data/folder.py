@@ -1,8 +1,9 @@
 """Image folders: root/train/<class>/..., and root/val (or validation) and root/test likewise.
 
-Classes are the folders of train, sorted by name; files are ordered by class, then by path; links are followed, hidden
-files ignored. With only one of val and test, as in ImageNet's layout, it is the test split, and validation is held out
-of train. With `data.test` there may be no test folder, or no folders of splits at all: root/<class>/...
+Classes are the folders of train, sorted by name (in Unicode's form NFC: both forms of a name are one class); files are
+ordered by class, then by path; links are followed, hidden files ignored. With only one of val and test, as in
+ImageNet's layout, it is the test split, and validation is held out of train. With `data.test` there may be no test
+folder, or no folders of splits at all: root/<class>/...
 
 Files that are no images or cannot be read are errors. With `data.skip_unreadable` they are found once, by decoding all
 files, and recorded in the cache folder, so that batches are the same for any number of processes and on resume.
@@ -19,6 +20,7 @@ from typing import ClassVar
 from distill.data.dataset import Dataset
 from distill.data.image_files import REMEDY, Folder, ImageFiles
 from distill.data.images import SUFFIXES
+from distill.data.labels import class_name
 from distill.data.opening import DataReader, Opening
 from distill.data.packing import open_folder
 from distill.data.unreadable import check_quickly, without_unreadable
@@ -41,23 +43,26 @@ class FolderReader(DataReader):
     @classmethod
     def open(cls, options: Data, opening: Opening) -> Dataset:
         folder = scan(opening.root, skip=options.skip_unreadable, test=options.test is not None)
-        if options.skip_unreadable:
-            folder = without_unreadable(folder, opening.rules, opening.cache)
-        if opening.streams(folder.num_images):
-            if opening.process_index == 0 and not options.skip_unreadable:
-                check_quickly(folder, opening.rules)
-            dataset: Dataset = opening.stream(
-                folder.splits,
-                folder.class_names,
-                content=folder.digest(),
-                name=opening.root.resolve().name,
-            )
-        else:
-            dataset = opening.resident(open_folder(folder, options.resolution, opening.rules, opening.cache))
-        files = folder.splits["train"]
-        held_out = tuple(str(files.path(int(row)).relative_to(folder.root)) for row in dataset.info.held_out)
-        dataset.info = replace(dataset.info, held_out=held_out, left_out=folder.left_out)
-        return dataset
+        return open_files(folder, options, opening)
+
+
+def open_files(folder: Folder, options: Data, opening: Opening) -> Dataset:
+    """The dataset of these files, packed and held in memory, or streamed."""
+    if options.skip_unreadable:
+        folder = without_unreadable(folder, opening.rules, opening.cache)
+    if opening.streams(folder.num_images):
+        if opening.process_index == 0 and not options.skip_unreadable:
+            check_quickly(folder, opening.rules)
+        dataset: Dataset = opening.stream(
+            folder.splits, folder.class_names, content=folder.digest(), name=folder.origin.resolve().stem
+        )
+    else:
+        packed = open_folder(folder, options.resolution, opening.rules, opening.cache)
+        dataset = opening.resident(packed, fitted=True)
+    files = folder.splits["train"]
+    held_out = tuple(files.name(int(row)) for row in dataset.info.held_out)
+    dataset.info = replace(dataset.info, held_out=held_out, left_out=folder.left_out)
+    return dataset
 
 
 def scan(root: Path, *, skip: bool = False, test: bool = False) -> Folder:
@@ -78,7 +83,7 @@ def scan(root: Path, *, skip: bool = False, test: bool = False) -> Folder:
 
 def _scan(root: Path, skip: bool, test: bool) -> Folder:
     folders = _splits(root, test)
-    class_names = tuple(_class_folders(folders["train"]))
+    class_names = tuple(sorted({class_name(name) for name in _class_folders(folders["train"])}))
     if len(class_names) < 2:
         raise InputError(
             f"data.root: {folders['train']} has {len(class_names)} class folder(s), at least two are needed; {LAYOUT}"
@@ -123,7 +128,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _list(root: Path, folder: Path, class_names: tuple[str, ...], left_out: list[str]) -> ImageFiles:
     """The images of a split; other files are appended to `left_out`, as path and reason."""
-    if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
+    names = _class_folders(folder)
+    if unknown := [name for name in names if class_name(name) not in class_names]:
         raise InputError(
             f"data.root: {folder / unknown[0]} is a class that the train folder does not have; remove or rename it"
         )
@@ -133,13 +139,14 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...], left_out: list
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        class_folder = folder / name
-        found = list(_under(class_folder)) if class_folder.is_dir() else []
-        if class_folder.is_symlink() and _is_within(folder, class_folder):
-            found = [(str(class_folder), "links to a folder that contains it")]
-        left_out += [f"{path}: {reason}" for path, reason in found if reason]
-        files = sorted(os.path.relpath(path, root) for path, reason in found if not reason)
-        paths += files
+        files: list[str] = []
+        for class_folder in [folder / own for own in names if class_name(own) == name]:
+            found = list(_under(class_folder))
+            if class_folder.is_symlink() and _is_within(folder, class_folder):
+                found = [(str(class_folder), "links to a folder that contains it")]
+            left_out += [f"{path}: {reason}" for path, reason in found if reason]
+            files += [os.path.relpath(path, root) for path, reason in found if not reason]
+        paths += sorted(files)
         labels += [label] * len(files)
     return ImageFiles(root, paths, labels)
 

@@ -28,8 +28,12 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, row: int) -> str:
+        """The path as listed, by default relative to the root."""
+        return os.fsdecode(bytes(self._paths[row]))
+
     def path(self, row: int) -> Path:
-        return self.root / os.fsdecode(bytes(self._paths[row]))
+        return self.root / self.name(row)
 
     def without(self, rows: Sequence[int]) -> ImageFiles:
         """A copy without these rows."""
@@ -50,23 +54,31 @@ class Folder:
     """The folder of each split that has one."""
     left_out: tuple[str, ...] = ()
     """Files that are not used, with the reasons."""
+    table: Path | None = None
+    """The .csv file that lists the images; None: they are what is in `folders`."""
+
+    @property
+    def origin(self) -> Path:
+        """What people name as their data."""
+        return self.table or self.root
 
     @property
     def num_images(self) -> int:
         return sum(len(files) for files in self.splits.values())
 
     def digest(self) -> str:
-        """SHA-256 (hex) over all paths, sizes and modification times (one stat per file)."""
-        state = hashlib.sha256()
+        """SHA-256 (hex) over all paths, labels, sizes and modification times (one stat per file)."""
+        state = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape"))
         for split, files in self.splits.items():
+            labels = files.labels.tolist()
             for row in range(len(files)):
                 path = files.path(row)
-                state.update(f"{split}\0{path.relative_to(self.root)}\0".encode(errors="surrogateescape"))
+                state.update(f"{split}\0{files.name(row)}\0".encode(errors="surrogateescape"))
                 try:
                     status = path.stat()
                 except OSError as error:
                     raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
-                state.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                state.update(f"{labels[row]}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return state.hexdigest()
 
     def checked(self, *, skip: bool) -> Folder:

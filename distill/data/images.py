@@ -22,6 +22,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from distill.data.fitting import Box, cropped, padded, squashed
 from distill.errors import InputError
 from distill.recipe import Data
 from distill.recipe.images import MAX_PIXELS, rgb
@@ -74,36 +75,40 @@ _TAGS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
 _log = logging.getLogger("distill")
 
-Box = tuple[int, int, int, int]
-"""Top, left, height, width in pixels."""
 T = TypeVar("T")
 Source = str | Path | IO[bytes] | Image.Image
 """An image file, its content, or an image of Pillow's."""
 
 
 class ImageRules(NamedTuple):
-    """How images are decoded: the recipe's `data.channels`, `data.background` and `data.max_pixels`."""
+    """How images are decoded and resized: the recipe's `data.channels`, `data.background`, `data.max_pixels` and
+    `data.fit`.
+    """
 
     channels: int | None = None
     """1: greyscale, 3: colour, None: as each image is."""
     background: tuple[int, int, int] = WHITE
-    """RGB, under transparent pixels."""
+    """RGB, under transparent pixels and beside padded images."""
     max_pixels: int = MAX_PIXELS
     """Of an image, and of those together that threads decode at the same time."""
+    fit: str = "crop"
 
     @classmethod
     def of(cls, spec: Data) -> ImageRules:
-        return cls(spec.channels, rgb(spec.background), spec.max_pixels)
+        return cls(spec.channels, rgb(spec.background), spec.max_pixels, spec.fit)
 
     @property
     def identity(self) -> str:
         """Changes with the pixels that these rules give."""
-        return f"{RULES}, {self.channels} channels, on {self.background}"
+        return f"{RULES}, {self.channels} channels, on {self.background}, {self.fit}"
 
     @property
     def acceptance(self) -> str:
         """Changes with the images that can be decoded by these rules."""
         return f"{RULES}, up to {self.max_pixels} pixels"
+
+
+CROPPED = ImageRules()
 
 
 def decode(source: Source, name: str, rules: ImageRules, remedy: str = REMEDY) -> Image.Image:
@@ -159,6 +164,15 @@ def header_fault(file: str | Path | IO[bytes], rules: ImageRules) -> str | None:
         return _reason(error)
 
 
+def size_of(source: Source, name: str, rules: ImageRules) -> tuple[int, int]:
+    """Width and height, not turned, by the header only.
+
+    Raises:
+        InputError: it has none.
+    """
+    return _by_header(lambda image: image.size, source, name, rules)
+
+
 def is_grey(source: Source, name: str, rules: ImageRules) -> bool:
     """Whether `decode` gives 'L' if `rules.channels` is None; reads the header only.
 
@@ -169,11 +183,15 @@ def is_grey(source: Source, name: str, rules: ImageRules) -> bool:
     def shown_grey(image: Image.Image) -> bool:
         return image.mode in GREY_MODES and (_is_grey(rules.background) or not image.has_transparency_data)
 
+    return _by_header(shown_grey, source, name, rules)
+
+
+def _by_header(look: Callable[[Image.Image], T], source: Source, name: str, rules: ImageRules) -> T:
     try:
         if isinstance(source, Image.Image):
-            return shown_grey(source)
+            return look(source)
         with _open(source, rules.max_pixels) as image:
-            return shown_grey(image)
+            return look(image)
     except Exception as error:  # see decode_for
         raise InputError(f"{name}: {_reason(error)}{REMEDY}") from None
 
@@ -283,7 +301,7 @@ _budget = _Budget()
 
 def read_square(source: Source, name: str, resolution: int, rules: ImageRules) -> Tensor:
     """The decoded image, cropped and resized by `to_square`, within the limit on pixels of all threads."""
-    return decode_for(lambda image: to_square(image, resolution, None), source, name, rules)
+    return decode_for(lambda image: to_square(image, resolution, None, rules), source, name, rules)
 
 
 def stack(squares: Iterable[Tensor], count: int) -> Tensor:
@@ -299,23 +317,18 @@ def stack(squares: Iterable[Tensor], count: int) -> Tensor:
     return images
 
 
-def to_square(image: Image.Image, resolution: int, box: Box | None) -> Tensor:
-    """uint8 [C, resolution, resolution]: the box cropped and resized; without a box, the shorter side resized, then a
-    centre crop.
+def to_square(image: Image.Image, resolution: int, box: Box | None, rules: ImageRules = CROPPED) -> Tensor:
+    """uint8 [C, resolution, resolution]: the box of `frame` cropped and resized; without a box, by `rules.fit`: the
+    shorter side resized and the centre cropped, the image squashed, or the longer side resized and the rest filled with
+    the background.
 
     Bicubic with antialiasing, as in DeiT; an image that has the size already is not changed.
     """
-    if box is not None:
-        top, left, height, width = box
-        image = image.crop((left, top, left + width, top + height))
-        size = (resolution, resolution)
+    if rules.fit == "squash":
+        image = squashed(image, resolution, box)
+    elif rules.fit == "pad":
+        image = padded(image, resolution, box, rules.background)
     else:
-        shorter = min(image.size)
-        size = (image.width * resolution // shorter, image.height * resolution // shorter)
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    if image.size != (resolution, resolution):
-        left, top = round((image.width - resolution) / 2), round((image.height - resolution) / 2)
-        image = image.crop((left, top, left + resolution, top + resolution))
+        image = cropped(image, resolution, box)
     pixels = np.asarray(image)
     return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())

@@ -16,15 +16,18 @@ from distill import registry
 from distill.cores import share_of_cores
 from distill.data.cache import cache_folder
 from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
+from distill.data.facts import range_of
 from distill.data.given import GivenData
 from distill.data.holdout import hold_out
-from distill.data.images import ImageRules, is_grey
-from distill.data.packed import Packed
+from distill.data.images import ImageRules, is_grey, size_of
+from distill.data.packed import PIXELS, Packed
 from distill.data.stream import Reader, StreamDataset, StreamSplit
 from distill.errors import InputError
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD
 from distill.recipe import Data, reader_names, reader_of
 
+LOOKED_AT = 256
+"""Images of a stream whose size is looked at."""
 RESIDENT_LIMIT = 4 << 30
 """Bytes of pixels above which data are streamed if data.stream is null."""
 
@@ -67,9 +70,12 @@ class Opening:
         if self.spec.stream is False:
             raise InputError(f"data.stream: '{self.spec.name}' can only be streamed; set data.stream to null or true")
 
-    def resident(self, packed: Packed) -> ResidentDataset:
-        """A dataset in memory, with its own mean and standard deviation per channel."""
-        tensors = packed.tensors
+    def resident(self, packed: Packed, *, fitted: bool = False) -> ResidentDataset:
+        """A dataset in memory, with its own mean and standard deviation per channel.
+
+        `fitted`: its images have been resized and cropped by `data.fit`.
+        """
+        tensors, images = packed.tensors, packed.tensors["train.images"]
         labels = {
             split: tensors[f"{split}.labels"]
             for split in ("train", "validation", "test")
@@ -84,6 +90,10 @@ class Opening:
             raise InputError(
                 f"data.channels: {packed.path} holds decoded images of {channels} channel(s); set data.channels to "
                 f"null or {channels}"
+            )
+        if self.spec.fit != "crop" and not fitted:
+            raise InputError(
+                f"data.fit: the images of '{self.spec.name}' have one size already, so none is fitted; set it to crop"
             )
         mean, std = channel_statistics(splits["train"])
         held_out = self._held_out(splits["test"].rows)
@@ -105,6 +115,9 @@ class Opening:
                 "validation": splits["validation"].size if "validation" in splits else 0,
                 "test": splits["test"].size,
             },
+            pixels=packed.metadata.get(PIXELS) or ("" if fitted else range_of({(images.shape[3], images.shape[2])})),
+            fitted=fitted,
+            pack=packed.path if Path(packed.path).is_file() else None,
             held_out=held_out,
         )
         return ResidentDataset(info, self.spec, self.device, splits)
@@ -145,9 +158,17 @@ class Opening:
             split: len(splits[split].labels) if split in splits else 0 for split in ("train", "validation", "test")
         }
         held_out = self._held_out(splits["test"].rows)
-        info = self.describe(class_names, rules, sizes, content, name)
+        info = self.describe(class_names, rules, sizes, content, name, pixels=self._pixels(readers["train"]))
         info = replace(info, digest=_with_names(info.digest, held_out), held_out=held_out)
         return StreamDataset(info, self.spec, self.device, splits, rules=rules, workers=self.workers)
+
+    def _pixels(self, train: Reader) -> str:
+        """The sizes of some images by their headers, for the process that says them."""
+        if self.process_index != 0:
+            return ""
+        rows = torch.linspace(0, len(train.labels) - 1, LOOKED_AT).long().unique().tolist()
+        seen = range_of({size_of(*train.source(row), self.rules) for row in rows})
+        return seen if len(rows) == len(train.labels) else f"{seen} (of {len(rows)} looked at)"
 
     def _held_out(self, test: Tensor | None) -> tuple[str, ...]:
         """The rows of the test split, if `data.test` held it out."""
@@ -160,8 +181,9 @@ class Opening:
         sizes: Mapping[str, int],
         content: str,
         name: str | None = None,
+        pixels: str = "",
     ) -> DatasetInfo:
-        """Metadata of streamed data, whose rules say how many channels they have; see `stream`."""
+        """Metadata of streamed data, whose rules say how many channels they have; see `stream` and `DatasetInfo`."""
         assert rules.channels is not None
         grey = rules.channels == 1
         return DatasetInfo(
@@ -173,6 +195,8 @@ class Opening:
             std=(sum(IMAGENET_STD) / 3,) if grey else IMAGENET_STD,
             digest=hashlib.sha256("\n".join([content, rules.identity, *class_names]).encode()).hexdigest(),
             sizes=dict(sizes),
+            pixels=pixels,
+            fitted=True,
         )
 
 
@@ -184,6 +208,9 @@ class DataReader:
 
     skips_unreadable = False
     """Whether data.skip_unreadable may be true."""
+
+    has_columns = False
+    """Whether data.image_column and data.label_column may be set."""
 
     @classmethod
     def at_hand(cls, options: Any) -> bool:
@@ -229,11 +256,15 @@ def open_dataset(
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise InputError(
             f"data.name: no dataset '{spec.name}'{hint}; known are {', '.join(names)}, where a final / is a prefix of "
-            "timm's names and .safetensors the suffix of a packed file; a plugin's dataset needs --plugin"
+            "timm's names, .safetensors the suffix of a packed file and .csv of a table; a plugin's dataset needs "
+            "--plugin"
         )
     implementation: type[DataReader] = registry.find("datasets", reader).implementation
     if spec.skip_unreadable and not implementation.skips_unreadable:
         raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
+    for key in ("image_column", "label_column"):
+        if getattr(spec, key) is not None and not implementation.has_columns:
+            raise InputError(f"data.{key}: '{spec.name}' has no columns; set it to null")
     workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
     return implementation.open(spec, Opening(spec, seed, device, process_index, workers, given))
 

@@ -36,6 +36,8 @@ class Expected(NamedTuple):
 
 
 LAYOUT = "uint8 NCHW, sealed"
+PIXELS = "pixels"
+"""Key in the metadata: the sizes of the images before they were packed, in words."""
 SPLIT_NAMES = ("train", "validation", "test")
 PACK_AGAIN = "pack it again"
 

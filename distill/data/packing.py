@@ -10,13 +10,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+from PIL import Image
 from torch import Tensor
 
 from distill.data import cache
+from distill.data.facts import range_of
 from distill.data.image_files import Folder, ImageFiles
-from distill.data.images import ImageRules, read_square, stack
+from distill.data.images import ImageRules, decode_for, stack, to_square
 from distill.data.locking import one_at_a_time
-from distill.data.packed import Packed, open_packed, write_packed
+from distill.data.packed import PIXELS, Packed, open_packed, write_packed
 from distill.errors import InputError
 
 PART = 16
@@ -28,11 +30,11 @@ _log = logging.getLogger("distill")
 
 
 def open_folder(folder: Folder, resolution: int, rules: ImageRules, cache_folder: Path) -> Packed:
-    """The folder's images at one size (shorter side resized, centre cropped), from a file in the cache folder, which is
+    """The folder's images at one size (by `data.fit`), from a file in the cache folder, which is
     written if it is missing or the folder has changed; other rules have another file.
     """
     made_by = {"resolution": resolution, "rules": rules.identity}
-    path = cache.cached_file(cache_folder, folder.root, made_by, ".safetensors")
+    path = cache.cached_file(cache_folder, folder.origin, made_by, ".safetensors")
     return packed_once(path, folder.digest(), lambda source: _pack(folder, path, resolution, rules, source))
 
 
@@ -60,18 +62,24 @@ def _current(path: Path, source: str) -> Packed | None:
 
 def _pack(folder: Folder, path: Path, resolution: int, rules: ImageRules, source: str) -> None:
     tensors: dict[str, Tensor] = {}
-    progress = Progress(f"packing the images of {folder.root}", folder.num_images)
+    sizes: set[tuple[int, int]] = set()
+    progress = Progress(f"packing the images of {folder.origin}", folder.num_images)
     with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
         for split, files in folder.splits.items():
 
             def read(rows: range, files: ImageFiles = files, rules: ImageRules = rules) -> list[Tensor]:
-                return [read_square(*files.source(row), resolution, rules) for row in rows]
+                def fitted(image: Image.Image) -> Tensor:
+                    sizes.add(image.size)
+                    return to_square(image, resolution, None, rules)
+
+                return [decode_for(fitted, *files.source(row), rules) for row in rows]
 
             parts = [range(first, min(first + PART, len(files))) for first in range(0, len(files), PART)]
             images = stack(progress.of(chain.from_iterable(pool.map(read, parts))), len(files))
             rules = rules._replace(channels=images.shape[1])  # those of train, the first split, for all
             tensors |= {f"{split}.images": images, f"{split}.labels": files.labels}
-    write_packed(path, name=folder.root.name, class_names=folder.class_names, tensors=tensors, extra={"source": source})
+    extra = {"source": source, PIXELS: range_of(sizes)}
+    write_packed(path, name=folder.origin.stem, class_names=folder.class_names, tensors=tensors, extra=extra)
     _log.info("data: packed into %s, %.1f MB", path, path.stat().st_size / 1e6)
 
 

@@ -29,6 +29,6 @@ class Given(DataReader):
         if options.stream and not given.readers:
             raise InputError("data.stream: tensors are held in memory; set data.stream to null or false")
         if not given.readers or not opening.streams(given.num_images):
-            return opening.resident(given.pack(options.resolution, opening.rules))
+            return opening.resident(given.pack(options.resolution, opening.rules), fitted=bool(given.readers))
         content = given.digest_of_stream(opening.rules)
         return opening.stream(given.readers, given.names_of_stream(), content=content)

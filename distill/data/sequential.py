@@ -18,9 +18,11 @@ from torch.utils import data as torch_data
 
 from distill.data.augment import to_float
 from distill.data.batches import BatchPlan
+from distill.data.checked import check, identity
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
 from distill.data.encoded import samples
-from distill.data.images import ImageRules, decode, to_square
+from distill.data.hf_sets import columns_of
+from distill.data.images import SUFFIXES, ImageRules, decode, to_square
 from distill.data.loading import items, worker_loader
 from distill.data.opening import DataReader, Opening
 from distill.data.randomness import keys
@@ -29,6 +31,8 @@ from distill.data.timm_sets import create
 from distill.errors import InputError
 from distill.recipe import Data
 from distill.registry import register
+
+TEST_NAMES = ("validation", "test", "val")
 
 
 class Options(Data):
@@ -52,12 +56,8 @@ class _Decoder(torch_data.IterableDataset):
             for count, (file, name, label) in enumerate(samples(self.source, self.name)):
                 image = decode(file, name, self.rules)
                 index = (count * workers + number) * self.stride + self.first
-                box = (
-                    crop_box(image, index, self.draw, self.crop)
-                    if self.draw is not None and self.crop is not None
-                    else None
-                )
-                yield to_square(image, self.resolution, box), label
+                box = crop_box(image, index, self.draw, self.crop, self.rules.fit)
+                yield to_square(image, self.resolution, box, self.rules), label
         except InputError as error:
             while True:  # else the loader would drop a batch that it does not fill
                 yield error
@@ -86,9 +86,8 @@ class SequentialDataset(Dataset):
         self._labels: dict[Split, Tensor] = {}
 
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
-        source = create(
-            self._spec.name,
-            Path(self._spec.root),
+        source = _create(
+            self._spec,
             self._sources["train"],
             is_training=True,
             batch_size=plan.micro_batch,
@@ -154,7 +153,7 @@ class SequentialDataset(Dataset):
 
 def _whole(spec: Data, split: str) -> Any:
     """The whole split in the reader's order, on every process."""
-    source = create(spec.name, Path(spec.root), split)
+    source = _create(spec, split)
     source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
     return source
 
@@ -163,8 +162,37 @@ def _read_labels(spec: Data, split: str) -> Tensor:
     return torch.tensor([label for *_, label in samples(_whole(spec, split), spec.name)], dtype=torch.int64)
 
 
+def _create(spec: Data, split: str, **arguments: Any) -> Any:
+    """timm's dataset of a split, with the columns (of tfds/ features, of wds/ names in a sample) of the recipe."""
+    keys = {"input_key": spec.image_column, "target_key": spec.label_column}
+    if spec.name.startswith("hfids/"):
+        keys = dict(zip(keys, columns_of(spec), strict=True))
+    elif spec.name.startswith("wds/") and spec.image_column is None:
+        keys["input_key"] = ";".join(sorted((suffix[1:] for suffix in SUFFIXES), key=lambda key: key != "jpg"))
+    chosen = {key: value for key, value in keys.items() if value is not None}
+    return create(spec.name, Path(spec.root), split, **chosen, **arguments)
+
+
+def _splits(spec: Data) -> tuple[dict[Split, Any], dict[Split, str]]:
+    """timm's dataset and name of each split.
+
+    Raises:
+        InputError: the train split cannot be opened, or none of the others.
+    """
+    train = _create(spec, "train")
+    problems = []
+    for name in TEST_NAMES:
+        try:
+            return {"train": train, "test": _create(spec, name)}, {"train": "train", "test": name}
+        except InputError as error:
+            problems.append(error)
+    raise problems[0]
+
+
 @register("datasets", "sequential", Options)
 class SequentialReader(DataReader):
+    has_columns = True
+
     @classmethod
     def at_hand(cls, options: Data) -> bool:
         return options.name.startswith("wds/")
@@ -173,27 +201,43 @@ class SequentialReader(DataReader):
     def open(cls, options: Data, opening: Opening) -> Dataset:
         """Raises InputError if validation is to be held out, which needs random access."""
         opening.must_stream()
+        if options.test is not None:
+            raise InputError(
+                f"data.test: '{options.name}' is read sequentially, so nothing can be held out of it; set it to null"
+            )
         if options.validation:
             raise InputError(
                 f"data.validation: '{options.name}' is read sequentially, so nothing can be held out of it; set "
                 "data.validation=0 (and data.select_on=test to select checkpoints on its validation images)"
             )
-        sources: dict[Split, str] = {"train": "train", "test": "validation"}
-        opened = {split: create(options.name, opening.root, name) for split, name in sources.items()}
+        opened, sources = _splits(options)
         sizes = {split: int(source.reader.num_samples or 0) for split, source in opened.items()}
         if empty := [split for split, size in sizes.items() if not size]:
             raise InputError(
                 f"data.name: the reader of '{options.name}' does not say how many images '{sources[empty[0]]}' has; "
                 "add it to its info file"
             )
-        names = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
-        class_names = tuple(sorted(names, key=lambda key: names[key]))
-        if not class_names:
-            class_names = tuple(str(label) for label in range(int(_read_labels(options, sources["test"]).max()) + 1))
+        rules = rules_of(options)
+        source = identity(opened["train"].reader, options)
+        class_to_idx = dict(getattr(opened["train"].reader, "class_to_idx", None) or {})
+        class_names = tuple(sorted(class_to_idx, key=lambda key: class_to_idx[key]))
+        pixels = ""
+        if options.name.startswith("hfids/") and not source:  # of the Hub: reading all would download all
+            num_labels = int(_read_labels(options, sources["test"]).max()) + 1
+        else:
+            whole = {sources[split]: (_whole(options, sources[split]), sizes[split]) for split in sources}
+            num_labels, pixels = check(options, whole, rules, opening.cache, source)
+        class_names = class_names or tuple(map(str, range(num_labels)))
+        if num_labels > len(class_names):
+            raise InputError(
+                f"data.name: label {num_labels - 1} of '{options.name}' is out of range: classes are 0 to "
+                f"{len(class_names) - 1}"
+            )
         info = opening.describe(
             class_names,
-            rules_of(options),
+            rules,
             {"train": sizes["train"], "validation": 0, "test": sizes["test"]},
-            f"{options.name}\n{sizes}",
+            f"{options.name}\n{sizes}\n{source}",
+            pixels=pixels,
         )
         return SequentialDataset(info, options, opening.device, sources, workers=opening.workers)

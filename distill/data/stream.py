@@ -14,8 +14,9 @@ from torch.utils import data as torch_data
 from distill.data.augment import to_float
 from distill.data.batches import BatchPlan
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
+from distill.data.fitting import Box, frame
 from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
-from distill.data.images import Box, ImageRules, Source, decode, to_square
+from distill.data.images import ImageRules, Source, decode, to_square
 from distill.data.loading import items, worker_loader
 from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
@@ -61,12 +62,16 @@ def _crop_keys(draw: Draw) -> Tensor:
     return keys(draw.seed, draw.epoch, RESIZED_CROP_DRAWS)
 
 
-def crop_box(image: Image.Image, index: int, draw: Draw, crop: RandomResizedCrop) -> Box:
-    """The random crop of a sample: the draws of data in memory, applied to the image's own size."""
+def crop_box(
+    image: Image.Image, index: int, draw: Draw | None, crop: RandomResizedCrop | None, fit: str = "crop"
+) -> Box | None:
+    """The random crop of a sample: the draws of data in memory, applied to the image's own size (its `frame`); None
+    without either.
+    """
+    if draw is None or crop is None:
+        return None
     hashed = hashes(_crop_keys(draw), torch.tensor([index]))
-    top, left, height, width = (
-        int(side) for side in crop_boxes(hashed, image.height, image.width, crop.scale, crop.ratio)
-    )
+    top, left, height, width = (int(side) for side in crop_boxes(hashed, *frame(image, fit), crop.scale, crop.ratio))
     return top, left, height, width
 
 
@@ -87,8 +92,8 @@ class _Decoder(torch_data.Dataset):
         try:
             for position, row in zip(positions, rows.tolist(), strict=True):
                 image = decode(*self.split.reader.source(row), self.rules)
-                box = crop_box(image, position, draw, self.crop) if draw is not None and self.crop is not None else None
-                images.append(to_square(image, self.resolution, box))
+                box = crop_box(image, position, draw, self.crop, self.rules.fit)
+                images.append(to_square(image, self.resolution, box, self.rules))
         except InputError as error:
             return error
         return torch.stack(images), self.split.reader.labels[rows], indices

@@ -32,7 +32,7 @@ def check_quickly(folder: Folder, rules: ImageRules) -> None:
 def without_unreadable(folder: Folder, rules: ImageRules, cache_folder: Path) -> Folder:
     """The folder without images that cannot be decoded; all are decoded once, until files change."""
     source = folder.digest()
-    record = cached_file(cache_folder, folder.root, ["unreadable", rules.acceptance], ".json")
+    record = cached_file(cache_folder, folder.origin, ["unreadable", rules.acceptance], ".json")
     faults = _read_record(record, source)
     if faults is None:
         faults = [list(fault) for fault in _faults(folder, partial(_decoding_fault, rules))]

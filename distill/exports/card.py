@@ -89,6 +89,8 @@ def card_of_run(path: Path, class_names: Sequence[str]) -> Card:
 
 def data_name(spec: Data) -> str:
     """What people call the data of a recipe."""
+    if spec.name.endswith(".csv"):
+        return Path(spec.name).stem
     return Path(spec.root).resolve().name if spec.name == "folder" else spec.name.removesuffix(".safetensors")
 
 

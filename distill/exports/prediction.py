@@ -54,7 +54,7 @@ class Transform:
         assert contract.size is not None, "a student has one input size"
         self.size = contract.size
         self.preparation = preparation
-        self.rules = ImageRules(preparation.channels, preparation.background)
+        self.rules = ImageRules(preparation.channels, preparation.background, fit=preparation.fit)
         self.adapter = InputAdapter(contract)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -63,7 +63,7 @@ class Transform:
     def read(self, source: Source, name: str) -> Tensor:
         """As for an image of Pillow's, also from a file; messages begin with `name`."""
         image = decode(source, name, self.rules, remedy="")
-        pixels = to_square(image, self.size, None) if self.preparation.by_pillow else self._as_it_is(image)
+        pixels = to_square(image, self.size, None, self.rules) if self.preparation.by_pillow else self._as_it_is(image)
         return self.adapter(to_float(pixels[None]))[0]
 
     def _as_it_is(self, image: Image.Image) -> Tensor:

@@ -228,6 +228,7 @@ class Prepared(Record):
     by_pillow: bool = True
     square: bool = True
     background: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)] = [255] * 3
+    fit: Literal["crop", "squash", "pad"] = "crop"
 
 
 class ExportConfig(Record):

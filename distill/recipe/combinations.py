@@ -17,8 +17,9 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
 def _data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
     yield from data.check(recipe, ("data",))
-    if data.validation >= 1 and data.validation != int(data.validation):
-        yield Problem((("data", "validation"),), f"a share below 1 or a whole count, got {data.validation}")
+    for key, amount in (("validation", data.validation), ("test", data.test or 0)):
+        if amount >= 1 and amount != int(amount):
+            yield Problem((("data", key),), f"a share below 1 or a whole count, got {amount}")
     if data.select_on == "test" and data.validation:
         yield Problem(
             (("data", "select_on"), ("data", "validation")),

@@ -113,7 +113,8 @@ class Data(Options):
     name: Text = Field(
         "cifar10",
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
-        "NAME.safetensors, a timm dataset name (hfds/..., wds/...), or python: what distill.train gets as data=.",
+        "NAME.safetensors, a table NAME.csv of files, a timm dataset name (hfds/..., wds/...), or python: what "
+        "distill.train gets as data=.",
     )
     root: Text = Field("data", description="Folder of the data and of downloads.", json_schema_extra=MAY_CHANGE)
     cache: Text | None = Field(
@@ -140,11 +141,22 @@ class Data(Options):
         description="Seed of what `test` holds out; not the run's seed, so that runs of several seeds have one test "
         "set.",
     )
+    image_column: Text | None = Field(
+        None,
+        description="Column of the images in a Hugging Face set or a .csv file, feature in tfds/, ending in wds/; "
+        "null: found by its type or name.",
+    )
+    label_column: Text | None = Field(None, description="Column of the labels, likewise.")
     select_on: Literal["validation", "test"] = Field(
         "validation",
         description="Split for selecting checkpoints. 'test' makes test figures optimistic; the report says so.",
     )
     resolution: Side = Field(32, description="The student's input size in pixels.")
+    fit: Literal["crop", "squash", "pad"] = Field(
+        "crop",
+        description="How image files become squares of `resolution`: crop: shorter side resized, centre cropped; "
+        "squash: resized as a whole; pad: longer side resized, the rest filled with `background`.",
+    )
     stream: bool | None = Field(
         None,
         description="Decode images in workers instead of holding them in memory; null: only if they are too large.",

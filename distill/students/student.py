@@ -14,6 +14,8 @@ from distill.errors import InputError
 from distill.features import Features, Stage, example_image, problem_of_maps, with_maps
 from distill.inputs import InputAdapter, InputContract, Preparation
 
+CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}
+"""timm's names for `data.fit`; its border has the mean colour."""
 HEADS = ("cls", "dist")
 """The class head and, where a model has two outputs, the distillation head."""
 
@@ -158,7 +160,7 @@ class Student(nn.Module):
                 "fixed_input_size": bool(known.get("fixed_input_size", False)),
                 "interpolation": contract.interpolation,
                 "crop_pct": 1.0,
-                "crop_mode": "center" if self.preparation.square else "squash",
+                "crop_mode": CROP_MODES[self.preparation.fit] if self.preparation.square else "squash",
                 "mean": list(contract.mean),
                 "std": list(contract.std),
                 **{key: _as_json(known[key]) for key in ("first_conv", "classifier") if known.get(key)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from distill.data import BatchPlan, Dataset, DatasetInfo, open_dataset, opening
 from distill.data.cache import cache_folder
+from distill.data.facts import facts
 from distill.data.stream import Draw, crop_box
 from distill.errors import InputError
 from distill.recipe import Data
@@ -225,6 +227,22 @@ def test_a_test_split_is_not_held_out_of_data_that_have_one(make_folder: Any, tm
     assert f"{root / 'Testing'} is named like a split" in problem(root, test=0.2)
 
 
+def test_what_was_found_is_said(make_folder: Any, cache: Path) -> None:
+    root = make_folder(train=10)
+    spec = Data(name="folder", root=str(root), resolution=10, validation=0.1)
+    dataset = open_dataset(spec, seed=0, device=CPU)
+    (packed,) = cache.iterdir()
+    assert dict(facts(dataset.info, spec)) == {
+        "data": f"folder in {root}, 39 images: train 27, validation 3, test 9",
+        "classes": "3: ant, bee, cat",
+        "images": "13 to 40 pixels wide, 14 to 30 high; colour, 3 channels; the shorter side resized to 10 pixels, the "
+        "centre 10 x 10 cropped (data.fit=crop)",
+        "pack": f"{packed}, {packed.stat().st_size / 1e6:,.1f} MB",
+    }
+    many = replace(dataset.info, class_names=tuple(f"class {number}" for number in range(30)))
+    assert dict(facts(many, spec))["classes"].endswith("class 11 and 18 more")
+
+
 def test_greyscale_files_in_a_colour_set_are_made_colour(make_folder: Any) -> None:
     root = make_folder()
     Image.open(files(root, "train")[0]).convert("L").save(files(root, "train")[0])
@@ -251,6 +269,21 @@ def test_sixteen_bits_are_refused(make_folder: Any) -> None:
     root = make_folder()
     Image.new("I;16", (9, 9)).save(files(root, "test")[0])
     assert "convert it to 8 bits" in problem(root)
+
+
+def test_both_unicode_forms_of_a_name_are_one_class(make_folder: Any) -> None:
+    """macOS writes names decomposed (NFD), most others composed (NFC): copies meet in one folder."""
+    root = make_folder()
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (root / "train" / "cat").rename(root / "train" / composed)
+    (root / "test" / "cat").rename(root / "test" / decomposed)
+    (root / "train" / decomposed).mkdir()
+    files(root, "train")[-1].rename(root / "train" / decomposed / "more.png")
+    for stream in (False, True):
+        dataset = opened(root, stream)
+        assert dataset.info.class_names == ("ant", "bee", composed)
+        assert torch.bincount(dataset.labels("train")).tolist() == [12, 12, 12]
+        assert dataset.labels("test").tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_folders_that_are_none(make_folder: Any, tmp_path: Path) -> None:

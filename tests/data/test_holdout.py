@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from distill.data.holdout import hold_out
 from distill.errors import InputError
+from distill.recipe import Recipe
+from distill.run import Run
 
 
 def test_cifar_like() -> None:
@@ -34,6 +38,22 @@ def test_exact_count_and_proportion(sizes: list[int], share: float, seed: int) -
     for size, number in zip(sizes, taken.tolist(), strict=True):
         assert abs(number - size * count / len(labels)) <= 1
         assert number < size
+
+
+def test_what_is_held_out_for_the_test_is_listed_in_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", is_main=True)
+    run.claim()
+    run.open(Recipe(), source=None, environment={}, held_out=("cat/1.png", "dog/2.png"))
+    run.close()
+    assert (tmp_path / "run" / "test_split.txt").read_text() == "cat/1.png\ndog/2.png\n"
+
+
+def test_the_test_split_is_another_draw_than_validation() -> None:
+    labels = torch.arange(300) % 3
+    held = [hold_out(labels, 30, 0, split)[1].tolist() for split in ("validation", "test")]
+    assert held[0] != held[1]
+    with pytest.raises(InputError, match=r"data\.test: 300 of 300"):
+        hold_out(labels, 300, 0, "test")
 
 
 def test_a_count_is_a_count_and_the_seed_matters() -> None:

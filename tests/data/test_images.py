@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ import torch
 from PIL import EpsImagePlugin, Image, features
 from torch import Tensor
 
+from distill.data import hf_sets, open_dataset, sequential
 from distill.data import images as decoder
-from distill.data import open_dataset, sequential, timm_sets
 from distill.data.given import GivenData
 from distill.data.images import ImageRules, decode, decode_for, is_grey
 from distill.errors import InputError
@@ -336,17 +336,33 @@ class Rows(Shards):
                 yield {"bytes": None if number % 2 else file, "path": str(path)}, number % 2
 
 
-class HubTable(Shards):
-    """As timm's reader of Hugging Face's tables."""
+class HubTable:
+    """As Hugging Face's tables."""
 
-    label_key = "label"
+    features: ClassVar[dict[str, Any]] = {
+        "image": {"bytes": None, "path": None}, "label": SimpleNamespace(names=["a", "b"])
+    }  # fmt: skip
+    column_names: ClassVar[list[str]] = ["image", "label"]
+    cache_files: ClassVar[list[Any]] = []
 
     def __init__(self, files: Sequence[bytes]) -> None:
-        super().__init__(files)
-        self.dataset = {"label": [number % 2 for number in range(len(files))]}
+        self.files = files
 
-    def __getitem__(self, row: int) -> tuple[Any, int]:
-        return io.BytesIO(self.files[row]), row % 2
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"image": {"bytes": self.files[row], "path": None}}
+
+    def select_columns(self, names: list[str]) -> HubTable:
+        return self
+
+    def cast_column(self, column: str, feature: Any) -> HubTable:
+        assert (column, feature.decode) == ("image", False)
+        return self
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {"label": [number % 2 for number in range(len(self))]}
 
 
 class Timm:
@@ -372,9 +388,8 @@ READERS = {
     "wds/x": type("ReaderWds", (Shards,), {}),
     "tfds/x": type("ReaderTfds", (Records,), {}),
     "hfids/x": type("ReaderHfids", (Rows,), {}),
-    "hfds/x": type("ReaderHfds", (HubTable,), {}),
 }
-WAYS = ["packed", "streamed", "python", "python streamed", *READERS]
+WAYS = ["packed", "streamed", "python", "python streamed", "hfds/x", *READERS]
 
 
 @pytest.fixture
@@ -396,7 +411,9 @@ def pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ten
                 return Timm(READERS[name](train if split == "train" else files))
 
             monkeypatch.setattr(sequential, "create", create)
-            monkeypatch.setattr(timm_sets, "create", create)
+            monkeypatch.setattr(sequential, "columns_of", lambda spec: ("image", "label"))
+        elif way == "hfds/x":
+            monkeypatch.setattr(hf_sets, "load", lambda spec: {"train": HubTable(train), "test": HubTable(files)})
         elif way.startswith("python"):
             spec |= {"name": "python", "stream": way == "python streamed"}
             given = GivenData.of((Given(train), Given(files)))
@@ -411,7 +428,7 @@ def pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ten
         dataset = open_dataset(Data(**spec | values), seed=0, device=CPU, given=given)
         parts = dataset.evaluation_batches("test", 0, len(files), 3)
         images = torch.cat([images for images, _ in parts]).mul(255).round().to(torch.uint8)
-        order = torch.argsort(dataset.labels("test"), stable=True) if "python" in way or way in READERS else slice(None)
+        order = torch.argsort(dataset.labels("test"), stable=True) if "python" in way or "/" in way else slice(None)
         return images[order]
 
     return read

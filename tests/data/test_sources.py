@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from distill.data import open_dataset, torchvision_sets
+from distill.data import at_hand, open_dataset, torchvision_sets
 from distill.data.digits import Digits
 from distill.data.packed import Expected, open_packed
 from distill.data.torchvision_sets import KNOWN, Known
@@ -136,6 +136,15 @@ def test_no_network_says_where_to_put_what(error: Exception, tmp_path: Path, mon
     assert not root.exists(), "nothing half-written"
 
 
+def test_what_is_at_hand(tmp_path: Path) -> None:
+    """Opens without a download."""
+
+    for name, is_here in (
+        ("digits", True), ("folder", True), ("cifar10", False), ("hfds/cifar10", False), (f"hfds/{tmp_path}", True),
+    ):  # fmt: skip
+        assert at_hand(Data(name=name, root=str(tmp_path), cache=str(tmp_path / "cache"))) == is_here
+
+
 def test_every_known_set_is_torchvisions() -> None:
     for known in KNOWN.values():
         assert isinstance(known, Known)
@@ -180,6 +189,9 @@ def test_digits_are_scikit_learns() -> None:
         ("hfds/x", {"stream": False}, "data.stream: 'hfds/x' can only be streamed"),
         ("wds/x", {"stream": False}, "data.stream: 'wds/x' can only be streamed"),
         ("wds/x", {"validation": 0.1}, "data.validation: 'wds/x' is read sequentially"),
+        ("wds/x", {"test": 0.1}, "data.test: 'wds/x' is read sequentially"),
+        ("digits", {"test": 0.1}, "data.test: 'digits' has a test split"),
+        ("digits", {"fit": "pad"}, "data.fit: the images of 'digits' have one size already"),
         ("digits", {"validation": 1437.0}, "data.validation: 1437 of 1442"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils import data as torch_data
 
-from distill.data import BatchPlan, open_dataset, sequential, timm_sets
+from distill.data import BatchPlan, checked, open_dataset, sequential
 from distill.errors import InputError
 from distill.recipe import Data
 
@@ -24,55 +27,8 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(np.full((9, 9 + number % 3, 3), number % 256, dtype=np.uint8))
 
 
-class HubReader:
-    """As timm's ReaderHfds: encoded images, and a table with a column of labels."""
-
-    def __init__(self, labels: list[int]) -> None:
-        self.label_key = "fine"
-        self.dataset = {"fine": labels}
-        self.class_to_idx = {"dog": 1, "cat": 0}
-
-    def __getitem__(self, row: int) -> tuple[io.BytesIO, int]:
-        buffer = io.BytesIO()
-        picture(row).save(buffer, "PNG")
-        return io.BytesIO(buffer.getvalue()), self.dataset["fine"][row]
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, **splits: list[int]) -> None:
-    def create(name: str, root: Path, split: str, **_: Any) -> Any:
-        if split not in splits:
-            raise InputError(f"data.name: timm cannot open split '{split}' of '{name}'")
-        return SimpleNamespace(reader=HubReader(splits[split]))
-
-    monkeypatch.setattr(timm_sets, "create", create)
-
-
 def spec(name: str, root: Path, **values: Any) -> Data:
     return Data(name=name, root=str(root), **({"resolution": 6, "validation": 0.0, "workers": 0} | values))
-
-
-def test_random_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub(monkeypatch, train=[row % 2 for row in range(20)], test=[0, 1, 1])
-    dataset = open_dataset(spec("hfds/x", tmp_path, validation=0.2), seed=0, device=CPU)
-    assert dataset.info.class_names == ("cat", "dog")
-    assert dataset.info.sizes == {"train": 16, "validation": 4, "test": 3}
-    assert dataset.labels("test").tolist() == [0, 1, 1]
-    ((images, labels),) = dataset.evaluation_batches("test", 0, 3, 8)
-    assert (images * 255)[:, 0, 0, 0].round().tolist() == [0, 1, 2]
-    assert labels.tolist() == [0, 1, 1]
-    (batch,) = next(dataset.training_batches(BatchPlan(0, 16), epoch=0))
-    assert torch.equal(batch.labels, dataset.labels("train")[batch.indices])
-
-
-def test_a_test_split_without_labels_gives_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub(monkeypatch, train=[0, 1] * 5, test=[-1, -1, -1], validation=[0, 1])
-    assert open_dataset(spec("hfds/x", tmp_path), seed=0, device=CPU).info.sizes["test"] == 2
-    hub(monkeypatch, train=[0, 1] * 5, test=[1, 0, 1], validation=[0, 1])
-    sizes = open_dataset(spec("hfds/x", tmp_path, validation=0.1), seed=0, device=CPU).info.sizes
-    assert sizes == {"train": 10, "validation": 2, "test": 3}
-    hub(monkeypatch, train=[0, 1] * 5, test=[-1])
-    with pytest.raises(InputError, match="validation"):
-        open_dataset(spec("hfds/x", tmp_path), seed=0, device=CPU)
 
 
 class Shards(torch_data.IterableDataset):
@@ -125,8 +81,109 @@ def test_sequential(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: in
     assert (torch.cat(images) * 255)[:, 0, 0, 0].round().tolist() == list(range(3, 10))
 
 
-def test_a_reader_that_ends_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_is_short_is_found_when_it_is_opened(
+    split: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     shards(monkeypatch, train=20, announced=40)
-    dataset = open_dataset(spec("wds/x", tmp_path), seed=0, device=CPU)
-    with pytest.raises(InputError, match="ended in step 2 of the epoch"):
-        list(dataset.training_batches(BatchPlan(0, 8), epoch=0))
+    if split == "test":
+        made = {"train": Shards(40), "validation": Shards(9, 10)}
+        monkeypatch.setattr(sequential, "create", lambda name, root, split, **_: made[split])
+    name, found, announced = ("train", 20, 40) if split == "train" else ("validation", 9, 10)
+    with pytest.raises(InputError, match=f"split {name} of 'wds/x' yields {found} images, {announced} are announced"):
+        open_dataset(spec("wds/x", tmp_path), seed=0, device=CPU)
+
+
+def test_a_sample_that_cannot_be_decoded_is_found_when_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Broken(Shards):
+        def __iter__(self) -> Any:
+            for row, (image, label) in enumerate(super().__iter__()):
+                yield (b"no image" if row == 7 else image), label
+
+    monkeypatch.setattr(sequential, "create", lambda *_, **__: Broken(10))
+    with pytest.raises(InputError, match=r"split train, image 7: .*cannot be decoded") as caught:
+        open_dataset(spec("wds/x", tmp_path), seed=0, device=CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_are_read_once_until_a_file_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read: list[str] = []
+
+    def create(name: str, root: Path, split: str, **_: Any) -> Any:
+        source = Shards(40 if split == "train" else 10)
+        source.reader.split_info = SimpleNamespace(filenames=(f"{split}.tar",), shard_lengths=())
+        return source
+
+    def samples(source: Any, name: str) -> Any:
+        read.append(name)
+        return ((image, name, label) for image, label in source)
+
+    monkeypatch.setattr(sequential, "create", create)
+    monkeypatch.setattr(checked, "samples", samples)
+    (tmp_path / "train.tar").write_bytes(b"1")
+    data = spec("wds/x", tmp_path, cache=str(tmp_path / "cache"))
+    before = open_dataset(data, seed=0, device=CPU).info
+    assert before.pixels == "9 to 11 pixels wide, 9 high"
+    assert open_dataset(data, seed=0, device=CPU).info == before
+    assert len(read) == 2, "each split once"
+    (tmp_path / "train.tar").write_bytes(b"2")
+    os.utime(tmp_path / "train.tar", ns=(0, 0))
+    assert open_dataset(data, seed=0, device=CPU).info.digest != before.digest
+    assert len(read) == 4
+
+
+class TestWebdataset:
+    """Real shards. Needs the package webdataset."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        pytest.importorskip("webdataset")
+        splits = {}
+        for split, count in (("train", 12), ("validation", 6)):
+            lengths = []
+            for shard in range(2):
+                lengths.append(count // 2)
+                with tarfile.open(tmp_path / f"{split}-{shard}.tar", "w") as tar:
+                    for number in range(count // 2):
+                        file = io.BytesIO()
+                        picture(shard * 100 + number).save(file, "JPEG" if shard else "PNG")
+                        suffix = "jpeg" if shard else "png"
+                        for name, content in (
+                            (f"{number}.{suffix}", file.getvalue()),
+                            (f"{number}.cls", b"%d" % shard),
+                        ):
+                            member = tarfile.TarInfo(name)
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+            names = [f"{split}-{shard}.tar" for shard in range(2)]
+            splits[split] = {"name": split, "filenames": names, "shard_lengths": lengths, "num_samples": count}
+        (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+        return tmp_path
+
+    def problem(self, root: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            open_dataset(spec("wds/x", root), seed=0, device=CPU)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_all_samples_are_read(self, root: Path) -> None:
+        dataset = open_dataset(spec("wds/x", root), seed=0, device=CPU)
+        assert dataset.labels("test").tolist() == [0, 0, 0, 1, 1, 1]
+        ((images, labels),) = dataset.evaluation_batches("test", 0, 6, 6)
+        assert (images[:, 0, 0, 0] * 255).tolist() == pytest.approx([0, 1, 2, 100, 101, 102], abs=1)  # some are JPEG
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+    def test_what_is_broken_or_missing_is_named(self, root: Path) -> None:
+        shard = root / "validation-1.tar"
+        intact = shard.read_bytes()
+        begins, spoilt = b"\xff\xd8\xff", b"\xff\xd8\x00"
+        shard.write_bytes(intact.replace(begins, spoilt, 2).replace(spoilt, begins, 1))  # the second image
+        message = self.problem(root)
+        assert f"split validation, image 4: wds/x: {shard}, 1.jpeg: cannot be decoded" in message
+        shard.write_bytes(intact[: len(intact) // 3])
+        words = f"split validation of 'wds/x' yields 4 images, 6 are announced (shard {shard}: 1 of 3)"
+        assert words in self.problem(root)
+        (root / "_info.json").unlink()
+        assert "there is no _info.json" in self.problem(root)

@@ -272,9 +272,16 @@ def test_the_command_refuses_or_counts(stream: bool, toy: Toy, root: Path, tmp_p
     assert refused.wait() == [2], refused.output
     assert f"{root / 'train' / 'bee' / '3.png'}" in refused.output
     assert "Traceback" not in refused.output
-    allowed = launch(["train", "recipe.yaml", "data.skip_unreadable=true", "--out", "run"], cwd=tmp_path)
+    allowed = launch(
+        ["train", "recipe.yaml", "data.skip_unreadable=true", "data.fit=squash", "--out", "run"], cwd=tmp_path
+    )
     assert allowed.wait() == [0], allowed.output
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["data_left_out"]["count"] == 1
     assert "3.png" in status["data_left_out"]["first"][0]
-    assert "1 files are skipped" in (tmp_path / "run" / "train.log").read_text()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "1 files are skipped" in log
+    assert "classes: 3: ant, bee, cat" in log
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert config["preparation"]["fit"] == config["pretrained_cfg"]["crop_mode"] == "squash"
+    assert f"data: {'set' if stream else 'folder'} in {root}, 35 images: train 17, validation 6, test 12" in log

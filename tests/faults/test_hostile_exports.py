@@ -90,6 +90,7 @@ def test_what_the_messages_say(good: Path, tmp_path: Path) -> None:
     assert "label_names should be 4 different names" in refused("names", hostile.setting("label_names", to=["a"]))
     assert "pretrained_cfg.mean" in refused("mean", hostile.HOSTILE_CONFIGS["mean is NaN"])
     assert "pretrained_cfg.url: extra inputs" in refused("url", hostile.HOSTILE_CONFIGS["weights from an address"])
+    assert "preparation.fit" in refused("fit", hostile.setting("preparation", "fit", to="stretched"))
     assert "far larger than its weights" in refused("size", hostile.HOSTILE_CONFIGS["gigabytes of image"])
     assert "nested more than 50 deep" in refused("deep", hostile.HOSTILE_CONFIGS["deep lists"])
     assert "duplicate key 'architecture'" in refused("twice", hostile.HOSTILE_CONFIGS["a key twice"])

@@ -1,0 +1,52 @@
+"""What a run is about to learn from, in words: said at its start and by --dry-run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.data.dataset import DatasetInfo
+from distill.recipe import FROM_PYTHON, Data
+
+MOST_NAMES = 12
+
+
+def facts(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
+    """Keys and values, one a line."""
+    splits = ", ".join(f"{name} {size:,}" for name, size in info.sizes.items() if size)
+    held_out = f" ({len(info.held_out):,} held out for the test by data.test)" if info.held_out else ""
+    where = "" if spec.name in (FROM_PYTHON, "digits") else f" in {spec.root}"
+    yield "data", f"{info.name}{where}, {sum(info.sizes.values()):,} images: {splits}{held_out}"
+    names = ", ".join(info.class_names[:MOST_NAMES])
+    more = info.num_classes - MOST_NAMES
+    yield "classes", f"{info.num_classes}: {names}" + (f" and {more:,} more" if more > 0 else "")
+    colour = {1: "greyscale, 1 channel", 3: "colour, 3 channels"}.get(info.channels, f"{info.channels} channels")
+    yield "images", f"{info.pixels or 'of unknown sizes'}; {colour}; {_fitted(info, spec)}"
+    if info.pack is not None:
+        yield "pack", f"{info.pack}, {Path(info.pack).stat().st_size / 1e6:,.1f} MB"
+
+
+def _fitted(info: DatasetInfo, spec: Data) -> str:
+    if not info.fitted:
+        return "as they are; models of another size resize them as a whole"
+    side = spec.resolution
+    how = {
+        "crop": f"the shorter side resized to {side} pixels, the centre {side} x {side} cropped",
+        "squash": f"resized to {side} x {side} pixels, whatever their shape",
+        "pad": f"the longer side resized to {side} pixels, padded to {side} x {side} with data.background",
+    }[spec.fit]
+    return f"{how} (data.fit={spec.fit})"
+
+
+def range_of(sizes: set[tuple[int, int]]) -> str:
+    """The sizes (width, height) of images in words."""
+    if len(sizes) == 1:
+        ((width, height),) = sizes
+        return f"{width} x {height} pixels"
+    if not sizes:
+        return ""
+    wide, high = (
+        f"{min(sides):,} to {max(sides):,}" if len(set(sides)) > 1 else f"{sides[0]:,}"
+        for sides in zip(*sizes, strict=True)
+    )
+    return f"{wide} pixels wide, {high} high"
