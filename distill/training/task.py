@@ -20,6 +20,7 @@ from distill.options import MapsOptions
 from distill.recipe import Recipe
 from distill.students import Student
 from distill.teaching.source import StepIndex, TeacherSource
+from distill.training.joined import joined
 
 _log = logging.getLogger("distill")
 
@@ -85,7 +86,8 @@ class Task(nn.Module):
             total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
             for name, method in self.methods.items():
                 if name not in teaching:  # DistributedDataParallel waits for the gradients of all parameters
-                    total = total + sum(0.0 * parameter.sum() for parameter in method.parameters())
+                    if parameters := [*method.parameters()]:
+                        total = total + 0.0 * joined(parameters).sum()
                     parts[name] = total.new_full((), math.nan)
         if self._keeps_steps:
             self._steps.append((_detached(step), [*teaching.values()]))
