@@ -56,6 +56,14 @@ def test_links_lead_somewhere() -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_tests_that_docs_name_exist(document: str) -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / document).read_text(encoding="utf-8")))
+    assert named
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in sorted(named) if not any(f"def {name}(" in source for source in sources)] == []
+
+
 @pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
 def test_commands_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
