@@ -22,7 +22,7 @@ from distill.launching.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping
 from distill.report.metrics import Metrics, measure
 from distill.students.saved import WEIGHTS_FILE
-from distill.teaching.teachers import build_teacher, is_trained
+from distill.teaching.teachers import build_teacher, check_contracts, is_trained
 from teachers import Teacher
 
 
@@ -59,7 +59,7 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
     """Evaluate the teacher of a recipe on the test set of its data.
 
     Raises:
-        InputError: it has none, or data or teacher cannot be opened.
+        InputError: it has none, data or teacher cannot be opened, or its inputs are markedly better prepared otherwise.
     """
     accelerator, dataset, teacher = _set_up(recipe, given)
     if teacher is None:
@@ -67,6 +67,7 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
     if not teacher.num_classes:
         raise InputError(f"{recipe.name}: {teacher.name} has no classifier, so it has no accuracy.")
     say(teacher.describe())
+    check_contracts(recipe, teacher, dataset, accelerator)
     return _measured(
         {"teacher": Classification(dataset, accelerator).predict_teacher(teacher, "test")}, dataset.labels("test")
     )

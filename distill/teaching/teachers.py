@@ -169,17 +169,10 @@ def run_preflight(
         raise InputError(
             f"teacher.min_accuracy: {teacher.name} has no classifier, so it has no accuracy; leave min_accuracy out."
         )
-    split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
-    # Each member is checked: a good ensemble can hide a member with wrong inputs. The last output is the ensemble's.
-    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
-    models = list(dict.fromkeys([*members, teacher]))
+    check_contracts(recipe, teacher, dataset, accelerator)
+    split, members, keys = _asked(recipe, teacher, dataset)
+    models = list(dict.fromkeys([*members, teacher]))  # the last output is the ensemble's
     size = dataset.info.sizes[split]
-    keys = [f"teacher.{index}" if isinstance(recipe.teacher, list) else "teacher" for index in range(len(members))]
-    for member, spec, key in zip(members, _trained(recipe), keys, strict=True):
-        if member.num_classes and contract_is_assumed(spec):
-            under = candidates(spec, member, dataset.info, recipe.data.resolution)
-            sample, answers = _sample(under, dataset, split, accelerator, _ranges(size, CONTRACT_IMAGES))
-            check_contract(under, sample, answers, spec, key)
     ranges = _ranges(size, size if split == "validation" else PREFLIGHT_IMAGES)
     labels, outputs = _sample(models, dataset, split, accelerator, ranges)
     described = {
@@ -206,6 +199,31 @@ def run_preflight(
     values = accuracies({"teacher": logits}, labels)
     _log.info("preflight: teacher top-1 %.2f %% on %d %s images", values["teacher/top1"], len(labels), split)
     return described | values, logits
+
+
+def check_contracts(recipe: Recipe, teacher: Teacher, dataset: Dataset, accelerator: Accelerator) -> None:
+    """Measure teachers whose weights do not say how their inputs were prepared under the likely contracts.
+
+    Raises:
+        InputError: another one than the library's is markedly better; the message has the keys to set.
+    """
+    split, members, keys = _asked(recipe, teacher, dataset)
+    for member, spec, key in zip(members, _trained(recipe), keys, strict=True):
+        if member.num_classes and contract_is_assumed(spec):
+            under = candidates(spec, member, dataset.info, recipe.data.resolution)
+            ranges = _ranges(dataset.info.sizes[split], CONTRACT_IMAGES)
+            sample, answers = _sample(under, dataset, split, accelerator, ranges)
+            check_contract(under, sample, answers, spec, key)
+
+
+def _asked(recipe: Recipe, teacher: Teacher, dataset: Dataset) -> tuple[Split, Sequence[Teacher], list[str]]:
+    """The split on which teachers are checked, each teacher (a good ensemble can hide a member with wrong inputs), and
+    its key in the recipe.
+    """
+    split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
+    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    keys = [f"teacher.{index}" if isinstance(recipe.teacher, list) else "teacher" for index in range(len(members))]
+    return split, members, keys
 
 
 def _sample(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+import distill
 from distill.data import Dataset, open_dataset
 from distill.errors import InputError
 from distill.inputs import InputAdapter, InputContract
@@ -108,6 +109,14 @@ def test_weights_that_were_trained_otherwise_are_refused_with_the_keys_to_set(
     # Whoever insists gets what they ask for.
     stubborn = {"size": 16, "mean": list(LIBRARY.mean), "std": list(LIBRARY.std), "min_accuracy": 0.0}
     assert _preflight(toy, dataset, weights=str(weights), **stubborn)["teacher/top1"] < 100.0
+
+
+def test_evaluating_a_teacher_measures_them_too(toy: Toy, dataset: Dataset, tmp_path: Path) -> None:
+    weights = _weights(tmp_path / "own.safetensors", dataset, InputContract(LIBRARY.mean, LIBRARY.std, 8, "bilinear"))
+    given = {"model": "by_sum", "weights": str(weights), "min_accuracy": None}
+    with pytest.raises(InputError, match="does not say how its inputs were prepared"):
+        distill.evaluate(from_mapping(toy.mapping(teacher=given)))
+    assert distill.evaluate(from_mapping(toy.mapping(teacher=given | {"size": 8})))["teacher"].top1 == 100.0
 
 
 def test_what_the_recipe_gives_is_not_varied(toy: Toy, dataset: Dataset, tmp_path: Path) -> None:
