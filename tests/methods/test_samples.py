@@ -1,0 +1,42 @@
+"""Which methods compare the samples of a micro-batch, so that its size changes what they are: as they declare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill import registry
+from distill.data import Batch
+from distill.teaching.source import StepIndex
+from distill.trainer import Trainer
+from tests.conftest import Toy
+from tests.test_step_speed import batches_of, toy_recipe, trainer_of
+
+
+def _loss(trainer: Trainer, batch: Batch, method: str) -> float:
+    with torch.no_grad():
+        return float(trainer.task(batch, StepIndex(0, 0), 0.0).parts[method])
+
+
+@pytest.mark.parametrize("method", registry.names("methods"))
+def test_a_method_compares_samples_if_and_only_if_it_says_so(toy: Toy, method: str) -> None:
+    """The loss of the others is the mean of that of the samples."""
+    augment = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}
+    recipe = toy_recipe(
+        toy,
+        distill=[{"method": method, "weight": 1.0}],
+        data={"augment": augment},
+        student={"drop_path": 0.0},
+        train={"gradient_accumulation": 1, "compile": False},
+    )
+    trainer = trainer_of(recipe)
+    (batch,) = next(batches_of(trainer))
+
+    def part(start: int, stop: int) -> Batch:
+        of = slice(start, stop)
+        return batch._replace(images=batch.images[of], targets=batch.targets[of], indices=batch.indices[of])
+
+    whole, parts = _loss(trainer, part(0, 8), method), [part(0, 4), part(4, 8)]
+    mean = sum(_loss(trainer, each, method) for each in parts) / 2
+    differs = abs(whole - mean) > 1e-5 * max(1.0, abs(whole))
+    assert differs == recipe.distill[0].needs.compares_samples
