@@ -105,7 +105,7 @@ def test_options_come_in_any_order(arguments: str, toy: Toy, monkeypatch: pytest
 @pytest.fixture(scope="module")
 def launched(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
     folder = tmp_path_factory.mktemp("launched")
-    overrides = ("train.max_steps=3", "control=true", "data.augment.mix_off_epoch=9")
+    overrides = ("train.max_steps=3", "control=true", "data.augment.mix_off_epoch=9", "report.analysis=full")
     result = start(SCRIPT, "--out", "run", toy.recipe, *overrides, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     result.args = folder / "run"

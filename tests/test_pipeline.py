@@ -177,7 +177,8 @@ def test_the_time_by_what_it_went_to(toy: Toy, tmp_path: Path, monkeypatch: pyte
     takes(50.0, finishing, "export_selected")
     monkeypatch.setattr(finishing, "analyse", lambda *args: None)
     takes(100.0, finishing, "analyse")
-    recipe, out = short(toy, train={"max_steps": 8, "epochs": 2, "log_every": 5}), tmp_path / "run"
+    train, report = {"max_steps": 8, "epochs": 2, "log_every": 5}, {"analysis": "full"}
+    recipe, out = short(toy, train=train, report=report), tmp_path / "run"
     with pytest.raises(Interrupted):
         go(recipe, out, 7)
     go(recipe, out, None, resume="auto")
@@ -263,7 +264,8 @@ def with_recipe(toy: Toy, tmp_path: Path) -> Recipe:
     teacher = {"data": data | {"root": "elsewhere"}, "student": {"model": "cifar_resnet20"}, **PLAIN}
     teacher["train"] = {"epochs": 1, "batch_size": 16, "max_steps": 2, "log_every": 1}
     (tmp_path / "cnn.yaml").write_text(yaml.safe_dump(teacher))
-    return short(toy, teacher={"recipe": "cnn.yaml", "model": None, "weights": None}, train={"max_steps": 1})
+    taught = {"recipe": "cnn.yaml", "model": None, "weights": None}
+    return short(toy, teacher=taught, train={"max_steps": 1}, report={"analysis": "full"})
 
 
 def teachers_runs() -> list[Path]:
@@ -336,6 +338,6 @@ def test_the_test_accuracy_is_known_before_the_analysis(
 ) -> None:
     known: list[str] = []
     monkeypatch.setattr(finishing, "analyse", lambda path, *_: known.extend(events(path)))
-    distill.train(short(toy), out=tmp_path / "run")
+    distill.train(short(toy, report={"analysis": "full"}), out=tmp_path / "run")
     assert known[-1] == "eval"
     assert events(tmp_path / "run").count("eval") == known.count("eval")

@@ -31,7 +31,8 @@ def finished(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one epoch with its control."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = folder / "toy.yaml"
-    recipe.write_text(yaml.safe_dump(toy.mapping(train={"epochs": 1, "keep_checkpoints": 1}, control=True)))
+    changes = {"train": {"epochs": 1, "keep_checkpoints": 1}, "control": True, "report": {"analysis": "full"}}
+    recipe.write_text(yaml.safe_dump(toy.mapping(**changes)))
     done = launch(["train", recipe, "--out", "run"], cwd=folder)
     assert done.wait() == [0], done.output
     return folder / "run"

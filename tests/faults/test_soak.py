@@ -87,6 +87,7 @@ def leftovers(place: Path) -> list[Path]:
     return hidden + list((place / "scratch").iterdir())
 
 
+@pytest.mark.soak
 def test_kills_change_nothing(toy: Toy, tmp_path: Path, counted: Counted) -> None:
     soak = Soak(tmp_path / "soak", toy.recipe)
     expected = soak.undisturbed()

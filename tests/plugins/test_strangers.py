@@ -62,7 +62,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_strangers_variant(toy: Toy, tmp_path: Path, name: str) -> None:
     path = recipe(toy, tmp_path, VARIANTS[name])
     plugin = ("--plugin", STRANGERS)
-    code, output = train(tmp_path, path, *SHORT, "--out", "whole", *plugin)
+    code, output = train(tmp_path, path, *SHORT, "report.analysis=full", "--out", "whole", *plugin)
     assert code == 0, output
     code, output = train(tmp_path, path, *SHORT, "train.max_minutes=1.0e-4", "--out", "parts", *plugin)
     assert code == 75, output
