@@ -28,7 +28,7 @@ def facts(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
 
 def _fitted(info: DatasetInfo, spec: Data) -> str:
     if not info.fitted:
-        return "as they are; models of another size resize them as a whole"
+        return "each model resizes them to its own size"
     side = spec.resolution
     how = {
         "crop": f"the shorter side resized to {side} pixels, the centre {side} x {side} cropped",
