@@ -48,9 +48,13 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     trainer.open_cache()
     trainer.model.train()
     with advising(recipe, trainer.plan, dataset.augmenter.paired):
-        trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, 0, 0)))
-    trainer.read_skipped()
-    values = trainer.accumulator.read(recipe.train.batch_size)
+        batch = next(trainer.dataset.training_batches(trainer.plan, 0, 0))
+        trainer.train_step(batch)
+        trainer.read_skipped()
+        values = trainer.accumulator.read(recipe.train.batch_size)
+        if recipe.data.growth is not None:  # images of full size need the most memory
+            trainer.progress.step = trainer.total_steps - 1
+            trainer.train_step(batch)
     if "bad_steps" in values:
         raise RunFailed(
             "the first step: the loss or its gradients are not finite, so a run would skip it. Check the data and the "

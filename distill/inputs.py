@@ -64,7 +64,8 @@ class Preparation(NamedTuple):
 class InputAdapter(nn.Module):
     """Resizes and normalises images in [0, 1] for a model: [B, C, H, W] -> [B, len(mean), size, size].
 
-    Greyscale images are repeated for a model with three channels. Mean and std are non-persistent buffers.
+    Greyscale images are repeated for a model with three channels. Mean and std are non-persistent buffers. `side`, if
+    given, takes the place of the contract's size, and bilinear interpolation that of its own.
     """
 
     mean: Tensor
@@ -76,14 +77,14 @@ class InputAdapter(nn.Module):
         self.register_buffer("mean", torch.tensor(contract.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(contract.std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return (self.fit(images) - self.mean) / self.std
+    def forward(self, images: Tensor, side: int | None = None) -> Tensor:
+        return (self.fit(images, side) - self.mean) / self.std
 
-    def fit(self, images: Tensor) -> Tensor:
+    def fit(self, images: Tensor, side: int | None = None) -> Tensor:
         """Resize and repeat channels; still in [0, 1]."""
-        size, channels = self.contract.size, self.mean.shape[1]
+        size, channels = side or self.contract.size, self.mean.shape[1]
         if size is not None and images.shape[-2:] != (size, size):
-            images = resize(images, size, self.contract.interpolation)
+            images = resize(images, size, "bilinear" if side else self.contract.interpolation)
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
         return images

@@ -79,6 +79,7 @@ class Trainer:
             mean=info.mean,
             std=info.std,
             seed=recipe.seed,
+            smaller=recipe.training_side(0.0),
         )
         # Faster for convolutions, on a CPU too.
         self.student.to(memory_format=torch.channels_last)
@@ -192,6 +193,8 @@ class Trainer:
                         # Only the first sample of the global batch: it does not depend on the number of processes.
                         first = micro_batches[0].first()
                         run.log("epoch", step=progress.step, epoch=epoch, batch=first.digest())
+                    if self.compilation.enabled and self.grows_at(progress.step):
+                        compiled_at = self.begin_compilation(compiled_at)
                     self.train_step(micro_batches)
                     progress.step += 1
                     if progress.step == compiled_at:
@@ -216,12 +219,27 @@ class Trainer:
                         self.save(run)
             self.finish_saving()
 
+    def grows_at(self, step: int) -> bool:
+        """Whether the student's images have another size from this step on (`data.growth`)."""
+        before, now = (self.recipe.training_side(at / self.schedule_steps) for at in (max(0, step - 1), step))
+        return before != now
+
+    def begin_compilation(self, compiled_at: int) -> int:
+        """Count the time until now as training, unless a compilation ends only at step `compiled_at`; returns the step
+        at which that of the next one ends.
+        """
+        if self.progress.step >= compiled_at:
+            self.read_skipped()  # waits for the device
+            self.progress.training_seconds += self.accumulator.take_seconds()
+        return self.progress.step + self.compilation.steps
+
     def end_compilation(self) -> None:
         """Count the time until now as compilation, and begin that of training."""
         if self.compilation.on_cuda:
             torch.cuda.synchronize()
         self.progress.compilation_seconds += self.accumulator.take_seconds()
-        self.accumulator.start_clock()
+        if self.progress.step % self.recipe.train.log_every:  # else a line is due, of at least one step
+            self.accumulator.start_clock()
 
     def saved_if_interrupted(self, batches: Iterator[list[Batch]], run: Run) -> Iterator[list[Batch]]:
         """Yield the batches unchanged; if interrupted while waiting for one, save a checkpoint first."""

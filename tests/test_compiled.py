@@ -222,3 +222,34 @@ def test_all_graphs_of_a_run_are_compiled_in_its_first_step(
     assert len(list(read_metrics(out, "eval"))) == 2 * 3 + 1  # raw and averaged weights, and the test
     assert seen == [3] * 8 + [first + 3] * 6
     assert counters["stats"]["unique_graphs"] == first + 3 == 6
+
+
+@DEVICES
+@pytest.mark.usefixtures("captured")
+def test_growing_images_compile_one_more_graph_whose_time_is_no_training(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *args: None)
+    seen, ends = [], []
+    step, end = Trainer.train_step, Trainer.end_compilation
+
+    def counted(trainer: Trainer, *arguments: Any) -> None:
+        step(trainer, *arguments)
+        seen.append(counters["stats"]["unique_graphs"])
+
+    def ended(trainer: Trainer) -> None:
+        before = trainer.progress.training_seconds, trainer.progress.compilation_seconds
+        end(trainer)
+        ends.append((trainer.progress.step, *before, trainer.progress.compilation_seconds))
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    monkeypatch.setattr(Trainer, "end_compilation", ended)
+    growth = {"data": {"growth": {"start": 4}}, "student": {"patch_size": 2}, "report": {"analysis": "none"}}
+    go(compiled(toy, **growth, train={"log_every": 100, "max_steps": 14}), tmp_path / "run", None)
+    graphs, steps = GRAPHS[device], 3 if device == "cuda" else 1
+    assert seen == [graphs] * 9 + [graphs + 1] * 5
+    (first, no_training, none, start), (second, training, compilation, both) = ends
+    assert (first, second) == (steps, 9 + steps)
+    assert no_training == none == 0 < training  # the steps at the first size
+    assert compilation == start < both

@@ -22,6 +22,9 @@ def facts(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
     yield "classes", f"{info.num_classes}: {names}" + (f" and {more:,} more" if more > 0 else "")
     colour = {1: "greyscale, 1 channel", 3: "colour, 3 channels"}.get(info.channels, f"{info.channels} channels")
     yield "images", f"{info.pixels or 'of unknown sizes'}; {colour}; {_fitted(info, spec)}"
+    if (growth := spec.growth) is not None:
+        sides = f"{growth.start} x {growth.start} pixels, from {100 * growth.until:g} % of the run on at full size"
+        yield "growth", f"the student trains on images of {sides}"
     if info.pack is not None:
         yield "pack", f"{info.pack}, {Path(info.pack).stat().st_size / 1e6:,.1f} MB"
 

@@ -20,6 +20,11 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     for key, amount in (("validation", data.validation), ("test", data.test or 0)):
         if amount >= 1 and amount != int(amount):
             yield Problem((("data", key),), f"a share below 1 or a whole count, got {amount}")
+    if data.growth is not None and data.growth.start >= data.resolution:
+        yield Problem(
+            (("data", "growth", "start"), ("data", "resolution")),
+            f"images grow: smaller than data.resolution {data.resolution}, got {data.growth.start}",
+        )
     if data.select_on == "test" and data.validation:
         yield Problem(
             (("data", "select_on"), ("data", "validation")),

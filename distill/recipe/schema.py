@@ -105,6 +105,13 @@ class Augment(Section):
     )
 
 
+class Growth(Section):
+    start: Side = Field(16, description="Side in pixels of the student's training images at first.")
+    until: Annotated[Probability, Field(gt=0.0)] = Field(
+        0.5, description="Fraction of the run after which they have `resolution`."
+    )
+
+
 class Data(Options):
     """The data section; base of the options of a dataset reader that has keys of its own."""
 
@@ -152,6 +159,11 @@ class Data(Options):
         description="Split for selecting checkpoints. 'test' makes test figures optimistic; the report says so.",
     )
     resolution: Side = Field(32, description="The student's input size in pixels.")
+    growth: Growth | None = Field(
+        None,
+        description="Growing resolution: the student trains on smaller images at first, which costs less. Its teacher "
+        "and all evaluation have those of `resolution`. null: none.",
+    )
     fit: Literal["crop", "squash", "pad"] = Field(
         "crop",
         description="How image files become squares of `resolution`: crop: shorter side resized, centre cropped; "
@@ -392,6 +404,11 @@ class Recipe(Section):
             for objective in self.distill
             if not objective.has_ended(progress)
         }
+
+    def training_side(self, progress: float) -> int | None:
+        """Side in pixels that the student's images are resized to at `progress`, 0 to 1, of the run; None: its own."""
+        growth = self.data.growth
+        return growth.start if growth is not None and progress < growth.until else None
 
     @property
     def scheduled(self) -> list[str]:

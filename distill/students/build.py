@@ -26,6 +26,7 @@ def build_student(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
+    smaller: int | None = None,
 ) -> Student:
     """A student on the CPU, with weights that depend on `seed` only; torch's random state is restored.
 
@@ -33,12 +34,13 @@ def build_student(
         spec: the recipe's `student` section.
         resolution: side in pixels that its inputs are resized to.
         channels, mean, std: of the training data, in [0, 1]. Weights from timm or an export have their own mean, std.
+        smaller: side in pixels of smaller images that it has to take too.
 
     Raises:
         InputError: no such model, it cannot take such images, or its weights are missing, do not fit or cannot be
             downloaded.
     """
-    images = Images(resolution, num_classes, channels, tuple(mean), tuple(std))
+    images = Images(resolution, num_classes, channels, tuple(mean), tuple(std), smaller)
     saved = read_export(spec.weights) if spec.weights else None
     with _seeded(seed):
         built: Built = registry.find("students", spec.family).implementation.build(spec, images)
@@ -55,15 +57,21 @@ def build_student(
 def _check_forward(student: Student, images: Images) -> None:
     """Raise InputError if the model cannot take its inputs: some of timm's models require certain sizes."""
     blank = torch.zeros(1, images.channels, images.resolution, images.resolution)
+    sides = {"student.model": images.resolution, "data.growth.start": images.smaller}
     student.eval()
-    try:
-        with torch.no_grad():
-            student.logits(blank)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(
-            f"student.model: {student.architecture} cannot take images of {images.resolution} px ({error}). "
-            "Choose another model or data.resolution."
-        ) from error
+    for key, side in sides.items():
+        if side is None:
+            continue
+        try:
+            with torch.no_grad():
+                student(blank, side=side)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            advice = (
+                "another model or data.resolution" if side == images.resolution else "another start or student.model"
+            )
+            raise InputError(
+                f"{key}: {student.architecture} cannot take images of {side} px ({error}). Choose {advice}."
+            ) from error
     student.train()
 
 

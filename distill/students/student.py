@@ -87,13 +87,15 @@ class Student(nn.Module):
         """The logits [B, classes] by head. Never compiled, unlike `forward`: evaluation has other shapes and modes."""
         return _by_head(self.model(self.adapter(images)))
 
-    def forward(self, images: Tensor, want: tuple[int, ...] = ()) -> Features:
+    def forward(self, images: Tensor, want: tuple[int, ...] = (), side: int | None = None) -> Features:
         """The logits, and the maps [B, D, H, W] of the `stages` in `want`, from 0 and rising: a block's tokens on the
-        patch grid, without prefix tokens, or the output of a CNN's or pyramid's stage.
+        patch grid, without prefix tokens, or the output of a CNN's or pyramid's stage. `side`: resize the images to
+        that many pixels, not to the size of the contract.
         """
-        if not want:
+        if not want and side is None:
             return Features(self.logits(images), {})
-        output, maps = with_maps(self.model, self.adapter(images), want)
+        inputs = self.adapter(images, side)
+        output, maps = with_maps(self.model, inputs, want) if want else (self.model(inputs), [])
         return Features(_by_head(output), dict(zip(want, maps, strict=True)))
 
     @cached_property
@@ -111,17 +113,17 @@ class Student(nn.Module):
         strides = [round(image.shape[2] / found.shape[2]) for found in maps]
         return tuple(map(Stage, names, (found.shape[1] for found in maps), strides))
 
-    def check_maps(self, want: tuple[int, ...]) -> None:
+    def check_maps(self, want: tuple[int, ...], side: int | None = None) -> None:
         """Raise InputError unless `forward` returns these maps along with the same logits as without them."""
         if want:
-            self._try_maps(want)
+            self._try_maps(want, side)
 
-    def _try_maps(self, want: tuple[int, ...] | None) -> list[Tensor]:
+    def _try_maps(self, want: tuple[int, ...] | None, side: int | None = None) -> list[Tensor]:
         """Maps of an example image, in evaluation; `want` None: all of them."""
         was_training = self.training
         try:
             with torch.no_grad(), _nonzero_weights(self.model):
-                inputs = self.eval().adapter(self._example())
+                inputs = self.eval().adapter(self._example(), side)
                 plain = _by_head(self.model(inputs))
                 output, maps = with_maps(self.model, inputs, want)
                 problem = problem_of_maps(list(_by_head(output).values()), list(plain.values()), maps)
@@ -131,8 +133,9 @@ class Student(nn.Module):
             self.train(was_training)
         if problem is None:
             return maps
+        key, which = ("data.growth.start", f" of {side} px images") if side else ("student.model", "")
         raise InputError(
-            f"student.model: {self.architecture} does not give its feature maps ({problem}). Take another model, or "
+            f"{key}: {self.architecture} does not give its feature maps{which} ({problem}). Take another model, or "
             "distillation methods on logits."
         )
 

@@ -42,9 +42,11 @@ class TimmModel(Builder):
         model = timm.create_model(options.model, **required)
         accepted = {name for cls in type(model).__mro__ for name in inspect.signature(cls).parameters}
         model_args = {"img_size": images.resolution} if "img_size" in accepted else {}
-        training_args = {"drop_path_rate": options.drop_path} if options.drop_path else {}
+        training_args: dict[str, Any] = {"drop_path_rate": options.drop_path} if options.drop_path else {}
         if training_args and "drop_path_rate" not in accepted:
             raise InputError(f"student.drop_path: {options.model} has no stochastic depth; set it to 0.")
+        if "dynamic_img_size" in accepted:
+            training_args |= images.dynamic_size()
         if options.pretrained:
             model = create_pretrained(options.model, **required, **model_args, **training_args)
             statistics = statistics or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])

@@ -48,6 +48,11 @@ class Options(StudentOptions):
             most = MOST_PATCHES_A_SIDE
             side = grid.side
             yield Problem(involved, f"{side}x{side} patches need too much memory; at most {most}x{most}")
+        if (growth := recipe.data.growth) is not None and growth.start % patch:
+            yield Problem(
+                (("data", "growth", "start"), *involved),
+                f"{growth.start} is not divisible by the patch size {patch}",
+            )
         if self.stem == "conv" and patch & (patch - 1):
             yield Problem(
                 ((*at, "stem"), (*at, "patch_size")),
@@ -276,6 +281,7 @@ class Vit(Builder):
             num_classes=images.num_classes,
             in_chans=channels,
             drop_path_rate=options.drop_path,
+            **images.dynamic_size(),
             **model_args,
         )
         if options.pretrained:

@@ -36,7 +36,8 @@ class Compilation:
     """Resolves `train.compile` on a device, the same on all processes. Collective.
 
     Compiled are the training forward passes of student and teacher. Their shapes are fixed (the micro-batch), so on
-    CUDA each network becomes a CUDA graph ("reduce-overhead"). Evaluation has other shapes and modes; it uses entry
+    CUDA each network becomes a CUDA graph ("reduce-overhead"); with `data.growth` the student has one for each of its
+    two sizes, the second compiled where its images grow. Evaluation has other shapes and modes; it uses entry
     points that are not compiled (`Student.logits`, the teacher as it was loaded), so it triggers no recompilation.
 
     A graph's replay overwrites its previous outputs: logits, and gradients in the parameters. All that a step derives
@@ -62,7 +63,7 @@ class Compilation:
         self.graphs = self.enabled and self.on_cuda and fixed
         # A graph is recorded in the second step, and replayed from the third.
         self.steps = (3 if self.graphs else 1) if self.enabled else 0
-        """Number of first steps whose time is mostly that of compilation."""
+        """Number of first steps, at each size of images, whose time is mostly that of compilation."""
         if self.enabled:
             # Earlier runs of this process (teacher, student) hold memory and count towards the recompilation limit.
             torch.compiler.reset()

@@ -50,12 +50,18 @@ class Task(nn.Module):
         *,
         label_smoothing: float,
         weights: Callable[[float], Mapping[str, float]],
+        side: Callable[[float], int | None] = lambda progress: None,
     ) -> None:
-        """`weights`: progress of the run, 0 to 1 -> weight of each part."""
+        """Functions of the progress of the run, 0 to 1.
+
+        Args:
+            weights: weight of each part.
+            side: in pixels, that the student's images are resized to; None: its own.
+        """
         super().__init__()
         self.student, self.methods = student, nn.ModuleDict(dict(methods))
         self.source = source
-        self.weights, self.label_smoothing = weights, label_smoothing
+        self.weights, self.side, self.label_smoothing = weights, side, label_smoothing
         self.blocks = tuple(sorted({block for method in methods.values() for block in method.blocks}))
         self.views = max([1, *(method.options.needs.views for method in methods.values())])
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
@@ -71,7 +77,11 @@ class Task(nn.Module):
         teacher: Sequence[Features] = ()
         if self.source is not None and teaching:
             teacher = self.source.ask(views, index)
-        student = [self.student(images, self.blocks) for images in views]
+        # Only the student's images are small: the teacher's answers and maps stay those that preflight measured and
+        # that a cache holds, and they cost little beside the student's three passes.
+        side = self.side(progress)
+        resized = {} if side is None else {"side": side}
+        student = [self.student(images, self.blocks, **resized) for images in views]
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):
             parts = {
@@ -149,8 +159,23 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
             raise InputError(f"distill: {error}.") from None
     if source is not None:
         source.want(tuple(dict.fromkeys(name for method in methods.values() for name in method.maps)))
-    task = Task(student, methods, source, label_smoothing=recipe.train.label_smoothing, weights=recipe.loss_weights)
+    task = Task(
+        student,
+        methods,
+        source,
+        label_smoothing=recipe.train.label_smoothing,
+        weights=recipe.loss_weights,
+        side=recipe.training_side,
+    )
     student.check_maps(task.blocks)
+    if (side := recipe.training_side(0.0)) is not None:
+        student.check_maps(task.blocks, side)
+        resamples = getattr(student.model, "dynamic_img_size", False)  # its position embeddings, as timm does
+        if resamples and recipe.train.deterministic and next(student.parameters()).is_cuda:
+            raise InputError(
+                "train.deterministic: on a GPU torch has no deterministic gradient of position embeddings that are "
+                "resampled for data.growth. Set one of the two to its default."
+            )
     return task
 
 

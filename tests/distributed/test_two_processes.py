@@ -111,6 +111,17 @@ def test_two_go_on_where_one_stopped(toy: Toy, tmp_path: Path) -> None:
     assert steps == list(range(1, 51))
 
 
+def test_growing_images_have_the_same_losses(toy: Toy, tmp_path: Path) -> None:
+    arguments = ["train", toy.recipe, *EVEN, "train.max_steps=6", "student.patch_size=2", "report.analysis=none",
+                 "data.growth.start=4", "data.growth.until=0.05", "distill=[{method: guide}]"]  # fmt: skip
+    losses = []
+    for processes in (1, 2):
+        done = warm.launch([*arguments, "--out", str(processes)], cwd=tmp_path, processes=processes)
+        assert done.wait() == [0] * processes, done.output
+        losses.append([line["loss"] for line in run.read_metrics(tmp_path / str(processes), "train")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # the first three steps of 54 are on small images
+
+
 def test_a_batch_that_does_not_divide_over_processes(toy: Toy, tmp_path: Path) -> None:
     result = launch(
         2, toy.recipe, "--out", tmp_path / "run", "train.batch_size=18", "train.gradient_accumulation=3", cwd=tmp_path
