@@ -62,6 +62,7 @@ class Student:
         mapping: dict[str, Any] = {
             "data": {"validation": 0, "resolution": self.resolution, "augment": augment},
             "student": {"model": self.model, "patch_size": self.patch_size, "distillation_token": True},
+            "optim": {"warmup_epochs": 0},
             "train": {"epochs": 1, **train},
         }
         for name, section in sections.items():
@@ -122,9 +123,12 @@ def step_flops(trainer: Trainer) -> int:
     return 3 * count_flops(trainer.student, image) + teachers
 
 
-def step_arm(name: str, recipe: Recipe, accelerator: Accelerator, teacher: Teacher | None = None) -> Arm:
-    """Training steps on one batch."""
+def step_arm(
+    name: str, recipe: Recipe, accelerator: Accelerator, teacher: Teacher | None = None, *, at: float = 0.0
+) -> Arm:
+    """Training steps on one batch, `at` this progress of the run, from 0 to 1."""
     trainer = build_trainer(recipe, accelerator, teacher)
+    trainer.progress.step = round(at * trainer.schedule_steps)
     batch = next(endless_batches(trainer))
     return Arm(name, lambda: trainer.train_step(batch), recipe.train.batch_size, step_flops(trainer))
 

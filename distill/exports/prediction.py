@@ -123,9 +123,8 @@ def _read(source: str | PathLike[str] | Image.Image, transform: Transform) -> Te
 def table(classes: Sequence[tuple[str, float]]) -> Table:
     """What `most_probable` says of one image, for a console."""
     shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    has_bars = console.encoding.startswith("utf")  # their characters
     for label, share in classes:
-        bar: Bar | Text = Bar(1.0, 0.0, share, width=30)
-        if console.options.ascii_only:  # without the characters of a bar
-            bar = Text("#" * round(30 * share))
+        bar = Bar(1.0, 0.0, share, width=30) if has_bars else Text("#" * round(30 * share))
         shown.add_row(f"{100 * share:6.2f} %", bar, Text(visible(label)))
     return shown

@@ -47,6 +47,9 @@ def measure(machine: Machine) -> Iterator[Row]:
         for patch_size in (4, 8):
             yield from _over_peer(machine, arms.Student(patch_size=patch_size, precision=precision), "eager")
     yield from _over_peer(machine, arms.Student(patch_size=16, resolution=224, batch_size=16))
+    where = "pipeline, vit_nano/4 32 px fp32, batch 128"
+    if not machine.wants(where):
+        return
     if torch.get_num_threads() < 2:
         say("two processes over one are left out: they need two cores.")
         return
@@ -55,11 +58,14 @@ def measure(machine: Machine) -> Iterator[Row]:
     for _ in range(machine.repetitions):
         measured[two.name].append(seconds_an_image(processes=2, threads=1))
         measured[one.name].append(seconds_an_image(processes=1, threads=2))
-    yield compare("pipeline, vit_nano/4 32 px fp32, batch 128", measured, two, one, of="speed")
+    yield compare(where, measured, two, one, of="speed")
 
 
 def _over_peer(machine: Machine, student: arms.Student, *forms: str) -> Iterator[Row]:
     """Images per second with DeiT's augmentation and a ResNet-20's decisions; 224 px come from JPEG files."""
+    where = f"pipeline, {student}"
+    if not machine.wants(where):
+        return
     accelerator, teacher = arms.accelerator(student.precision), arms.build_teacher(DEPTH, machine.device)
     folder, files = machine.scratch / "images", student.resolution > 32
     if files:
@@ -76,7 +82,7 @@ def _over_peer(machine: Machine, student: arms.Student, *forms: str) -> Iterator
     times = machine.interleave([ours, fixed, *others], times=1, warm_up=0)
     for other in [*others, fixed]:
         rate = machine.matrix_rate(student.precision)
-        yield compare(f"pipeline, {student}", times, ours, other, of="speed", matrix_rate=rate)
+        yield compare(where, times, ours, other, of="speed", matrix_rate=rate)
 
 
 def _loop(
@@ -116,7 +122,7 @@ def _peer_arm(machine: Machine, student: arms.Student, form: str, folder: Path, 
     else:
         images = PilImages(np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8))
     choices = []
-    for workers in sorted({1, max(1, cores // 2), cores}):
+    for workers in sorted({max(1, cores // 2), cores}):
         peer = Peer(student, CifarResNet(DEPTH), images, device, workers=workers)
         choices.append(arm(f"timm's loader ({workers} workers) and task, {form}", peer.step, peer.batches))
     tried = replace(machine, repetitions=1).interleave(choices, times=1, warm_up=0)

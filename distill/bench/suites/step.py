@@ -1,5 +1,5 @@
 """The training step alone, on one fixed batch: area attention over ordinary, compiled over eager, each distillation
-method over plain training, and how near the step comes to the machine's matrix rate.
+method over plain training, one that has ended, optimizers, and how near the step comes to the machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -25,26 +25,34 @@ def measure(machine: Machine) -> Iterator[Row]:
             yield from _area_over_plain(machine, Student("vit_small", 16, 224, 256, precision))
     student = Student(machine.sizes[0], precision=machine.step_precisions[-1], batch_size=machine.batch_size)
     yield from _methods(machine, student)
+    yield from _ended(machine, student)
+    yield from _optimizers(machine, student)
     yield from _growth(machine, student)
     if machine.on_cuda:
         yield from _compiled_over_eager(machine)
 
 
 def _area_over_plain(machine: Machine, student: Student) -> Iterator[Row]:
+    where, share = f"step, {student}", f"share of the matrix rate, {student}"
+    if not machine.wants(where, share):
+        return
     accelerator = arms.accelerator(student.precision)
     plain = step_arm("ordinary attention", student.recipe(), accelerator)
     areas = [step_arm(name, student.recipe(**arms.with_areas(name)), accelerator) for name in arms.AREAS]
     product, rate = machine.matrix_product(student.precision), machine.matrix_rate(student.precision)
     times = machine.interleave([plain, *areas, product])
     for arm in areas:
-        yield compare(f"step, {student}", times, arm, plain, of="time", matrix_rate=rate)
+        yield compare(where, times, arm, plain, of="time", matrix_rate=rate)
     # Both arms in FLOP/s: the ratio of their speeds is the share of the rate, taken round by round.
     per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, product)}
-    yield compare(f"share of the matrix rate, {student}", per_flop, plain, product, of="speed")
+    yield compare(share, per_flop, plain, product, of="speed")
 
 
 def _methods(machine: Machine, student: Student) -> Iterator[Row]:
     """Each method alone over plain training, and locality guidance beside the teacher's decisions over these alone."""
+    where = f"step, {student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
+    if not machine.wants(where):
+        return
     accelerator = arms.accelerator(student.precision)
     teacher = arms.build_teacher(DEPTH, machine.device)
 
@@ -54,10 +62,34 @@ def _methods(machine: Machine, student: Student) -> Iterator[Row]:
     plain, guided = step_arm("plain training", student.recipe(), accelerator), arm("hard and guide", "hard", "guide")
     alone = [arm(method, method) for method in METHODS]
     times = machine.interleave([plain, *alone, guided])
-    where = f"step, {student.model}/{student.patch_size} under ResNet-{DEPTH}, 32 px {student.precision}"
     for distilled in [*alone, guided]:
         yield compare(where, times, distilled, plain, of="time")
     yield compare(where, times, guided, alone[0], of="time")
+
+
+def _ended(machine: Machine, student: Student) -> Iterator[Row]:
+    """A method whose weight is 0 for the rest of the run costs nothing."""
+    where = f"step after guidance, {student}"
+    if not machine.wants(where):
+        return
+    accelerator, teacher = arms.accelerator(student.precision), arms.build_teacher(DEPTH, machine.device)
+    guided = arms.distilling(DEPTH, "hard", "guide")
+    guided["distill"][1]["weight"] = {"start": 2.5, "end": 0.0, "until": 0.5}
+    ended = step_arm("hard, and guide that has ended", student.recipe(**guided), accelerator, teacher, at=0.75)
+    alone = step_arm("hard", student.recipe(**arms.distilling(DEPTH, "hard")), accelerator, teacher)
+    yield compare(where, machine.interleave([ended, alone]), ended, alone, of="time")
+
+
+def _optimizers(machine: Machine, student: Student) -> Iterator[Row]:
+    where = f"step by optimizer, {student}"
+    if not machine.wants(where):
+        return
+    accelerator = arms.accelerator(student.precision)
+    muon, adamw = (
+        step_arm(name, student.recipe(optim={"name": name}, **arms.with_areas()), accelerator)
+        for name in ("nmuon", "adamw")
+    )
+    yield compare(where, machine.interleave([muon, adamw]), muon, adamw, of="time")
 
 
 def _growth(machine: Machine, student: Student) -> Iterator[Row]:
@@ -66,24 +98,28 @@ def _growth(machine: Machine, student: Student) -> Iterator[Row]:
     quarter = replace(student, batch_size=student.batch_size // 4)
     fourfold = replace(student, batch_size=student.batch_size * 4)
     fewer, more = replace(student, patch_size=8), replace(quarter, resolution=64)
-    rate = machine.matrix_rate(student.precision)
     for what, students in (("batch", (quarter, student, fourfold)), ("tokens", (fewer, student, more))):
+        name = f"growth with {what}, {student.model} {student.precision}"
+        if not machine.wants(name):
+            continue
         smaller, middle, larger = (
             step_arm(f"{one.resolution} px, patch {one.patch_size}, batch {one.batch_size}", one.recipe(), accelerator)
             for one in students
         )
-        times = machine.interleave([smaller, middle, larger])
+        times, rate = machine.interleave([smaller, middle, larger]), machine.matrix_rate(student.precision)
         for arm in (smaller, larger):
-            name = f"growth with {what}, {student.model} {student.precision}"
             yield compare(name, times, arm, middle, of="speed", matrix_rate=rate)
 
 
 def _compiled_over_eager(machine: Machine) -> Iterator[Row]:
     for batch in (1024, 128):
-        accelerator = arms.accelerator("bf16")
         student = Student("vit_tiny", precision="bf16", batch_size=batch, compile=True)
+        name = f"compiled step, {student}, batch {batch}"
+        if not machine.wants(name):
+            continue
+        accelerator = arms.accelerator("bf16")
         compiled = step_arm("compiled", student.recipe(), accelerator)
         eager = step_arm("eager", replace(student, compile=False).recipe(), accelerator)
         times = machine.interleave([compiled, eager])
-        yield compare(f"compiled step, {student}, batch {batch}", times, compiled, eager, of="speed")
+        yield compare(name, times, compiled, eager, of="speed")
         torch.compiler.reset()
