@@ -200,6 +200,8 @@ def _build(
         "dynamic_img_size": kind is not None,
         **kwargs,
     }
+    if (num_heads := model_args["num_heads"]) < 1:  # timm finds out in the forward pass
+        raise ValueError(f"num_heads is at least 1, got {num_heads}")
     if head not in ("both", *TOKENS) or (head != "both" and not distilled):
         raise ValueError(f"head is 'both', 'cls' or 'dist' of a distilled model, got '{head}'")
     heads = ("plain" if not distilled else "both" if head == "both" else "one", kind is not None)

@@ -213,6 +213,7 @@ def mutate(folder: Path, chance: random.Random, outside: Path) -> tuple[str, boo
     told, sealed = [], False
     for _ in range(chance.choice([1, 1, 1, 2])):
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        files = [path for path in files if path.stat().st_nlink == 1]  # a change would go through a hard link
         if not files:
             break
         path = chance.choice(files)

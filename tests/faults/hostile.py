@@ -177,6 +177,7 @@ HOSTILE_CONFIGS: dict[str, Change] = {
     "terabytes of width": setting("model_args", "embed_dim", to=99_999),
     "millions of blocks": setting("model_args", "depth", to=10**6),
     "many blocks": setting("model_args", "depth", to=10**5),
+    "negative heads": setting("model_args", "num_heads", to=-3),
     "unknown attention": lambda config: config["model_args"]["attention"].update(no_such_option=1),
     "attention in no block": lambda config: config["model_args"]["attention"].update(blocks=[10**6]),
     "attention is a list": setting("model_args", "attention", to=[]),
