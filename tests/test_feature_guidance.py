@@ -28,6 +28,7 @@ from distill.training.optim import build_optimizer
 from distill.training.task import build_task
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import Toy
+from tests.test_pipeline_variants import exported_answers
 from tests.test_resume import go, same_end, train_lines
 from tests.test_step_speed import Calls, Operators, batches_of, take_steps, tracking_of, trainer_of
 
@@ -102,10 +103,7 @@ def test_the_export_is_the_student_alone(toy: Toy, undisturbed: Path) -> None:
         name for name in trainer_of(recipe_of(toy)).student.state_dict() if name.startswith("model.")
     }
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    images = load_file(toy.root / "toy.safetensors")["test.images"].float() / 255
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    with torch.no_grad():
-        logits = model((images - mean) / std)
+    logits = exported_answers(undisturbed, load_file(toy.root / "toy.safetensors")["test.images"].float() / 255)
     found = load_file(undisturbed / "predictions.safetensors")["student.fused"]
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
 

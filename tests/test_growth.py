@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from distill.teaching.source import Frozen
 from distill.trainer import Trainer
 from tests.conftest import Toy
 from tests.test_feature_guidance import ALL
+from tests.test_pipeline_variants import exported_answers
 from tests.test_recipe_problems import problems
 from tests.test_resume import go, same_end
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
@@ -171,11 +171,7 @@ def test_the_export_is_timms_and_answers_as_the_run_did(toy: Toy, undisturbed: P
     assert config["architecture"] == "deit_tiny_distilled_patch16_224"
     assert "dynamic_img_size" not in config["model_args"]
     assert config["pretrained_cfg"]["input_size"] == [3, 8, 8]
-    model = timm.create_model(f"local-dir:{undisturbed / 'export'}", pretrained=True).eval()
-    images = load_file(toy.root / "toy.safetensors")["test.images"].float() / 255
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    with torch.no_grad():
-        logits = model((images - mean) / std)
+    logits = exported_answers(undisturbed, load_file(toy.root / "toy.safetensors")["test.images"].float() / 255)
     found = load_file(undisturbed / "predictions.safetensors")["student.fused"]
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
     assert run.read_recipe(undisturbed).data.growth is not None

@@ -80,8 +80,7 @@ class Task(nn.Module):
         # Only the student's images are small: the teacher's answers and maps stay those that preflight measured and
         # that a cache holds, and they cost little beside the student's three passes.
         side = self.side(progress)
-        resized = {} if side is None else {"side": side}
-        student = [self.student(images, self.blocks, **resized) for images in views]
+        student = [self.student(images, self.blocks, side=side) for images in views]
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):
             parts = {
