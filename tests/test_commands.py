@@ -296,7 +296,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(toy: Toy, tmp_path: Path, capsys
     assert f"student {parameters:,}, teacher {teacher:,}" in printed
     assert f"data        toy in {toy.root}, 178 images: train 96, validation 32, test 50" in printed
     assert "classes     4: a, b, c, d" in printed
-    assert "images      8 x 8 pixels; colour, 3 channels; as they are" in printed
+    assert "images      8 x 8 pixels; colour, 3 channels; each model resizes them to its own size" in printed
     assert f"pack        {toy.root / 'toy.safetensors'}, 0.0 MB" in printed
     assert re.search(r"FLOPs +0\.0\d{3} G", printed)
     assert re.search(r"memory +[\d,]+ MiB", printed)
