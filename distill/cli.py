@@ -313,7 +313,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the figures to this file, and the table beside it, after every row",
     )
     parser.add_argument("--only", metavar="PATTERN", help="only rows whose name has this in it; * stands for anything")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="rounds of every row; default: 5")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="rounds of every row; default: 3")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no other row after so many minutes")
 
 

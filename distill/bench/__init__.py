@@ -33,7 +33,7 @@ def bench(
     device: str | None,
     size: str | None,
     output: Path | None,
-    repetitions: int = 5,
+    repetitions: int = 3,
     minutes: float | None = None,
     only: str | None = None,
 ) -> None:

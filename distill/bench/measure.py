@@ -49,7 +49,7 @@ class Machine:
     """A folder of their own."""
     batch_size: int
     """Of most training steps and layers."""
-    repetitions: int = 5
+    repetitions: int = 3
     """Rounds."""
     only: str | None = None
     """Which rows: those whose name has this in it; * stands for anything."""
@@ -64,6 +64,10 @@ class Machine:
         """Whether a row of one of these names is asked for."""
         pattern = f"*{(self.only or '').lower()}*"
         return any(fnmatchcase(name.lower(), pattern) for name in names)
+
+    def batch_of(self, model: str) -> int:
+        """Images of a training step; on a CPU fewer for students larger than vit_nano, whose steps take long."""
+        return self.batch_size if self.on_cuda or model == "vit_nano" else self.batch_size // 4
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def test_the_command_prints_a_table_and_writes_json_and_markdown(
     assert len(figures["rows"]) == 2
     printed, markdown = capsys.readouterr().out, path.with_suffix(".md").read_text(encoding="utf-8")
     for row in figures["rows"]:
-        assert row["repetitions"] == 5
+        assert row["repetitions"] == 3
         assert f"{row['ratio']:.3f}" in printed
         assert f"{row['ratio']:.3f}" in markdown
 

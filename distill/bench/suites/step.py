@@ -20,10 +20,12 @@ METHODS = ("hard", "soft", "dkd", "dist", "guide", "fitnet", "attention_transfer
 def measure(machine: Machine) -> Iterator[Row]:
     for precision in machine.step_precisions:
         for model in machine.sizes:
-            yield from _area_over_plain(machine, Student(model, precision=precision, batch_size=machine.batch_size))
+            student = Student(model, precision=precision, batch_size=machine.batch_of(model))
+            yield from _area_over_plain(machine, student)
         if machine.on_cuda:
             yield from _area_over_plain(machine, Student("vit_small", 16, 224, 256, precision))
-    student = Student(machine.sizes[0], precision=machine.step_precisions[-1], batch_size=machine.batch_size)
+    model = machine.sizes[0]
+    student = Student(model, precision=machine.step_precisions[-1], batch_size=machine.batch_of(model))
     yield from _methods(machine, student)
     yield from _ended(machine, student)
     yield from _optimizers(machine, student)

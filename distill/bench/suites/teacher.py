@@ -18,8 +18,9 @@ DEPTH = 56
 
 def measure(machine: Machine) -> Iterator[Row]:
     for precision in machine.step_precisions:
-        batch_size = machine.batch_size // (1 if machine.on_cuda else 2)
-        yield from _distilling(machine, arms.Student(machine.sizes[-1], precision=precision, batch_size=batch_size))
+        model = machine.sizes[-1]
+        student = arms.Student(model, precision=precision, batch_size=machine.batch_of(model))
+        yield from _distilling(machine, student)
     yield from _own_path(machine)
 
 
