@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.students.attention.area_pooling import Areas
+from distill.students.attention.cpu import attend, eager_on_cpu
+from distill.students.attention.windows_cpu import Layout, attend_in_windows
+
 
 class FocalWindows(nn.Module):
     """Parameters of focal attention, and the attention itself: tokens [B, P + h * w, dim] -> the same shape.
@@ -31,9 +35,8 @@ class FocalWindows(nn.Module):
     """
 
     ring_offsets: Tensor
-    bias_index: Tensor
-    near_offsets: Tensor
-    coarse_offsets: Tensor
+    near_index: Tensor
+    coarse_index: Tensor
 
     def __init__(
         self, dim: int, num_heads: int, window: int, expand: int, focal_window: int, *, qkv_bias: bool = True
@@ -50,9 +53,7 @@ class FocalWindows(nn.Module):
         if window < 1 or expand < 0:
             raise ValueError(f"a window has at least one token and a ring no negative width, got {window} and {expand}")
         if focal_window < 1 or focal_window % 2 == 0:
-            raise ValueError(
-                f"pooled windows are centred on the queries' own: an odd number a side, got {focal_window}"
-            )
+            raise ValueError(f"pooled windows lie around the queries' own: an odd number a side, got {focal_window}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.window, self.expand, self.focal_window = window, expand, focal_window
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -64,13 +65,9 @@ class FocalWindows(nn.Module):
         self.register_buffer("ring_offsets", torch.tensor(ring, dtype=torch.long).view(-1, 2))
         self.bias_window = nn.Parameter(torch.zeros(num_heads, 2 * window - 1, 2 * window - 1))
         self.bias_ring = nn.Parameter(torch.empty(num_heads, window**2, len(ring)))
-        coarse_side = window + focal_window - 1
-        self.bias_coarse = nn.Parameter(torch.empty(num_heads, coarse_side, coarse_side))
-        near = list(_offsets(window, expand))
-        coarse = list(_offsets(1, focal_window // 2))
-        self.register_buffer("near_offsets", torch.tensor(near), persistent=False)
-        self.register_buffer("coarse_offsets", torch.tensor(coarse), persistent=False)
-        self.register_buffer("bias_index", self._bias_index(near, ring, coarse), persistent=False)
+        self.bias_coarse = nn.Parameter(torch.empty(num_heads, window + focal_window - 1, window + focal_window - 1))
+        self.register_buffer("near_index", self._near_index(reach, ring), persistent=False)
+        self.register_buffer("coarse_index", self._coarse_index(), persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -83,46 +80,44 @@ class FocalWindows(nn.Module):
         for table in (self.bias_ring, self.bias_coarse):
             nn.init.trunc_normal_(table, std=0.02)
 
-    def _bias_index(
-        self, near: Sequence[tuple[int, int]], ring: Sequence[tuple[int, int]], coarse: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """int64 [window^2, keys]: where the three tables, flat and one after the other, have the bias of a query and a
-        key at these offsets."""
-        window, focal = self.window, self.focal_window
-        side, coarse_side = 2 * window - 1, window + focal - 1
-        at_ring, at_coarse = side**2, side**2 + window**2 * len(ring)
+    def _near_index(self, reach: Sequence[int], ring: Sequence[tuple[int, int]]) -> Tensor:
+        """int64 [window^2, (window + 2 * expand)^2]: where the tables of window and ring, flat and one after the other,
+        have the bias of a query and of a key in or around its window, each row by row."""
+        window, side = self.window, 2 * self.window - 1
         number = {place: index for index, place in enumerate(ring)}
         rows = []
         for query, (row, column) in enumerate(product(range(window), repeat=2)):
-            found = [
-                at_ring + query * len(ring) + number[key]
-                if key in number
-                else (row - key[0] + window - 1) * side + column - key[1] + window - 1
-                for key in near
-            ]
-            shift = focal - 1 - focal // 2  # coarse offsets are counted from the own window
-            found += [at_coarse + (row - key[0] + shift) * coarse_side + column - key[1] + shift for key in coarse]
-            rows.append(found)
+            first = side**2 + query * len(ring)
+            rows.append([
+                first + number[y, x] if (y, x) in number else (row - y + window - 1) * side + column - x + window - 1
+                for y, x in product(reach, reach)
+            ])  # fmt: skip
         return torch.tensor(rows)
+
+    def _coarse_index(self) -> Tensor:
+        """int64 [window^2, focal_window^2]: the same for the flat table of pooled windows."""
+        focal = self.focal_window
+        side = self.window + focal - 1
+        queries = list(product(range(self.window), repeat=2))
+        keys = list(product(range(focal), repeat=2))
+        return torch.tensor([[(r - y + focal - 1) * side + c - x + focal - 1 for y, x in keys] for r, c in queries])
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, P + h * w, dim], the grid's row by row after P prefix tokens -> [B, P + h * w, dim].
 
         Prefix tokens are keys of all queries, without bias; their own queries see all tokens, and no pooled windows.
         """
-        prefix = x.shape[1] - grid[0] * grid[1]
-        qkv = self.qkv(x)
-        windows = self._windows(qkv[:, prefix:].unflatten(1, grid), qkv[:, :prefix], self._pooled(x[:, prefix:], grid))
-        attended = windows.flatten(1, 2)
-        if prefix:
-            attended = torch.cat([self._attend_to_all(qkv, prefix), attended], 1)
-        return cast(Tensor, self.proj_drop(self.proj(attended)))
+        layout = self._layout(grid, x.shape[1])
+        qkv, pooled = self.qkv(x), self._pooled(x[:, layout.prefix :], grid)
+        qkv, pooled = (part.unflatten(-1, (-1, self.num_heads, self.head_dim)) for part in (qkv, pooled))
+        windows = attend_in_windows if eager_on_cpu(x.device) else _attend_masked
+        parts = [windows(layout, qkv, pooled, *self._biases())]
+        if layout.prefix:
+            parts.insert(0, _attend_to_all(qkv, layout.prefix))
+        return cast(Tensor, self.proj_drop(self.proj(torch.cat(parts, 1).flatten(2))))
 
-    def _attend_to_all(self, qkv: Tensor, queries: int) -> Tensor:
-        """Plain attention of the first tokens: [B, N, 3 * dim] -> [B, queries, dim]."""
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query[:, :, :queries], key, value)
-        return attended.transpose(1, 2).flatten(2)
+    def _layout(self, grid: tuple[int, int], tokens: int) -> Layout:
+        return Layout(*grid, tokens - grid[0] * grid[1], self.window, self.expand, self.focal_window)
 
     def _pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, h * w, dim] -> keys and values of the pooled windows [B, rows, columns, 2 * dim]."""
@@ -132,88 +127,132 @@ class FocalWindows(nn.Module):
         bias = None if self.qkv.bias is None else self.qkv.bias[dim:]
         return F.linear(pooled, self.qkv.weight[dim:], bias)
 
-    def _windows(self, qkv: Tensor, prefix: Tensor, pooled: Tensor) -> Tensor:
-        """Attention of the grid's queries.
-
-        Args:
-            qkv: [B, h, w, 3 * dim]; prefix: [B, P, 3 * dim]; pooled: keys and values [B, rows, columns, 2 * dim].
-
-        Returns:
-            [B, h, w, dim].
-        """
-        batch, height, width, _ = qkv.shape
-        dim, window = self.num_heads * self.head_dim, self.window
-        _, rows, columns, _ = pooled.shape
-        groups = rows * columns
-        query = _tiles(qkv[..., :dim], window).transpose(2, 3).reshape(batch, groups, window**2, dim)
-        keys = [
-            *neighbourhoods(qkv[..., dim:], window, self.expand, (rows, columns)),
-            *neighbourhoods(pooled, 1, self.focal_window // 2, (rows, columns)),
-            prefix[:, None, :, dim:].expand(-1, groups, -1, -1),
-        ]
-        key, value = torch.cat(keys, 2).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(3)
-        query = query.unflatten(-1, (self.num_heads, self.head_dim))
-        bias = self._bias(prefix.shape[1]) + self._mask(height, width, prefix.shape[1])[:, None, None].to(qkv.dtype)
-        heads = (batch, groups * self.num_heads)
-        attended = F.scaled_dot_product_attention(
-            *(part.transpose(2, 3).reshape(*heads, -1, self.head_dim) for part in (query, key, value)),
-            attn_mask=bias.flatten(0, 1)[None].to(query.dtype),
+    def _biases(self) -> tuple[Tensor, Tensor]:
+        """Of keys in and around a window [heads, window^2, E, E], E = window + 2 * expand, and of the pooled windows
+        around it [heads, window^2, focal_window, focal_window]."""
+        reach, focal = self.window + 2 * self.expand, self.focal_window
+        near = torch.cat([self.bias_window.flatten(1), self.bias_ring.flatten(1)], 1)
+        return (
+            near[:, self.near_index].unflatten(-1, (reach, reach)),
+            self.bias_coarse.flatten(1)[:, self.coarse_index].unflatten(-1, (focal, focal)),
         )
-        tiles = attended.view(batch, rows, columns, self.num_heads, window, window, self.head_dim)
-        tiles = tiles.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * window, columns * window, dim)
-        return tiles[:, :height, :width]
 
-    def _bias(self, prefix: int) -> Tensor:
-        """[heads, window^2, keys]"""
-        tables = [self.bias_window, self.bias_ring, self.bias_coarse]
-        bias = torch.cat([table.flatten(1) for table in tables], 1)[:, self.bias_index]
-        return F.pad(bias, (0, prefix))
+    @torch.no_grad()
+    def dense_bias(self, grid: tuple[int, int], tokens: int) -> Tensor:
+        """The bias of every token's query and every key, tokens and then pooled windows, [heads, N, N + windows]; -inf
+        where a query has not this key."""
+        layout = self._layout(grid, tokens)
+        near, coarse = self._biases()
+        number = torch.arange(layout.prefix, tokens, device=near.device).view(grid)
+        pooled = torch.arange(layout.rows * layout.columns, device=near.device).view(layout.rows, -1) + tokens
+        bias = near.new_full((self.num_heads, tokens, tokens + pooled.numel()), -math.inf)
+        bias[:, : layout.prefix, :tokens] = 0
+        bias[:, :, : layout.prefix] = 0
+        for window in layout.windows():
+            queries = number[window.queries].flatten()[:, None]
+            bias[:, queries, number[window.keys].flatten()] = window.near_bias(near, self.window)
+            bias[:, queries, pooled[window.pooled].flatten()] = window.coarse_bias(coarse, self.window)
+        return bias
 
-    def _mask(self, height: int, width: int, prefix: int) -> Tensor:
-        """float32 [windows, keys]: 0 for a key that there is on this grid, else -inf."""
-        rows, columns = -(-height // self.window), -(-width // self.window)
-        near = _inside(self.near_offsets, self.window, (rows, columns), (height, width))
-        coarse = _inside(self.coarse_offsets, 1, (rows, columns), (rows, columns))
-        there = torch.cat([near, coarse], 1)
-        return F.pad(torch.zeros_like(there, dtype=torch.float32).masked_fill(~there, -math.inf), (0, prefix))
+    @torch.no_grad()
+    def pooling_weights(self, grid: tuple[int, int]) -> Tensor:
+        """What each of the grid's tokens weighs in each pooled window, [windows, h * w]."""
+        layout = self._layout(grid, grid[0] * grid[1])
+        weights = self.pool.weight.view(self.window, self.window)
+        covered = weights.new_zeros(layout.rows * layout.columns, *grid)
+        for index, window in enumerate(layout.windows()):
+            high, wide = (span.stop - span.start for span in window.queries)
+            covered[index][window.queries] = weights[:high, :wide]
+        return covered.flatten(1)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, besides biases and norms: the tables of biases."""
         return {"bias_window", "bias_ring", "bias_coarse"}
 
 
-def neighbourhoods(x: Tensor, window: int, expand: int, counts: tuple[int, int]) -> Iterator[Tensor]:
-    """The tokens of each window and within `expand` of it, zeros off the grid, in pieces of rectangles.
+def _attend_to_all(qkv: Tensor, queries: int) -> Tensor:
+    """Plain attention of the first tokens of [B, N, 3, heads, d] -> [B, queries, heads, d]."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    query = query[:, :, :queries]
+    if eager_on_cpu(qkv.device):
+        return attend(query, key, value, areas=Areas.of(qkv.shape[1], 1))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _attend_masked(layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor, coarse: Tensor) -> Tensor:
+    """As `attend_in_windows`, by operators of all devices, compilers and exports: all windows have the same number of
+    keys, and those that are not on the grid are masked."""
+    batch, _, _, heads, head_dim = qkv.shape
+    window, rows, columns = layout.window, layout.rows, layout.columns
+    patches = qkv[:, layout.prefix :].unflatten(1, (layout.height, layout.width)).flatten(3)
+    dim, groups = heads * head_dim, rows * columns
+    query = _tiles(patches[..., :dim], window).transpose(2, 3).reshape(batch, groups, window**2, dim)
+    keys = torch.cat(
+        [
+            *_neighbourhoods(patches[..., dim:], window, layout.expand, (rows, columns)),
+            *_neighbourhoods(pooled.flatten(3), 1, layout.focal_window // 2, (rows, columns)),
+            qkv[:, None, : layout.prefix, 1:].flatten(3).expand(-1, groups, -1, -1),
+        ],
+        2,
+    )
+    key, value = keys.unflatten(-1, (2, heads, head_dim)).unbind(3)
+    query = query.unflatten(-1, (heads, head_dim))
+    query, key, value = (
+        part.transpose(2, 3).reshape(batch, groups * heads, -1, head_dim) for part in (query, key, value)
+    )
+    bias = torch.cat([_in_pieces(near, window), _in_pieces(coarse, 1)], -1)
+    there = _keys_on_grid(layout, qkv.device)
+    mask = bias.masked_fill(~there[:, None, None], -math.inf)
+    mask = F.pad(mask, (0, layout.prefix)).flatten(0, 1)[None].to(query.dtype)
+    attended = F.scaled_dot_product_attention(query, key, value, mask)
+    tiles = attended.view(batch, rows, columns, heads, window, window, head_dim)
+    tiles = tiles.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * window, columns * window, heads, head_dim)
+    return tiles[:, : layout.height, : layout.width].flatten(1, 2)
+
+
+def _keys_on_grid(layout: Layout, device: torch.device) -> Tensor:
+    """bool [windows, keys]: which of the keys of `_attend_masked` but the prefix tokens there are."""
+    counts, sides = (layout.rows, layout.columns), (layout.height, layout.width)
+    found = []
+    for step, expand, ends in ((layout.window, layout.expand, sides), (1, layout.focal_window // 2, counts)):
+        offsets = torch.arange(-expand, step + expand, device=device)
+        places = [torch.arange(count, device=device)[:, None] * step + offsets for count in counts]
+        rows, columns = ((place >= 0) & (place < end) for place, end in zip(places, ends, strict=True))
+        found.append(_in_pieces((rows[:, None, :, None] & columns[:, None]).flatten(0, 1), step))
+    return torch.cat(found, 1)
+
+
+def _neighbourhoods(x: Tensor, window: int, expand: int, counts: tuple[int, int]) -> Iterator[Tensor]:
+    """The tokens of each window and within `expand` of it, zeros off the grid, in rectangular pieces: with copies of
+    slices, whose gradients are cheaper than those of gathered or unfolded tokens.
 
     Args:
         x: [B, h, w, D].
         counts: windows from top to bottom and from left to right, [rows, columns].
 
     Yields:
-        [B, rows * columns, tokens of this piece, D], together in the order of `_offsets`.
+        [B, rows * columns, tokens of this piece, D], together in the order of `_in_pieces`.
     """
     batch, height, width, channels = x.shape
     rows, columns = counts
-    spans = _spans(window, expand)
+    spans = _spans(window + 2 * expand, window)
     tall, wide = ((count + len(spans) - 1) * window for count in counts)
     padded = F.pad(x, (0, 0, expand, wide - expand - width, expand, tall - expand - height))
-    tiles = padded.view(batch, tall // window, window, wide // window, window, channels)
+    tiles = padded.view(batch, rows + len(spans) - 1, window, columns + len(spans) - 1, window, channels)
     for (above, high), (before, broad) in product(enumerate(spans), repeat=2):
         piece = tiles[:, above : above + rows, :high, before : before + columns, :broad]
         yield piece.transpose(2, 3).reshape(batch, rows * columns, high * broad, channels)
 
 
-def _spans(window: int, expand: int) -> list[int]:
-    """Lengths of the pieces, `window` but for the last, of the side of a window with its ring."""
-    reach = window + 2 * expand
+def _in_pieces(x: Tensor, window: int) -> Tensor:
+    """[..., E, E], of keys in and around a window row by row -> [..., E^2], piece by piece."""
+    spans = _spans(x.shape[-1], window)
+    return torch.cat([piece.flatten(-2) for band in x.split(spans, -2) for piece in band.split(spans, -1)], -1)
+
+
+def _spans(reach: int, window: int) -> list[int]:
+    """`reach` in pieces of a window's length, the last one maybe shorter."""
     return [min(window, reach - start) for start in range(0, reach, window)]
-
-
-def _offsets(window: int, expand: int) -> Iterator[tuple[int, int]]:
-    """Rows and columns of the tokens of `neighbourhoods`, counted from a window's first token."""
-    for (above, high), (before, broad) in product(enumerate(_spans(window, expand)), repeat=2):
-        for row, column in product(range(high), range(broad)):
-            yield above * window + row - expand, before * window + column - expand
 
 
 def _tiles(x: Tensor, window: int) -> Tensor:
@@ -222,13 +261,3 @@ def _tiles(x: Tensor, window: int) -> Tensor:
     rows, columns = -(-height // window), -(-width // window)
     padded = F.pad(x, (0, 0, 0, columns * window - width, 0, rows * window - height))
     return padded.view(batch, rows, window, columns, window, channels)
-
-
-def _inside(offsets: Tensor, step: int, counts: tuple[int, int], sides: tuple[int, int]) -> Tensor:
-    """bool [rows * columns, keys]: whether the keys at these offsets [keys, 2] from the first token of a window lie on
-    a grid of these sides; there are rows x columns windows, `step` tokens apart."""
-    along = []
-    for axis, (count, side) in enumerate(zip(counts, sides, strict=True)):
-        at = torch.arange(count, device=offsets.device)[:, None] * step + offsets[:, axis]
-        along.append((at >= 0) & (at < side))
-    return (along[0][:, None] & along[1][None]).flatten(0, 1)
