@@ -43,7 +43,7 @@ class AttentionMaps(NamedTuple):
     weights: Tensor
     """[B, heads, queries, K], rows summing to 1."""
     covered: Tensor
-    """float32 [K, tokens]: 1 where a key covers a token."""
+    """float32 [K, tokens]: 1 where a key covers a token; the token's weight in its value where these are learned."""
     averages: bool = False
     """Whether a key's value is the mean of its tokens' values, not their sum."""
 
@@ -68,3 +68,24 @@ class AttentionKind(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of its parameters without weight decay, besides biases and norms."""
         return set()
+
+    def keeps_from_muon(self) -> set[str]:
+        """Names of its matrices that are none between hidden layers: with Muon they are AdamW's."""
+        return set()
+
+    def initial_state(self, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of timm's attention, initialised or trained, it starts with; `plain`: its state by name."""
+        return plain
+
+    def after_step(self, passes: int) -> None:
+        """Called after each optimizer step, outside compiled code, with the number of forward passes of it."""
+
+    def not_averaged(self) -> set[str]:
+        """Names of floating-point buffers that moving averages of the weights copy instead."""
+        return set()
+
+
+def without_mask(kind: str, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """ValueError for the arguments that timm's blocks give to attention with a mask."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(f"{kind} attention takes no mask")
