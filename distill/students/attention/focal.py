@@ -7,10 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.options import AttentionOptions, Grid, Key, Problem
 from distill.registry import register
@@ -83,18 +81,8 @@ class FocalTokens(FocalWindows, AttentionKind):
     def maps(self, x: Tensor, queries: int) -> AttentionMaps:
         """Keys: all tokens and, for patches' queries, the pooled windows after them, which cover their tokens by the
         learned weights."""
-        prefix, grid = self.num_prefix_tokens, (self.grid.height, self.grid.width)
-        dim, count = self.num_heads * self.head_dim, x.shape[1]
-        qkv = self.qkv(x)
-        pooled = self._pooled(x[:, prefix:], grid).flatten(1, 2)
-        keys = torch.cat([qkv[..., dim : 2 * dim], pooled[..., :dim]], 1)
-        query, key = (
-            part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for part in (qkv[:, :queries, :dim], keys)
-        )
-        logits = (query * self.head_dim**-0.5) @ key.transpose(-1, -2) + self.dense_bias(grid, count)[:, :queries]
-        covered = F.pad(self.pooling_weights(grid), (prefix, 0))
-        maps = AttentionMaps(logits.softmax(-1), torch.cat([torch.eye(count, device=x.device), covered]))
+        count, prefix = x.shape[1], self.num_prefix_tokens
+        maps = self.maps_of(x, (self.grid.height, self.grid.width), queries)
         if queries <= prefix:  # no pooled windows
             return maps._replace(weights=maps.weights[..., :count], covered=maps.covered[:count])
         return maps

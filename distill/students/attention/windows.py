@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.students.attention.area_pooling import Areas
+from distill.students.attention.base import AttentionMaps
 from distill.students.attention.cpu import attend, eager_on_cpu
 from distill.students.attention.windows_cpu import Layout, attend_in_windows
 
@@ -164,6 +165,21 @@ class FocalWindows(nn.Module):
             high, wide = (span.stop - span.start for span in window.queries)
             covered[index][window.queries] = weights[:high, :wide]
         return covered.flatten(1)
+
+    def maps_of(self, x: Tensor, grid: tuple[int, int], queries: int | None = None) -> AttentionMaps:
+        """Of the first `queries` of tokens as `attend` has them, or of all. Keys: all tokens and, for the grid's
+        queries, the pooled windows after them, which cover their tokens by the learned weights."""
+        count, dim = x.shape[1], self.num_heads * self.head_dim
+        prefix = count - grid[0] * grid[1]
+        qkv = self.qkv(x)
+        keys = torch.cat([qkv[..., dim : 2 * dim], self._pooled(x[:, prefix:], grid).flatten(1, 2)[..., :dim]], 1)
+        query, key = (
+            part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for part in (qkv[:, :queries, :dim], keys)
+        )
+        logits = (query * self.head_dim**-0.5) @ key.transpose(-1, -2) + self.dense_bias(grid, count)[:, :queries]
+        covered = F.pad(self.pooling_weights(grid), (prefix, 0))
+        return AttentionMaps(logits.softmax(-1), torch.cat([torch.eye(count, device=x.device), covered]))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, besides biases and norms: the tables of biases."""
