@@ -117,7 +117,9 @@ class PyramidOptions(StudentOptions):
                 f"a window of {size.window} is larger than the first grid of {sides[0]}x{sides[0]}",
             )
         if resolution % step:
-            return Problem(involved, f"data.resolution {resolution} is not divisible by {what} {step}")
+            by_window = self.window is not None and resolution % size.patch == 0
+            first = (((*at, "window"),) if by_window else ()) + involved
+            return Problem(first, f"data.resolution {resolution} is not divisible by {what} {step}")
         if sides[0] > MOST_PATCHES_A_SIDE:
             most = MOST_PATCHES_A_SIDE
             return Problem(involved, f"{sides[0]}x{sides[0]} patches need too much memory; at most {most}x{most}")
