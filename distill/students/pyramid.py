@@ -251,6 +251,14 @@ class Pyramid(nn.Module):
             for parameter in module.no_weight_decay()
         }
 
+    def keeps_from_muon(self) -> set[str]:
+        """Kernels of single channels: no matrices between hidden layers."""
+        return {
+            f"{name}.weight"
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Conv2d) and module.groups > 1
+        }
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's, for `layer_decay`: a layer a block, or a stage."""
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
