@@ -98,9 +98,10 @@ def _strongest(weights: Tensor, covered: Tensor) -> Tensor:
     """Of weights [B, T, areas] and coverage [areas, tokens]: the tokens of the strongest areas, those of one token left
     out; bool [B, T, strongest, tokens].
     """
-    several = covered[covered.sum(1) > 1]
-    best = weights[..., covered.sum(1) > 1].topk(min(STRONGEST, len(several)), dim=-1)
-    return (several[best.indices] > 0).cpu()
+    wide = covered.count_nonzero(1) > 1
+    several = covered[wide] != 0
+    best = weights[..., wide].topk(min(STRONGEST, len(several)), dim=-1)
+    return several[best.indices].cpu()
 
 
 def _cosines(streams: list[Any]) -> tuple[float, ...]:

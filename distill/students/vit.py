@@ -116,13 +116,19 @@ class AttentionVisionTransformer(VisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """timm's parameters without weight decay, and those of the attention kinds."""
-        own = {
+        return super().no_weight_decay() | self._of_kinds(AttentionKind.no_weight_decay.__name__)
+
+    def keeps_from_muon(self) -> set[str]:
+        """Matrices of the attention kinds that are none between hidden layers."""
+        return self._of_kinds(AttentionKind.keeps_from_muon.__name__)
+
+    def _of_kinds(self, method: str) -> set[str]:
+        return {
             f"{name}.{parameter}"
             for name, module in self.named_modules()
             if isinstance(module, AttentionKind)
-            for parameter in module.no_weight_decay()
+            for parameter in getattr(module, method)()
         }
-        return super().no_weight_decay() | own
 
 
 class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTransformerDistilled):
@@ -164,7 +170,8 @@ def _replacement(plain: Any, kind: str, module: AttentionKind) -> AttentionKind:
     """The module, with the initialised projections of timm's attention."""
     if plain.attn_drop.p:
         raise ValueError(f"{kind} attention has no dropout of its weights; leave attn_drop_rate at 0")
-    if foreign := module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys:
+    state = module.initial_state(plain.state_dict())
+    if foreign := module.load_state_dict(state, strict=False).unexpected_keys:
         raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that needs it")
     module.proj_drop = plain.proj_drop
     return module
