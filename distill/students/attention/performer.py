@@ -30,7 +30,7 @@ class Options(AttentionOptions):
         description="Random features of a head; null: d ln d, of heads d wide. Below half of the tokens they cost less "
         "than softmax attention: 32 at 8x8 patches, 64 at 14x14.",
     )
-    kernel: Kernel = Field("softmax", description="What the features stand for.")
+    kernel: Literal["softmax", "relu"] = Field("softmax", description="What the features stand for.")
     redraw: int = Field(
         1000, ge=0, description="Forward passes in training after which new features are drawn; 0: never."
     )
