@@ -134,6 +134,39 @@ def test_muon_takes_the_matrices_between_hidden_layers(name: str, layer_decay: f
     assert len({group.get("lr_scale", 1.0) for group in optimizer.param_groups}) == (1 if layer_decay is None else 4)
 
 
+@pytest.mark.parametrize(
+    ("model", "stems", "others", "tables"),
+    [
+        (
+            "focal_nano",
+            {"stem.proj"},
+            {"stages.1.downsample.patches.proj", "pool"},
+            {"bias_window", "bias_ring", "bias_coarse"},
+        ),
+        ("regionvit_nano", {"stem.local", "stem.regional"}, {"stages.1.downsample.conv"}, {"bias_local"}),
+        ("lg_nano", {"stem.proj"}, {"stages.1.downsample.reduction"}, {"relative_position_bias_table"}),
+    ],
+)
+def test_muon_and_weight_decay_in_pyramids(model: str, stems: set[str], others: set[str], tables: set[str]) -> None:
+    """Muon takes the blocks' matrices and full convolutions between stages; tables of biases are not decayed."""
+    network = timm.create_model(model, distilled=True, depths=[1, 1], heads=[3, 6], num_classes=3)
+    optimizer = build_optimizer(Optim(name="nmuon", lr=0.01, momentum=0.95), network)
+    _stepped(optimizer, network)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            layer = name.removesuffix(".weight")
+            decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in tables
+            assert (group["weight_decay"] > 0) == decayed, name
+            spared = layer in {*stems, "head", "head_dist", "stages.1.downsample.conv"} or layer.endswith(".pool")
+            by_muon = decayed and not spared
+            assert optimizer.state[parameter]["use_muon"] == by_muon, name
+    assert {
+        name for name in stems | others if not any(key.endswith(f"{name}.weight") for key in names.values())
+    } == set()
+
+
 @pytest.mark.parametrize("name", ["muon", "nmuon"])
 def test_one_learning_rate_schedules_muon_and_its_adamw(name: str) -> None:
     """Both parts' updates have AdamW's size and follow the rate that is set: a fifth of it moves all a fifth as far."""

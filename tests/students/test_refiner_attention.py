@@ -74,9 +74,7 @@ def brute_force(x: Tensor, heads: int, expansion: int, kernel: int, scale: float
     reduced = normalised(mixed(hidden, state["reduce.weight"]), "reduce_norm", state, training)
     added = [[z + a for z, a in zip(*pair, strict=True)] for pair in zip(reduced, maps, strict=True)]
     refined = normalised(added, "output_norm", state, training)
-    outputs = [
-        torch.cat([scale * refined[b][h] @ parts[2][h][b] for h in range(heads)], dim=1) for b in range(batch)
-    ]
+    outputs = [torch.cat([scale * refined[b][h] @ parts[2][h][b] for h in range(heads)], dim=1) for b in range(batch)]
     return torch.stack(outputs) @ state["proj.weight"].T + state["proj.bias"]
 
 

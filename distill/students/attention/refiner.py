@@ -18,7 +18,9 @@ from distill.students.attention.base import AttentionContext, AttentionKind, Att
 
 
 class Options(AttentionOptions):
-    kind: Literal["refiner"] = Field("refiner", description="Attention maps refined by convolutions (Zhou et al. 2021).")
+    kind: Literal["refiner"] = Field(
+        "refiner", description="Attention maps refined by convolutions (Zhou et al. 2021)."
+    )
     expansion: int = Field(3, ge=1, description="Maps that are convolved, per head.")
     kernel_size: int = Field(3, ge=1, description="Side of the convolution over queries and keys, odd.")
     scale: Positive | None = Field(
