@@ -137,3 +137,23 @@ def test_a_student_of_one_token_has_no_cosines() -> None:
     assert seen.tokens == ("class token",)
     assert seen.patches.shape[2] == 1
     assert seen.cosines == ()
+
+
+@pytest.mark.parametrize("model", ["focal_nano", "regionvit_nano", "lg_nano"])
+def test_pyramids_are_seen_stage_by_stage_on_the_finest_grid(model: str) -> None:
+    looked = student({"kind": "standard"}, model=model, patch_size=None, width=12)
+    images = torch.rand(3, 3, 16, 16)
+    seen = look(looked, images, drawn=2)
+    assert seen is not None
+    assert (seen.tokens, seen.cosines, seen.side) == (("mean of all places",), (), 8)
+    assert seen.patches.shape == (6, 2, 1, 8, 8)
+    # A place of a coarser grid is a square of the finest one.
+    for block, side in enumerate((8, 8, 4, 4, 2, 2)):
+        squares = seen.patches[block].unfold(-2, 8 // side, 8 // side).unfold(-2, 8 // side, 8 // side)
+        assert (squares == squares[..., :1, :1]).all()
+        if model != "focal_nano":  # where windows of 4x4 places are pooled from the 2x2 that there are
+            assert squares[..., 0, 0].sum((-2, -1)).flatten().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    # Pooled windows, regions and squares: on grids of 8x8 and 4x4 places they are 4x4.
+    covered = {block: masks.sum((-2, -1)).unique().tolist() for block, masks in seen.areas.items()}
+    whole = {2: [64], 3: [64], 4: [64], 5: [64]}
+    assert covered == {0: [16], 1: [16]} | ({2: [16], 3: [16]} if model == "lg_nano" else whole)
