@@ -22,7 +22,7 @@ from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
 from distill.registry import register
-from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid
+from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState
 from distill.students.builder import Builder, Built, Images, inputs_of
 from distill.students.stem import ConvStem
 from distill.students.weights import load_timm_weights
@@ -84,7 +84,7 @@ class AttentionVisionTransformer(VisionTransformer):
         if wrong := [index for index in blocks if not 0 <= index < len(self.blocks)]:
             raise ValueError(f"attention.blocks: there are blocks 0 to {len(self.blocks) - 1}, got {wrong}")
         self.patch_grid = PatchGrid(*self.patch_embed.grid_size)
-        self.shared: dict[str, Any] = {}
+        self.shared = SharedState()
         for index in blocks:
             plain = self.blocks[index].attn
             context = AttentionContext(
