@@ -92,7 +92,9 @@ class FocalTokens(FocalWindows, AttentionKind):
             part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for part in (qkv[:, :queries, :dim], keys)
         )
-        logits = (query * self.head_dim**-0.5) @ key.transpose(-1, -2) + self.dense_bias(grid, count)[:, :queries]
+        logits = (query * self.head_dim**-0.5) @ key.transpose(-1, -2) + self.dense_bias(self.layout(grid, count))[
+            :, :queries
+        ]
         covered = F.pad(self.pooling_weights(grid), (prefix, 0))
         maps = AttentionMaps(logits.softmax(-1), torch.cat([torch.eye(count, device=x.device), covered]))
         if queries <= prefix:  # no pooled windows

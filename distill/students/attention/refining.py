@@ -112,7 +112,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_mean: Tensor, by_covariance: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, by_mean: Tensor, by_covariance: Tensor) -> Tensor:
         rows, mean = ctx.saved_tensors
         matrix = (by_covariance + by_covariance.T) / rows.shape[1]
         return torch.addmm(by_mean / rows.shape[1] - matrix @ mean, matrix, rows)
@@ -145,7 +145,7 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         rows, matrix, kernels, weight, reduce, expanded, hidden, *convolved = ctx.saved_tensors
         by_expanded = reduce.T @ grad
         by_kernels, by_norm = torch.empty_like(kernels), []
@@ -179,7 +179,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         by_x = torch.empty_like(x)
         found = [_normalise_backward(*row, ctx.eps) for row in zip(grad, x, by_x, weight, ctx.statistics, strict=True)]
