@@ -114,6 +114,12 @@ class AttentionVisionTransformer(VisionTransformer):
         self.dynamic_img_size = True
         return x
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """AssertionError where a kind of attention shares state between blocks."""
+        kinds = [module for module in self.modules() if isinstance(module, AttentionKind)]
+        assert not enable or all(kind.recomputable for kind in kinds), "blocks that share maps cannot be computed again"
+        super().set_grad_checkpointing(enable)
+
     def no_weight_decay(self) -> set[str]:
         """timm's parameters without weight decay, and those of the attention kinds."""
         return super().no_weight_decay() | self._of_kinds(AttentionKind.no_weight_decay.__name__)

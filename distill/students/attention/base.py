@@ -61,6 +61,8 @@ class AttentionKind(nn.Module):
     """
 
     proj_drop: nn.Module
+    recomputable = True
+    """Whether its block can be computed again alone, for gradient checkpointing."""
 
     @classmethod
     def build(cls, context: AttentionContext, options: Any) -> AttentionKind:

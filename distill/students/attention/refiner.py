@@ -78,7 +78,7 @@ class RefinerAttention(AttentionKind):
         blocks = sorted(options.chosen(context.depth))
         place = sum(block < context.block for block in blocks)
         self.first, self.last = place == 0, place >= len(blocks) - 1
-        self.shares = options.share
+        self.shares, self.recomputable = options.share, not options.share
         self.has_map = not options.share or place % 2 == 0
         self.refines = not options.share or place % 2 == 1
         self.qkv = nn.Linear(dim, 3 * dim if self.has_map else dim, bias=context.qkv_bias)
