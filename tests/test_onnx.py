@@ -21,7 +21,7 @@ from distill.exports.onnx_file import FromPixels, compare_logits, onnx_logits, w
 from distill.run import read_recipe
 from distill.students import Student, build_student
 from tests.conftest import Command, Toy
-from tests.students.helpers import student_options
+from tests.students.helpers import KINDS, student_options
 
 CLASSES = list("abcdefg")
 
@@ -53,6 +53,7 @@ SPECS = [
     {"model": "focal_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6], "focal_windows": [3, 1]},
     {"model": "regionvit_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6]},
     {"model": "lg_nano", "patch_size": None, "depths": [2], "heads": [3], "paths": [2]},
+    *({"attention": attention} for name, attention in KINDS.items()),
 ]
 
 

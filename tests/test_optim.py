@@ -25,6 +25,7 @@ from distill.students import register_models
 from distill.training.muon import BatchedMuon, iteration_dtype
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
 from tests.conftest import DEVICES
+from tests.students.helpers import KINDS, of_kind
 
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
@@ -103,6 +104,25 @@ def _area_vit() -> torch.nn.Module:
     return timm.create_model(
         "area_vit_nano", img_size=8, patch_size=4, depth=2, distilled=True, num_classes=3, attention=attention
     )
+
+
+def test_muon_leaves_the_kernels_and_tables_of_attention_kinds_to_adamw() -> None:
+    register_models()
+    for name, attention in KINDS.items():
+        architecture, options = of_kind(name, blocks=[0, 1])
+        model = timm.create_model(architecture, img_size=8, patch_size=4, depth=2, num_classes=3, num_heads=6,
+                                  attention=options)  # fmt: skip
+        optimizer = build_optimizer(Optim(name="muon", lr=0.01, weight_decay=0.1), model)
+        _stepped(optimizer, model)
+        names = {parameter: key for key, parameter in model.named_parameters()}
+        by_muon = {names[parameter] for parameter, state in optimizer.state.items() if state["use_muon"]}
+        layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}, name
+        spared = ("token", "pos_embed", ".bias_window", ".bias_ring", ".bias_coarse")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert (group["weight_decay"] > 0) == (parameter.ndim > 1 and not names[parameter].endswith(spared))
+        assert attention["kind"] in architecture
 
 
 def _stepped(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,10 @@ import timm
 import teachers.cifar_resnet  # noqa: F401  registers them with timm: CNNs can be students too
 from distill import registry
 from distill.errors import InputError
-from distill.students import vit
+from distill.students import (
+    refiner_vit,  # noqa: F401  as well
+    vit,
+)
 
 
 def register_models() -> None:

@@ -22,7 +22,7 @@ from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
 from distill.registry import register
-from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid
+from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState
 from distill.students.builder import Builder, Built, Images, inputs_of
 from distill.students.stem import ConvStem
 from distill.students.weights import load_timm_weights
@@ -84,7 +84,7 @@ class AttentionVisionTransformer(VisionTransformer):
         if wrong := [index for index in blocks if not 0 <= index < len(self.blocks)]:
             raise ValueError(f"attention.blocks: there are blocks 0 to {len(self.blocks) - 1}, got {wrong}")
         self.patch_grid = PatchGrid(*self.patch_embed.grid_size)
-        self.shared: dict[str, Any] = {}
+        self.shared = SharedState()
         for index in blocks:
             plain = self.blocks[index].attn
             context = AttentionContext(
@@ -113,6 +113,12 @@ class AttentionVisionTransformer(VisionTransformer):
         x = super()._pos_embed(x.flatten(1, 2))
         self.dynamic_img_size = True
         return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """AssertionError where a kind of attention shares state between blocks."""
+        kinds = [module for module in self.modules() if isinstance(module, AttentionKind)]
+        assert not enable or all(kind.recomputable for kind in kinds), "blocks that share maps cannot be computed again"
+        super().set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         """timm's parameters without weight decay, and those of the attention kinds."""

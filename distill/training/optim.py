@@ -77,7 +77,7 @@ def _muon_arguments(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "pretrained_cfg", None) or {}
     ends = [config.get(key) or () for key in ("first_conv", "classifier")]
     names = [name for end in ends for name in ([end] if isinstance(end, str) else end)]
-    kept = getattr(model, "keeps_from_muon", set)()
+    kept: set[str] = getattr(model, "keeps_from_muon", set)()
     return {"fallback_list": [*(f"{name}.*" for name in names), *sorted(kept)], "fallback_no_weight_decay": True}
 
 

@@ -18,6 +18,7 @@ from distill.students.attention import AttentionKind, AttentionMaps
 from distill.students.attention.area import AreaAttention
 from distill.students.attention.area_pooling import Areas, coverage, pool
 from distill.students.attention.base import PatchGrid
+from tests.students.helpers import KINDS
 
 
 def student(attention: dict[str, object], **changes: object) -> Student:
@@ -58,14 +59,19 @@ def test_areas_of_a_run_cover_the_patches_that_they_name() -> None:
     assert boxes[-1].tolist() == [0, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("attention", [{"kind": "standard"}, {"kind": "area", "max_area": 2, "blocks": [0, 2]}])
+@pytest.mark.parametrize(
+    "attention", [{"kind": "standard"}, {"kind": "area", "max_area": 2, "blocks": [0, 2]}, *KINDS.values()], ids=str
+)
 def test_a_student_is_seen_block_by_block(attention: dict[str, object]) -> None:
     model, images = student(attention), torch.rand(3, 3, 16, 16)
     seen = look(model, images, drawn=2)
     assert seen is not None
     assert seen.tokens == ("class token", "distillation token")
     assert seen.patches.shape == (6, 2, 2, 4, 4)
-    assert sorted(seen.areas) == ([] if attention["kind"] == "standard" else [0, 2])
+    assert sorted(seen.areas) == ([0, 2] if attention["kind"] == "area" else [])
+    if attention["kind"] != "area":  # the weights of patches and prefix tokens sum to 1
+        assert seen.patches.min() >= 0
+        assert seen.patches.sum((-2, -1)).max() < 1
     for masks in seen.areas.values():
         assert masks.shape == (2, 2, 4, 4, 4)
         assert masks.sum((-2, -1)).max() == 2

@@ -102,10 +102,12 @@ def expectation(layout):
     return x, expected.detach(), gradients
 
 
-@pytest.fixture(params=["windows", "masked"])
+@pytest.fixture(params=["windows", "dense", "masked"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager code on a CPU, and what compilers, exports and other devices take."""
+    """Eager code on a CPU in two forms, and what compilers, exports and other devices take."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "masked")
+    if request.param == "dense":
+        monkeypatch.setattr("distill.students.attention.windows.is_faster_dense", lambda *_: True)
 
 
 @pytest.mark.usefixtures("form")
@@ -155,7 +157,9 @@ def test_values_and_gradients_of_tokens(layout, prefix):
     torch.testing.assert_close(few.weights, maps.weights[:, :, :prefix, :count], rtol=0, atol=1e-12)
 
 
-def test_a_chunk_of_images_is_as_good_as_all_of_them(monkeypatch):
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_chunk_of_images_is_as_good_as_all_of_them(monkeypatch, dense):
+    monkeypatch.setattr("distill.students.attention.windows.is_faster_dense", lambda *_: dense)
     module = randomised(build_attention("focal", 4, 2, grid=(4, 4), num_prefix_tokens=2)).float()
     x, found = torch.randn(5, 18, 4), []
     for size in (2**17, 1, 1000):
@@ -164,6 +168,16 @@ def test_a_chunk_of_images_is_as_good_as_all_of_them(monkeypatch):
         found.append((output, *torch.autograd.grad(output.square().sum(), module.parameters())))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+def test_training_after_evaluation():
+    """What evaluation keeps of a grid can be used in training."""
+    module = build_attention("focal", 4, 2, grid=(3, 3), num_prefix_tokens=2)
+    x = torch.randn(16, 11, 4)
+    with torch.inference_mode():
+        module.eval()(x)
+    module.train()(x).sum().backward()
+    assert module.bias_coarse.grad is not None
 
 
 @pytest.mark.parametrize(("window", "expand", "macs"), [(2, 1, 1_746_432), (4, 2, 1_390_080)])

@@ -12,7 +12,7 @@ from distill.errors import InputError
 from distill.students import Student, build_student, merge_heads, one_head
 from distill.students.heads import MergedHeads
 from distill.students.vit import OneHeadVisionTransformer
-from tests.students.helpers import student_options
+from tests.students.helpers import KINDS, student_options
 
 AREA = {"kind": "area", "max_area": [2, 2], "blocks": [0, 5]}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,12 @@ def build(model: str = "vit_nano", **spec: Any) -> Student:
     return student.eval()
 
 
-VITS: list[dict[str, Any]] = [{}, {"attention": AREA}, {"stem": "conv", "drop_path": 0.1}]
+VITS: list[dict[str, Any]] = [
+    {},
+    {"attention": AREA},
+    {"stem": "conv", "drop_path": 0.1},
+    *({"attention": attention | {"blocks": "all"}} for attention in KINDS.values()),
+]
 PYRAMIDS: list[dict[str, Any]] = [
     {"model": "focal_nano", "drop_path": 0.1},
     {"model": "regionvit_nano", "width": 24},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.errors import InputError
 from distill.features import Stage
 from distill.students import Student, build_student
-from tests.students.helpers import student_options
+from tests.students.helpers import KINDS, student_options
 
 AREA = {"kind": "area", "max_area": 2, "blocks": [0, 1]}
 AREAS_2D = {"kind": "area", "max_area": [2, 2], "blocks": [0, 2]}
@@ -25,6 +25,7 @@ VITS: dict[str, tuple[int, dict[str, Any]]] = {
     "64 px": (64, {"patch_size": 8, "attention": AREA}),
     "64 px, plain": (64, {"patch_size": 8}),
     "conv stem": (32, {"patch_size": 8, "stem": "conv"}),
+    **{name: (32, {"patch_size": 8, "attention": attention}) for name, attention in KINDS.items()},
     "conv stem, areas": (32, {"patch_size": 4, "stem": "conv", "attention": AREAS_2D, "distillation_token": False}),
 }
 # Stages of others: the modules whose outputs they are, and how these turn into [B, D, H, W].

@@ -1,5 +1,6 @@
-"""The training step alone, on one fixed batch: area attention over ordinary, compiled over eager, each distillation
-method over plain training, one that has ended, optimizers, and how near the step comes to the machine's matrix rate.
+"""The training step alone, on one fixed batch: area attention and other kinds over ordinary, compiled over eager, each
+distillation method over plain training, one that has ended, optimizers, and how near the step comes to the machine's
+matrix rate.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def measure(machine: Machine) -> Iterator[Row]:
         if machine.on_cuda:
             yield from _area_over_plain(machine, Student("vit_small", 16, 224, 256, precision))
     student = Student(machine.sizes[0], precision=machine.step_precisions[-1], batch_size=machine.batch_size)
+    yield from _kinds(machine, student)
     yield from _methods(machine, student)
     yield from _ended(machine, student)
     yield from _optimizers(machine, student)
@@ -46,6 +48,19 @@ def _area_over_plain(machine: Machine, student: Student) -> Iterator[Row]:
     # Both arms in FLOP/s: the ratio of their speeds is the share of the rate, taken round by round.
     per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, product)}
     yield compare(share, per_flop, plain, product, of="speed")
+
+
+def _kinds(machine: Machine, student: Student) -> Iterator[Row]:
+    """Other attention in all blocks."""
+    where = f"kinds of attention, step, {student}"
+    if not machine.wants(where):
+        return
+    accelerator = arms.accelerator(student.precision)
+    plain = step_arm("ordinary attention", student.recipe(), accelerator)
+    others = [step_arm(name, student.recipe(**arms.of_kind(name)), accelerator) for name in arms.KINDS]
+    times, rate = machine.interleave([plain, *others]), machine.matrix_rate(student.precision)
+    for arm in others:
+        yield compare(where, times, arm, plain, of="time", matrix_rate=rate)
 
 
 def _methods(machine: Machine, student: Student) -> Iterator[Row]:

@@ -20,6 +20,12 @@ class PatchGrid:
         self.width = width
 
 
+class SharedState(dict[str, Any]):
+    """State shared by the blocks of a model. A type of its own, because `torch.export` leaves copies of the plain dicts
+    that a model's modules have.
+    """
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """Arguments of an attention module in a model."""
@@ -33,7 +39,7 @@ class AttentionContext:
     """Index of its block, from 0."""
     depth: int = 1
     """Of the model, in blocks."""
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: SharedState = field(default_factory=SharedState)
     """State shared by the blocks of a model during one forward pass; empty at its beginning."""
 
 
@@ -55,6 +61,8 @@ class AttentionKind(nn.Module):
     """
 
     proj_drop: nn.Module
+    recomputable = True
+    """Whether its block can be computed again alone, for gradient checkpointing."""
 
     @classmethod
     def build(cls, context: AttentionContext, options: Any) -> AttentionKind:

@@ -36,12 +36,6 @@ class Options(AttentionOptions):
                 involved = ((*at, key), ("student", "patch_size"), ("data", "resolution"))
                 side = grid.side
                 yield Problem(involved, f"from {least} to the side of the {side}x{side} patch grid, got {value}")
-        windows = -(-grid.side // self.window)
-        if self.focal_window % 2 and self.focal_window > 2 * windows - 1:
-            yield Problem(
-                ((*at, "focal_window"), (*at, "window"), ("student", "patch_size"), ("data", "resolution")),
-                f"the grid has {windows}x{windows} windows, seen whole with {2 * windows - 1}; got {self.focal_window}",
-            )
 
 
 @register("attention", "focal", Options)

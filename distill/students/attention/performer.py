@@ -5,6 +5,7 @@ with Performers", arXiv 2009.14794).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -81,13 +82,13 @@ def _random_features(
 def draw_features(number: int, dim: int, generator: torch.Generator) -> Tensor:
     """float64 [number, dim]: orthogonal directions in blocks of `dim`, Haar-distributed, with the lengths of normal
     vectors."""
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
     blocks = []
     for _ in range(math.ceil(number / dim)):
-        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(normal(dim, dim))
         # Only with a positive diagonal of R is Q uniform over the orthogonal matrices (Mezzadri 2007).
         blocks.append((q * r.diagonal().sign()).T)
-    lengths = torch.randn(number, dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-    return torch.cat(blocks)[:number] * lengths
+    return torch.cat(blocks)[:number] * normal(number, dim).norm(dim=1, keepdim=True)
 
 
 @register("attention", "performer", Options)
@@ -117,11 +118,12 @@ class PerformerAttention(AttentionKind):
         self.proj_drop: nn.Module = nn.Identity()
         number = options.features or max(1, int(self.head_dim * math.log(self.head_dim)))
         self.register_buffer("features", torch.empty(number, self.head_dim))
-        self.register_buffer("seed", torch.randint(2**62, ()))
+        self.register_buffer("seed", torch.empty((), dtype=torch.long).random_())
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))
         self._passes: int | None = 0
         """`passes` on the host, so that no step waits for the device; None: not known."""
-        self._draw(0)
+        if not self.seed.is_meta:
+            self._draw(0)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens [B, N, dim] -> [B, N, dim]; the other arguments come from timm's blocks and must be None and False."""
@@ -140,10 +142,11 @@ class PerformerAttention(AttentionKind):
             self._draw(draw)
 
     @torch.no_grad()
-    def _draw(self, number: int) -> None:
+    def _draw(self, redraws: int) -> None:
         """The features after so many redraws, in place: compiled code has their address."""
-        generator = torch.Generator().manual_seed((int(self.seed) + number) % 2**63)
-        self.features.copy_(draw_features(*self.features.shape, generator))
+        generator = torch.Generator("cpu").manual_seed((int(self.seed) + redraws) % 2**63)
+        number_of_features, dim = self.features.shape
+        self.features.copy_(draw_features(number_of_features, dim, generator))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from distill.options import AttentionOptions, Grid, Key, Positive, Problem
 from distill.registry import register
 from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, without_mask
+from distill.students.attention.cpu import eager_on_cpu
+from distill.students.attention.refining import LEAST_IMAGES, MapNorm, refine_on_cpu
 
 
 class Options(AttentionOptions):
@@ -41,36 +43,6 @@ class Options(AttentionOptions):
                 (("train", "gradient_checkpointing"), (*at, "share")),
                 "blocks that share maps cannot be computed again one by one; set one of the two to false",
             )
-
-
-class MapNorm(nn.BatchNorm2d):
-    """Batch norm whose running statistics are the plain mean of the batches so far, until that is slower than the
-    momentum. From the first step on they are those of real maps.
-
-    Attention maps have variances of 1e-6 and less at first. Running statistics that begin as published, with variance
-    1, approach it by a factor of 0.9 a step: for a hundred steps evaluation normalises by something else than training.
-    In evaluation this is an ordinary batch norm.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same shape; in training with the statistics of this batch."""
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        self.observe(mean, variance, x.numel() // x.shape[1])
-        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-
-    @torch.no_grad()
-    def observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Update the running statistics by those of `count` values a channel, the variance without correction."""
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        self.num_batches_tracked.add_(1)
-        share = (1 / self.num_batches_tracked.to(mean.dtype)).clamp(min=self.momentum)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_((variance * count / max(1, count - 1)).to(self.running_var.dtype), share)
 
 
 @register("attention", "refiner", Options)
@@ -106,7 +78,7 @@ class RefinerAttention(AttentionKind):
         blocks = sorted(options.chosen(context.depth))
         place = sum(block < context.block for block in blocks)
         self.first, self.last = place == 0, place >= len(blocks) - 1
-        self.shares = options.share
+        self.shares, self.recomputable = options.share, not options.share
         self.has_map = not options.share or place % 2 == 0
         self.refines = not options.share or place % 2 == 1
         self.qkv = nn.Linear(dim, 3 * dim if self.has_map else dim, bias=context.qkv_bias)
@@ -160,6 +132,9 @@ class RefinerAttention(AttentionKind):
 
     def refine(self, weights: Tensor) -> Tensor:
         """Maps [B, heads, N, N] -> refined maps of the same shape, in float32 at least."""
+        if eager_on_cpu(weights.device) and len(weights) >= LEAST_IMAGES:
+            norms = (self.expand_norm, self.depthwise_norm, self.reduce_norm, self.output_norm)
+            return refine_on_cpu(weights, self.expand, self.depthwise, self.reduce, norms)
         hidden = F.relu6(self.expand_norm(self.expand(weights)))
         hidden = F.relu6(self.depthwise_norm(self.depthwise(hidden)))
         return cast(Tensor, self.output_norm(self.reduce_norm(self.reduce(hidden)) + weights))

@@ -8,7 +8,7 @@ the windows around it, its own included, pooled to one token each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from typing import cast
 
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from distill.students.attention.area_pooling import Areas
 from distill.students.attention.base import AttentionMaps
 from distill.students.attention.cpu import attend, eager_on_cpu
-from distill.students.attention.windows_cpu import Layout, attend_in_windows
+from distill.students.attention.layout import Layout, coarse_index, dense_index, near_index, ring_offsets
+from distill.students.attention.windows_cpu import attend_densely, attend_in_windows, is_faster_dense
 
 
 class FocalWindows(nn.Module):
@@ -61,14 +62,13 @@ class FocalWindows(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop: nn.Module = nn.Identity()
         self.pool = nn.Linear(window**2, 1)
-        reach = range(-expand, window + expand)
-        ring = [place for place in product(reach, reach) if not all(0 <= side < window for side in place)]
+        ring = ring_offsets(window, expand)
         self.register_buffer("ring_offsets", torch.tensor(ring, dtype=torch.long).view(-1, 2))
         self.bias_window = nn.Parameter(torch.zeros(num_heads, 2 * window - 1, 2 * window - 1))
         self.bias_ring = nn.Parameter(torch.empty(num_heads, window**2, len(ring)))
         self.bias_coarse = nn.Parameter(torch.empty(num_heads, window + focal_window - 1, window + focal_window - 1))
-        self.register_buffer("near_index", self._near_index(reach, ring), persistent=False)
-        self.register_buffer("coarse_index", self._coarse_index(), persistent=False)
+        self.register_buffer("near_index", torch.tensor(near_index(window, expand)), persistent=False)
+        self.register_buffer("coarse_index", torch.tensor(coarse_index(window, focal_window)), persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -81,43 +81,24 @@ class FocalWindows(nn.Module):
         for table in (self.bias_ring, self.bias_coarse):
             nn.init.trunc_normal_(table, std=0.02)
 
-    def _near_index(self, reach: Sequence[int], ring: Sequence[tuple[int, int]]) -> Tensor:
-        """int64 [window^2, (window + 2 * expand)^2]: where the tables of window and ring, flat and one after the other,
-        have the bias of a query and of a key in or around its window, each row by row."""
-        window, side = self.window, 2 * self.window - 1
-        number = {place: index for index, place in enumerate(ring)}
-        rows = []
-        for query, (row, column) in enumerate(product(range(window), repeat=2)):
-            first = side**2 + query * len(ring)
-            rows.append([
-                first + number[y, x] if (y, x) in number else (row - y + window - 1) * side + column - x + window - 1
-                for y, x in product(reach, reach)
-            ])  # fmt: skip
-        return torch.tensor(rows)
-
-    def _coarse_index(self) -> Tensor:
-        """int64 [window^2, focal_window^2]: the same for the flat table of pooled windows."""
-        focal = self.focal_window
-        side = self.window + focal - 1
-        queries = list(product(range(self.window), repeat=2))
-        keys = list(product(range(focal), repeat=2))
-        return torch.tensor([[(r - y + focal - 1) * side + c - x + focal - 1 for y, x in keys] for r, c in queries])
-
     def attend(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, P + h * w, dim], the grid's row by row after P prefix tokens -> [B, P + h * w, dim].
 
         Prefix tokens are keys of all queries, without bias; their own queries see all tokens, and no pooled windows.
         """
-        layout = self._layout(grid, x.shape[1])
+        layout = self.layout(grid, x.shape[1])
         qkv, pooled = self.qkv(x), self._pooled(x[:, layout.prefix :], grid)
         qkv, pooled = (part.unflatten(-1, (-1, self.num_heads, self.head_dim)) for part in (qkv, pooled))
-        windows = attend_in_windows if eager_on_cpu(x.device) else _attend_masked
-        parts = [windows(layout, qkv, pooled, *self._biases())]
-        if layout.prefix:
-            parts.insert(0, _attend_to_all(qkv, layout.prefix))
-        return cast(Tensor, self.proj_drop(self.proj(torch.cat(parts, 1).flatten(2))))
+        if eager_on_cpu(x.device) and is_faster_dense(layout, len(x)):
+            attended = attend_densely(qkv, pooled.flatten(1, 2), self.dense_bias(layout))
+        else:
+            windows = attend_in_windows if eager_on_cpu(x.device) else _attend_masked
+            attended = windows(layout, qkv, pooled, *self._biases())
+            if layout.prefix:
+                attended = torch.cat([_attend_to_all(qkv, layout.prefix), attended], 1)
+        return cast(Tensor, self.proj_drop(self.proj(attended.flatten(2))))
 
-    def _layout(self, grid: tuple[int, int], tokens: int) -> Layout:
+    def layout(self, grid: tuple[int, int], tokens: int) -> Layout:
         return Layout(*grid, tokens - grid[0] * grid[1], self.window, self.expand, self.focal_window)
 
     def _pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -138,27 +119,17 @@ class FocalWindows(nn.Module):
             self.bias_coarse.flatten(1)[:, self.coarse_index].unflatten(-1, (focal, focal)),
         )
 
-    @torch.no_grad()
-    def dense_bias(self, grid: tuple[int, int], tokens: int) -> Tensor:
+    def dense_bias(self, layout: Layout) -> Tensor:
         """The bias of every token's query and every key, tokens and then pooled windows, [heads, N, N + windows]; -inf
         where a query has not this key."""
-        layout = self._layout(grid, tokens)
-        near, coarse = self._biases()
-        number = torch.arange(layout.prefix, tokens, device=near.device).view(grid)
-        pooled = torch.arange(layout.rows * layout.columns, device=near.device).view(layout.rows, -1) + tokens
-        bias = near.new_full((self.num_heads, tokens, tokens + pooled.numel()), -math.inf)
-        bias[:, : layout.prefix, :tokens] = 0
-        bias[:, :, : layout.prefix] = 0
-        for window in layout.windows():
-            queries = number[window.queries].flatten()[:, None]
-            bias[:, queries, number[window.keys].flatten()] = window.near_bias(near, self.window)
-            bias[:, queries, pooled[window.pooled].flatten()] = window.coarse_bias(coarse, self.window)
-        return bias
+        tables = [table.flatten(1) for table in (self.bias_window, self.bias_ring, self.bias_coarse)]
+        others = tables[0].new_tensor([0.0, -math.inf]).expand(self.num_heads, -1)
+        return torch.cat([*tables, others], 1)[:, dense_index(layout).to(others.device)]
 
     @torch.no_grad()
     def pooling_weights(self, grid: tuple[int, int]) -> Tensor:
         """What each of the grid's tokens weighs in each pooled window, [windows, h * w]."""
-        layout = self._layout(grid, grid[0] * grid[1])
+        layout = self.layout(grid, grid[0] * grid[1])
         weights = self.pool.weight.view(self.window, self.window)
         covered = weights.new_zeros(layout.rows * layout.columns, *grid)
         for index, window in enumerate(layout.windows()):
@@ -177,7 +148,9 @@ class FocalWindows(nn.Module):
             part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for part in (qkv[:, :queries, :dim], keys)
         )
-        logits = (query * self.head_dim**-0.5) @ key.transpose(-1, -2) + self.dense_bias(grid, count)[:, :queries]
+        logits = (query * self.head_dim**-0.5) @ key.transpose(-1, -2) + self.dense_bias(self.layout(grid, count))[
+            :, :queries
+        ]
         covered = F.pad(self.pooling_weights(grid), (prefix, 0))
         return AttentionMaps(logits.softmax(-1), torch.cat([torch.eye(count, device=x.device), covered]))
 

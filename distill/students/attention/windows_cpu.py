@@ -1,85 +1,31 @@
-"""Focal attention on a CPU, window by window, with exactly the keys that a window has."""
+"""Focal attention on a CPU: window by window, with exactly the keys that a window has, or for few tokens with all of
+them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_PER_THREAD = 2**17
-"""Of a chunk of images, of one window."""
+from distill.students.attention.layout import Layout, Window, mean_keys
+
+LOGITS_PER_THREAD = 2**18
+"""Of a chunk of images."""
+LEAST_IMAGES = 16
+"""From which on the dense form may be taken. What FLOPs are counted with, one image, has exactly the keys there are."""
+KEYS_PER_KEY = 4
+"""How many keys the dense form may have for each that the windows have: their tokens are copied, key by key."""
 
 
-class Layout(NamedTuple):
-    """A grid in windows, and the keys of their queries."""
-
-    height: int
-    width: int
-    prefix: int
-    """Tokens before the grid's."""
-    window: int
-    expand: int
-    focal_window: int
-
-    @property
-    def rows(self) -> int:
-        """Of windows."""
-        return -(-self.height // self.window)
-
-    @property
-    def columns(self) -> int:
-        return -(-self.width // self.window)
-
-    def windows(self) -> Iterator[Window]:
-        """Row by row."""
-        for row, column in product(range(self.rows), range(self.columns)):
-            queries, keys, near, pooled, coarse = [], [], [], [], []
-            for index, side, count in ((row, self.height, self.rows), (column, self.width, self.columns)):
-                first, focal = index * self.window, self.focal_window // 2
-                queries.append(slice(first, min(first + self.window, side)))
-                keys.append(slice(max(0, first - self.expand), min(side, first + self.window + self.expand)))
-                near.append(_moved(keys[-1], self.expand - first))
-                pooled.append(slice(max(0, index - focal), min(count, index + focal + 1)))
-                coarse.append(_moved(pooled[-1], focal - index))
-            yield Window(*((first, second) for first, second in (queries, keys, near, pooled, coarse)))
-
-
-Rectangle = tuple[slice, slice]
-
-
-class Window(NamedTuple):
-    """Rectangles of rows and columns."""
-
-    queries: Rectangle
-    """Of the grid."""
-    keys: Rectangle
-    near: Rectangle
-    """The same keys, counted from the first one that a window in the middle of a grid has."""
-    pooled: Rectangle
-    """Of the windows."""
-    coarse: Rectangle
-    """The same, counted from the first one that a window in the middle of a grid has."""
-
-    def near_bias(self, bias: Tensor, window: int) -> Tensor:
-        """Of all windows [heads, window^2, E, E] -> of this one [heads, queries, keys]."""
-        return self._of_queries(bias, window)[..., *self.near].flatten(-2).flatten(1, 2)
-
-    def coarse_bias(self, bias: Tensor, window: int) -> Tensor:
-        """Of all windows [heads, window^2, f, f] -> of this one [heads, queries, pooled windows]."""
-        return self._of_queries(bias, window)[..., *self.coarse].flatten(-2).flatten(1, 2)
-
-    def _of_queries(self, bias: Tensor, window: int) -> Tensor:
-        high, wide = (span.stop - span.start for span in self.queries)
-        return bias.unflatten(1, (window, window))[:, :high, :wide]
-
-
-def _moved(span: slice, by: int) -> slice:
-    return slice(span.start + by, span.stop + by)
+def is_faster_dense(layout: Layout, images: int) -> bool:
+    """Whether one product of all queries and keys of an image takes less time than its windows one by one."""
+    keys = layout.tokens + layout.rows * layout.columns
+    return images >= LEAST_IMAGES and keys <= KEYS_PER_KEY * mean_keys(layout)
 
 
 def attend_in_windows(layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor, coarse: Tensor) -> Tensor:
@@ -91,12 +37,90 @@ def attend_in_windows(layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor,
         near: bias of the keys in and around a window, [heads, window^2, E, E].
         coarse: bias of the pooled windows around it, [heads, window^2, f, f].
     """
-    if torch.is_autocast_enabled("cpu"):
-        kind = torch.get_autocast_dtype("cpu")
-        qkv, pooled, near, coarse = (tensor.to(kind) for tensor in (qkv, pooled, near, coarse))
+    tensors = _as_autocast(qkv, pooled, near, coarse)
     with torch.autocast("cpu", enabled=False):
-        output: Tensor = _InWindows.apply(layout, qkv, pooled, near, coarse)
+        output: Tensor = _InWindows.apply(layout, *tensors)
         return output
+
+
+def attend_densely(qkv: Tensor, pooled: Tensor, bias: Tensor) -> Tensor:
+    """Attention of all queries, [B, N, heads, d].
+
+    Args:
+        qkv: queries, keys and values of all tokens, [B, N, 3, heads, d].
+        pooled: further keys and values, [B, M, 2, heads, d].
+        bias: [heads, N, N + M]; -inf where a query has not this key.
+    """
+    tensors = _as_autocast(qkv, pooled, bias)
+    with torch.autocast("cpu", enabled=False):
+        output: Tensor = _Dense.apply(*tensors)
+        return output
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
+
+
+class _Dense(torch.autograd.Function):
+    """Saves its inputs and the weights for the backward pass."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx: Any, qkv: Tensor, pooled: Tensor, bias: Tensor) -> Tensor:
+        heads, queries, keys = bias.shape
+        output, kept = qkv.new_empty(qkv[:, :, 0].shape), []
+        for images in _images(len(qkv), heads * queries * keys):
+            query, key, value = _all_of(qkv[images], pooled[images])
+            logits = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (-1, heads))
+            logits += bias
+            weights = logits.softmax(-1).flatten(0, 1)
+            target = output[images]
+            target.copy_(_scattered(torch.bmm(weights, value), target))
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
+        ctx.save_for_backward(qkv, pooled, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        qkv, pooled, *kept = ctx.saved_tensors
+        heads, (queries, keys) = qkv.shape[3], kept[0].shape[1:]
+        by_qkv, by_pooled = torch.empty_like(qkv), torch.empty_like(pooled)
+        by_bias = qkv.new_zeros(heads, queries, keys, dtype=torch.promote_types(qkv.dtype, torch.float32))
+        for images, weights in zip(_images(len(qkv), heads * queries * keys), kept, strict=True):
+            query, key, value = _all_of(qkv[images], pooled[images])
+            by_output = _heads_first(grad[images]).flatten(0, 1)
+            by_weights = torch.bmm(by_output, value.transpose(1, 2))
+            by_logits = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+            by_bias += by_logits.unflatten(0, (-1, heads)).sum(0)
+            target = by_qkv[images, :, 0]
+            target.copy_(_scattered(torch.bmm(by_logits, key), target).mul_(query.shape[-1] ** -0.5))
+            by_key, by_value = (
+                torch.bmm(by_logits.transpose(1, 2), query),
+                torch.bmm(weights.transpose(1, 2), by_output),
+            )
+            for part, gradient in enumerate((by_key, by_value)):
+                tokens, windows = by_qkv[images, :, 1 + part], by_pooled[images, :, part]
+                tokens.copy_(_scattered(gradient[:, :queries], tokens))
+                windows.copy_(_scattered(gradient[:, queries:], windows))
+        return by_qkv, by_pooled, by_bias
+
+
+def _all_of(qkv: Tensor, pooled: Tensor) -> list[Tensor]:
+    """Scaled queries, keys and values, [B * heads, tokens, d] each."""
+    query = _heads_first(qkv[:, :, 0]).mul_(qkv.shape[-1] ** -0.5)
+    others = [_heads_first(torch.cat([qkv[:, :, 1 + part], pooled[:, :, part]], 1)) for part in range(2)]
+    return [tensor.flatten(0, 1) for tensor in (query, *others)]
+
+
+def _images(number: int, logits: int) -> Iterator[slice]:
+    """Chunks of images that have so many logits each."""
+    images = max(1, LOGITS_PER_THREAD * torch.get_num_threads() // logits)
+    return (slice(start, start + images) for start in range(0, number, images))
 
 
 class _InWindows(torch.autograd.Function):
@@ -142,7 +166,7 @@ class _InWindows(torch.autograd.Function):
                 (by_near, window.near, by_bias[..., : count - coarse_count]),
                 (by_coarse, window.coarse, by_bias[..., count - coarse_count : count]),
             ):
-                target = window._of_queries(total, layout.window)[..., *rectangle]
+                target = window.of_queries(total, layout.window)[..., *rectangle]
                 target += part.reshape(target.shape)
             patches = by_qkv[images, layout.prefix :].unflatten(1, (layout.height, layout.width))
             target = patches[:, *window.queries, 0]
@@ -166,10 +190,9 @@ def _chunks(layout: Layout, qkv: Tensor) -> Iterator[tuple[Window, slice]]:
     """Each window with some of the images at a time."""
     reach = layout.window + 2 * layout.expand
     logits = layout.window**2 * (reach**2 + layout.focal_window**2 + layout.prefix) * qkv.shape[3]
-    images = max(1, LOGITS_PER_THREAD * torch.get_num_threads() // logits)
-    for start in range(0, len(qkv), images):
+    for images in _images(len(qkv), logits):
         for window in layout.windows():
-            yield window, slice(start, start + images)
+            yield window, images
 
 
 def _gathered(layout: Layout, window: Window, qkv: Tensor, pooled: Tensor) -> list[Tensor]:
