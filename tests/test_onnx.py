@@ -50,7 +50,7 @@ SPECS = [
     area([2, 2], key_mode="concat", value_mode="mean"),
     area([2, 1], key_mode="sum", top_k=5) | {"distillation_token": False},
     {"model": "resnet18", "patch_size": None},
-    *({"attention": attention} for name, attention in KINDS.items()),
+    *({"attention": attention} for name, attention in KINDS.items() if name != "refiner"),  # the shared one has both
 ]
 
 

@@ -16,7 +16,6 @@ from distill.students.focal import FocalAttention
 
 # (grid, window, expand, focal window): whole and ragged windows, rings wider than a window, a grid within one window.
 LAYOUTS = [
-    ((8, 8), 4, 2, 3),
     ((5, 7), 4, 2, 3),
     ((8, 10), 4, 2, 3),
     ((7, 8), 4, 1, 1),
