@@ -53,7 +53,7 @@ SPECS = [
     {"model": "focal_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6], "focal_windows": [3, 1]},
     {"model": "regionvit_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6]},
     {"model": "lg_nano", "patch_size": None, "depths": [2], "heads": [3], "paths": [2]},
-    *({"attention": attention} for name, attention in KINDS.items()),
+    *({"attention": attention} for name, attention in KINDS.items() if name != "refiner"),  # the shared one has both
 ]
 
 

@@ -203,11 +203,6 @@ def test_numbers_are_finite(key: str, value: str) -> None:
         (["student.attention={kind: focal, window: 9}"], "student.attention.window", "8x8 patch grid, got 9"),
         (["student.attention={kind: focal, window: 4, expand: 9}"], "student.attention.expand", "from 0 to the side"),
         (["student.attention={kind: focal, focal_window: 2}"], "student.attention.focal_window", "an odd number"),
-        (
-            ["student.attention={kind: focal, window: 4, focal_window: 5}"],
-            "student.attention.focal_window",
-            "2x2 windows",
-        ),
         (["student.attention={kind: focal, blocks: [6]}"], "student.attention.blocks", "0 to 5, got [6]"),
         (["student.attention={kind: refiner, kernel_size: 2}"], "student.attention.kernel_size", "an odd number"),
         (

@@ -20,7 +20,7 @@ FURTHER = [
     ("area_vit_nano", BOXES),
     ("area_vit_nano", {"max_area": 2, "blocks": [0]}),
     ("area_vit_nano", {"max_area": 2, "key_mode": "concat", "top_k": 9, "blocks": [0]}),
-    *(of_kind(name, blocks=[0, 1]) for name in KINDS),
+    *(of_kind(name, blocks=[0, 1]) for name in KINDS if name != "refiner"),  # the shared one has both
 ]
 
 

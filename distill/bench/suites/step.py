@@ -73,7 +73,11 @@ def _pyramids(machine: Machine, student: Student) -> Iterator[Row]:
     if not machine.wants(where, by_work):
         return
     accelerator = arms.accelerator(student.precision)
-    models = [student, replace(student, model="vit_micro"), *(replace(student, model=model, patch_size=2) for model in PYRAMIDS)]
+    models = [
+        student,
+        replace(student, model="vit_micro"),
+        *(replace(student, model=model, patch_size=2) for model in PYRAMIDS),
+    ]
     nano, micro, *pyramids = (step_arm(f"{one.model}/{one.patch_size}", one.recipe(), accelerator) for one in models)
     times, rate = machine.interleave([nano, micro, *pyramids]), machine.matrix_rate(student.precision)
     per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (nano, *pyramids)}

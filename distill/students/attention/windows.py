@@ -103,8 +103,9 @@ class FocalWindows(nn.Module):
 
     def _pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, h * w, dim] -> keys and values of the pooled windows [B, rows, columns, 2 * dim]."""
-        tiles = _tiles(patches.unflatten(1, grid), self.window)
-        pooled = self.pool(tiles.permute(0, 1, 3, 5, 2, 4).flatten(-2))[..., 0]
+        tiles = _tiles(patches.unflatten(1, grid), self.window).transpose(2, 3).flatten(3, 4)
+        # Not `self.pool(...)`, which would need a copy with the tokens last.
+        pooled = (self.pool.weight @ tiles + self.pool.bias)[..., 0, :]
         dim = patches.shape[-1]
         bias = None if self.qkv.bias is None else self.qkv.bias[dim:]
         return F.linear(pooled, self.qkv.weight[dim:], bias)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ LOGITS_PER_THREAD = 2**18
 """Of a chunk of images."""
 LEAST_IMAGES = 16
 """From which on the dense form may be taken. What FLOPs are counted with, one image, has exactly the keys there are."""
-KEYS_PER_KEY = 4
-"""How many keys the dense form may have for each that the windows have: their tokens are copied, key by key."""
+LOGITS_PER_COPY = 75
+"""How many logits take the time of one more copy of a token, for another window that it is a key of."""
 
 
 def is_faster_dense(layout: Layout, images: int) -> bool:
     """Whether one product of all queries and keys of an image takes less time than its windows one by one."""
-    keys = layout.tokens + layout.rows * layout.columns
-    return images >= LEAST_IMAGES and keys <= KEYS_PER_KEY * mean_keys(layout)
+    windows = layout.rows * layout.columns
+    costs = [
+        layout.tokens * keys + LOGITS_PER_COPY * copies
+        for keys, copies in (
+            (layout.tokens + windows, layout.tokens + windows),
+            (mean_keys(layout), windows * mean_keys(layout)),
+        )
+    ]
+    return images >= LEAST_IMAGES and costs[0] <= costs[1]
 
 
 def attend_in_windows(layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor, coarse: Tensor) -> Tensor:
@@ -64,7 +72,9 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Dense(torch.autograd.Function):
-    """Saves its inputs and the weights for the backward pass."""
+    """Saves its inputs for the backward pass, and the weights if they need little more memory than these; else it
+    computes them again.
+    """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
@@ -73,26 +83,26 @@ class _Dense(torch.autograd.Function):
         output, kept = qkv.new_empty(qkv[:, :, 0].shape), []
         for images in _images(len(qkv), heads * queries * keys):
             query, key, value = _all_of(qkv[images], pooled[images])
-            logits = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (-1, heads))
-            logits += bias
-            weights = logits.softmax(-1).flatten(0, 1)
+            weights = _weights(query, key, bias)
             target = output[images]
             target.copy_(_scattered(torch.bmm(weights, value), target))
-            if any(ctx.needs_input_grad):
+            if any(ctx.needs_input_grad) and keys <= 3 * qkv.shape[-1]:
                 kept.append(weights)
-        ctx.save_for_backward(qkv, pooled, *kept)
+        ctx.save_for_backward(qkv, pooled, bias, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        qkv, pooled, *kept = ctx.saved_tensors
-        heads, (queries, keys) = qkv.shape[3], kept[0].shape[1:]
+        qkv, pooled, bias, *kept = ctx.saved_tensors
+        heads, queries, keys = bias.shape
         by_qkv, by_pooled = torch.empty_like(qkv), torch.empty_like(pooled)
         by_bias = qkv.new_zeros(heads, queries, keys, dtype=torch.promote_types(qkv.dtype, torch.float32))
-        for images, weights in zip(_images(len(qkv), heads * queries * keys), kept, strict=True):
+        for images, weights in zip_longest(_images(len(qkv), heads * queries * keys), kept):
             query, key, value = _all_of(qkv[images], pooled[images])
+            if weights is None:
+                weights = _weights(query, key, bias)
             by_output = _heads_first(grad[images]).flatten(0, 1)
             by_weights = torch.bmm(by_output, value.transpose(1, 2))
             by_logits = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
@@ -108,6 +118,13 @@ class _Dense(torch.autograd.Function):
                 tokens.copy_(_scattered(gradient[:, :queries], tokens))
                 windows.copy_(_scattered(gradient[:, queries:], windows))
         return by_qkv, by_pooled, by_bias
+
+
+def _weights(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+    """Scaled queries [B * heads, Q, d], keys [B * heads, K, d], bias [heads, Q, K] -> [B * heads, Q, K]."""
+    logits = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (-1, len(bias)))
+    logits += bias
+    return logits.softmax(-1).flatten(0, 1)
 
 
 def _all_of(qkv: Tensor, pooled: Tensor) -> list[Tensor]:
@@ -133,9 +150,7 @@ class _InWindows(torch.autograd.Function):
         kept = []
         for window, images in _chunks(layout, qkv):
             query, key, value = _gathered(layout, window, qkv[images], pooled[images])
-            logits = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (-1, qkv.shape[3]))
-            logits += _bias(layout, window, near, coarse)
-            weights = logits.softmax(-1).flatten(0, 1)
+            weights = _weights(query, key, _bias(layout, window, near, coarse))
             target = output[images][:, *window.queries]
             target.copy_(_scattered(torch.bmm(weights, value), target))
             if any(ctx.needs_input_grad):
@@ -196,16 +211,20 @@ def _chunks(layout: Layout, qkv: Tensor) -> Iterator[tuple[Window, slice]]:
 
 
 def _gathered(layout: Layout, window: Window, qkv: Tensor, pooled: Tensor) -> list[Tensor]:
-    """The scaled queries of a window, its keys and values, [B * heads, tokens, d] each."""
+    """The scaled queries of a window, its keys and values, [B * heads, tokens, d] each; copied once."""
     patches = qkv[:, layout.prefix :].unflatten(1, (layout.height, layout.width))
     gathered = [_heads_first(patches[:, *window.queries, 0].flatten(1, 2)).mul_(qkv.shape[-1] ** -0.5)]
     for part in range(2):
         parts = (
-            patches[:, *window.keys, 1 + part].flatten(1, 2),
-            pooled[:, *window.pooled, part].flatten(1, 2),
+            patches[:, *window.keys, 1 + part],
+            pooled[:, *window.pooled, part],
             qkv[:, : layout.prefix, 1 + part],
         )
-        gathered.append(_heads_first(torch.cat(parts, 1)))
+        sizes = [part.shape[1:-2].numel() for part in parts]
+        whole = qkv.new_empty(len(qkv), qkv.shape[3], sum(sizes), qkv.shape[-1])
+        for target, source in zip(whole.split(sizes, 2), parts, strict=True):
+            target.transpose(1, 2).unflatten(1, source.shape[1:-2]).copy_(source)
+        gathered.append(whole)
     return [tensor.flatten(0, 1) for tensor in gathered]
 
 
