@@ -67,7 +67,7 @@ def _kinds(machine: Machine, student: Student) -> Iterator[Row]:
 
 
 def _pyramids(machine: Machine, student: Student) -> Iterator[Row]:
-    """Time of a step over that of a ViT with about as many parameters, and time for each multiply-add over vit_nano's."""
+    """Time of a step over that of a ViT with about as many parameters, and time per multiply-add over vit_nano's."""
     where = f"pyramids, step, {student.resolution} px {student.precision}"
     by_work = f"pyramids, time per multiply-add, {student.resolution} px {student.precision}"
     if not machine.wants(where, by_work):
