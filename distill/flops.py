@@ -17,7 +17,8 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
     Independent of device and torch release: kernels, and those that torch's counter knows, differ between them, so a
     copy of the model runs on the CPU without fused attention. There area attention with mean keys and summed or
     averaged values sums logits and weights of tokens, which count nothing; others pool keys and values, which count as
-    further tokens. On a GPU all are pooled.
+    further tokens. On a GPU all are pooled. Focal attention counts the keys that there are, with fewer than 16 images;
+    with more it may compute others, and masks them.
     """
     model = copy.deepcopy(model).cpu().eval()
     fused = torch.backends.mha.get_fastpath_enabled()  # of nn.MultiheadAttention, as in torchvision's ViT

@@ -107,7 +107,10 @@ class StudentOptions(Options):
     """The variant that builds the student."""
     models: ClassVar[Sequence[str]] = ()
     """Values of `model` for this variant; other names are timm's."""
-    model: Text = Field("vit_tiny", description="vit_nano, micro, tiny, small, base, large, huge, or any timm name.")
+    model: Text = Field(
+        "vit_tiny",
+        description="vit_nano, micro, tiny, small, base, large, huge, a pyramid (focal_nano, ...), or any timm name.",
+    )
     patch_size: Side | None = Field(None, description="Patch side in pixels of a vit_* student; null: 16.")
     stem: Literal["patch", "conv"] = Field(
         "patch",
@@ -116,7 +119,8 @@ class StudentOptions(Options):
     attention: AnyAttention = Field(StandardAttention(), description="The attention of the student's blocks.")
     distillation_token: bool | None = Field(
         None,
-        description="DeiT's second token and head; null: yes for vit_*; cannot be set for other models.",
+        description="DeiT's second token and head, of a pyramid the second head on its features; null: yes for vit_* "
+        "and pyramids; cannot be set for other models.",
     )
     drop_path: float = Field(
         0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."

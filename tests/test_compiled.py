@@ -5,6 +5,7 @@ On a CPU most of it runs what was captured as it is: the kernels of a student ta
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +28,7 @@ from distill.students.attention.area import AreaAttention
 from distill.trainer import Trainer
 from distill.training.compilation import Compilation
 from tests.conftest import DEVICES, Toy
+from tests.students.helpers import KINDS
 from tests.test_resume import go
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
 
@@ -141,6 +143,27 @@ def test_compiled_steps_have_the_losses_of_eager_ones(toy: Toy, device: str) -> 
     if trainer.compilation.graphs:
         assert counters["inductor"]["cudagraph_skips"] == 0
         assert graph_launches(trainer, batches) >= 3  # the teacher, and both passes of the student
+
+
+@DEVICES
+@pytest.mark.usefixtures("captured")
+def test_new_random_features_compile_nothing_and_are_used(toy: Toy, device: str) -> None:
+    found = []
+    for enabled in (False, True):
+        student = {"attention": KINDS["performer"] | {"redraw": 2}, "drop_path": 0.0}
+        trainer = trainer_of(compiled(toy, student=student, train={"compile": enabled}))
+        module, batches, losses, features = trainer.student.model.blocks[0].attn, batches_of(trainer), [], []
+        for _ in range(4):
+            features.append(module.features.clone())
+            take_steps(trainer, batches, 1)
+            losses.append(trainer.accumulator.read(16)["loss"])
+        assert module.passes == 4
+        assert [torch.equal(a, b) for a, b in itertools.pairwise(features)] == [True, False, True]
+        found.append((losses, features))
+        assert counters["stats"]["unique_graphs"] == (GRAPHS[device] if enabled else 0)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert not counters["graph_break"]
 
 
 @DEVICES

@@ -11,12 +11,13 @@ from torchvision.models import VisionTransformer
 
 from distill.flops import count_flops
 from distill.options import StudentOptions
+from distill.recipe.pyramids import PyramidOptions
 from distill.students import build_student
 from distill.students.plain import train_on_cpu
 from distill.students.student import Student as Model
 from teachers.cifar_resnet import CifarResNet
 from tests.conftest import DEVICES
-from tests.formulas import cifar_resnet_forward, vit_forward
+from tests.formulas import cifar_resnet_forward, pyramid_forward, vit_forward
 from tests.students.helpers import student_options
 
 
@@ -49,6 +50,17 @@ def test_areas_are_sums_on_every_device(attention: dict[str, Any], device: str, 
     student = build(spec, 32).to(device).train(mode == "train")
     counted = count_flops(student, torch.rand(1, 3, 32, 32, device=device))
     assert counted == vit_forward(spec, resolution=32, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    "model", ["focal_nano", "focal_mini", "regionvit_nano", "regionvit_mini", "lg_nano", "lg_mini"]
+)
+@pytest.mark.parametrize(("side", "two_heads"), [(32, True), (64, False)])
+def test_pyramids(model: str, side: int, two_heads: bool) -> None:
+    spec = student_options(model=model, distillation_token=two_heads)
+    assert isinstance(spec, PyramidOptions)
+    counted = count_flops(build(spec, side), torch.rand(1, 3, side, side))
+    assert counted == pyramid_forward(spec, resolution=side, num_classes=10)
 
 
 def test_multi_head_attention_of_torch() -> None:

@@ -24,6 +24,7 @@ from distill.recipe import Recipe
 from distill.teaching.source import Frozen
 from distill.trainer import Trainer
 from tests.conftest import Toy
+from tests.students.helpers import KINDS
 from tests.test_feature_guidance import ALL
 from tests.test_pipeline_variants import exported_answers
 from tests.test_recipe_problems import problems
@@ -90,7 +91,7 @@ def test_the_student_sees_small_images_until_then_and_the_teacher_never(toy: Toy
     assert seen[-1].shape == (8, 3, 8, 8)
 
 
-@pytest.mark.parametrize("attention", [STANDARD, AREAS], ids=["standard", "areas"])
+@pytest.mark.parametrize("attention", [STANDARD, AREAS, *KINDS.values()], ids=["standard", "areas", *KINDS])
 def test_steps_at_full_size_are_those_without_growth(toy: Toy, attention: dict[str, Any]) -> None:
     found = []
     for growth in (None, GROWTH):

@@ -25,6 +25,7 @@ from distill.students import register_models
 from distill.training.muon import BatchedMuon, iteration_dtype
 from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
 from tests.conftest import DEVICES
+from tests.students.helpers import KINDS, of_kind
 
 
 def rates(spec: Optim, steps_per_epoch: int, epochs: int, steps: int | None = None) -> list[float]:
@@ -105,6 +106,25 @@ def _area_vit() -> torch.nn.Module:
     )
 
 
+def test_muon_leaves_the_kernels_and_tables_of_attention_kinds_to_adamw() -> None:
+    register_models()
+    for name, attention in KINDS.items():
+        architecture, options = of_kind(name, blocks=[0, 1])
+        model = timm.create_model(architecture, img_size=8, patch_size=4, depth=2, num_classes=3, num_heads=6,
+                                  attention=options)  # fmt: skip
+        optimizer = build_optimizer(Optim(name="muon", lr=0.01, weight_decay=0.1), model)
+        _stepped(optimizer, model)
+        names = {parameter: key for key, parameter in model.named_parameters()}
+        by_muon = {names[parameter] for parameter, state in optimizer.state.items() if state["use_muon"]}
+        layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        assert by_muon == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}, name
+        spared = ("token", "pos_embed", ".bias_window", ".bias_ring", ".bias_coarse")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert (group["weight_decay"] > 0) == (parameter.ndim > 1 and not names[parameter].endswith(spared))
+        assert attention["kind"] in architecture
+
+
 def _stepped(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """By how much the optimizer moves each parameter where all gradients are ones and twos by turns."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -132,6 +152,39 @@ def test_muon_takes_the_matrices_between_hidden_layers(name: str, layer_decay: f
             decayed = parameter.ndim > 1 and not names[parameter].endswith(("token", "pos_embed", "_embedding"))
             assert (group["weight_decay"] > 0) == decayed, names[parameter]
     assert len({group.get("lr_scale", 1.0) for group in optimizer.param_groups}) == (1 if layer_decay is None else 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "stems", "others", "tables"),
+    [
+        (
+            "focal_nano",
+            {"stem.proj"},
+            {"stages.1.downsample.patches.proj", "pool"},
+            {"bias_window", "bias_ring", "bias_coarse"},
+        ),
+        ("regionvit_nano", {"stem.local", "stem.regional"}, {"stages.1.downsample.conv"}, {"bias_local"}),
+        ("lg_nano", {"stem.proj"}, {"stages.1.downsample.reduction"}, {"relative_position_bias_table"}),
+    ],
+)
+def test_muon_and_weight_decay_in_pyramids(model: str, stems: set[str], others: set[str], tables: set[str]) -> None:
+    """Muon takes the blocks' matrices and full convolutions between stages; tables of biases are not decayed."""
+    network = timm.create_model(model, distilled=True, depths=[1, 1], heads=[3, 6], num_classes=3)
+    optimizer = build_optimizer(Optim(name="nmuon", lr=0.01, momentum=0.95), network)
+    _stepped(optimizer, network)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            layer = name.removesuffix(".weight")
+            decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in tables
+            assert (group["weight_decay"] > 0) == decayed, name
+            spared = layer in {*stems, "head", "head_dist", "stages.1.downsample.conv"} or layer.endswith(".pool")
+            by_muon = decayed and not spared
+            assert optimizer.state[parameter]["use_muon"] == by_muon, name
+    assert {
+        name for name in stems | others if not any(key.endswith(f"{name}.weight") for key in names.values())
+    } == set()
 
 
 @pytest.mark.parametrize("name", ["muon", "nmuon"])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -21,9 +22,11 @@ from distill import checkpoint, pipeline, run
 from distill.errors import Interrupted
 from distill.files.digests import state_digest
 from distill.recipe import Recipe, from_mapping
+from distill.students import build_student
 from distill.trainer import Trainer
 from distill.training.task import Losses, Task
 from tests.conftest import Counted, Toy, environment
+from tests.students.helpers import KINDS
 from tests.warm import launch
 
 TOTAL_STEPS = 18  # 96 training images in batches of 16 for 3 epochs
@@ -112,6 +115,37 @@ def test_a_stopped_run_resumes_bit_for_bit(
     go(recipe, out, None, resume="auto")
     assert run.read_status(out)["state"] == "finished"
     same_end(undisturbed, out)
+
+
+@pytest.mark.parametrize("kind", ["refiner, shared", "performer", "focal"])
+def test_students_of_other_kinds_resume_bit_for_bit(toy: Toy, tmp_path: Path, kind: str) -> None:
+    """With batch statistics, or random features that are drawn anew after every third forward pass."""
+    student = {"attention": KINDS[kind] | ({"window": 2} if kind == "focal" else {})}
+    short = {"epochs": 1, "max_steps": 5}
+    recipe = from_mapping(toy.mapping(student=student, train=short, teacher=None, distill=[]), default_name="toy")
+    ends, outs = [], [tmp_path / "whole", tmp_path / "parts"]
+    go(recipe, outs[0], None)
+    for steps in (2, 1, None):
+        with nullcontext() if steps is None else pytest.raises(Interrupted):
+            go(recipe, outs[1], steps, resume="auto")
+    for out in outs:
+        states = [checkpoint.read_tensors(out / "checkpoints" / "last", stem) for stem in ("model", "ema")]
+        ends.append([(key, tensor) for state in states for key, tensor in state.items()])
+    for (key, one), (other_key, other) in zip(*ends, strict=True):
+        assert key == other_key
+        assert torch.equal(one, other), key
+    last = dict(ends[0][: len(ends[0]) // 2])
+    if kind == "performer":
+        averaged = dict(ends[0][len(ends[0]) // 2 :])
+        attention = "model.blocks.0.attn"
+        assert last[f"{attention}.passes"] == 10, "two micro-batches in each of five steps"
+        first = build_student(recipe.student, resolution=8, num_classes=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3,
+                              seed=recipe.seed).state_dict()  # fmt: skip
+        assert torch.equal(last[f"{attention}.seed"], first[f"{attention}.seed"])
+        assert not torch.equal(last[f"{attention}.features"], first[f"{attention}.features"])
+        assert torch.equal(last[f"{attention}.features"], averaged[f"{attention}.features"]), "copied, not averaged"
+    exports = [(path / "export" / "model.safetensors").read_bytes() for path in outs]
+    assert exports[0] == exports[1]
 
 
 def trace() -> None:

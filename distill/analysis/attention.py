@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from distill.students import Student
 from distill.students.attention import AttentionKind, AttentionMaps
+from distill.students.pyramid import GridAttention
 
 TOKENS = ("class token", "distillation token")
 STRONGEST = 4
@@ -23,12 +24,12 @@ STRONGEST = 4
 
 @dataclass(frozen=True)
 class Seen:
-    """What B images show of a student's attention in its depth blocks. `side` is that of the grid of patches; all
-    weights are means over heads.
+    """What B images show of a student's attention in its depth blocks. `side` is that of the grid of patches, of a
+    pyramid that of its finest one, to which the places of the others are enlarged; all weights are means over heads.
     """
 
     tokens: tuple[str, ...]
-    """Names of the T tokens that look: that of each head or, where there are none, the mean of all patches."""
+    """Names of the T tokens that look: that of each head or, where there are none, the mean of all that look."""
     side: int
     patches: Tensor
     """float32 [depth, B, T, side, side]: the weight that each patch has in a token's answer."""
@@ -46,8 +47,11 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
     `drawn` of them.
 
     It goes by the attention modules that the student has, of timm's plain kind or of one with `maps`. None for a
-    student without them, or whose tokens are anything but one square grid of patches behind a token for each head.
+    student without them, or whose tokens are anything but one square grid of patches behind a token for each head, or
+    square maps.
     """
+    if any(isinstance(module, GridAttention) for module in student.modules()):
+        return _look_at_maps(student, images[:drawn])
     attention = {
         name: module for name, module in student.model.named_modules() if isinstance(module, Attention | AttentionKind)
     }
@@ -56,13 +60,13 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
         heads = len(student.logits(images))
     if not calls:
         return None
-    count = calls[0][1].shape[1]
+    count = calls[0][1][0].shape[1]
     side = math.isqrt(count)
     prefix = count - side**2
-    if prefix not in (0, heads) or any(tokens.shape[:-1] != (len(images), count) for _, tokens, _ in calls):
+    if prefix not in (0, heads) or any(tokens.shape[:-1] != (len(images), count) for _, (tokens, *_), _ in calls):
         return None
     patches, areas = [], {}
-    for index, (module, tokens, _) in enumerate(calls):
+    for index, (module, (tokens, *_), _) in enumerate(calls):
         maps = attention_maps(module, tokens[:drawn], queries=prefix or count)
         if maps is None:
             return None
@@ -78,7 +82,42 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
         side=side,
         patches=torch.stack(patches).unflatten(-1, (side, side)),
         areas=areas,
-        cosines=_cosines([block_calls[0][1], *(output for *_, output in block_calls)]) if prefix == 2 else (),
+        cosines=_cosines([block_calls[0][1][0], *(output for *_, output in block_calls)]) if prefix == 2 else (),
+    )
+
+
+def _look_at_maps(student: Student, images: Tensor) -> Seen | None:
+    """As `look`, for a pyramid: what its stages' maps look at in the mean."""
+    modules = [module for module in student.model.modules() if isinstance(module, GridAttention)]
+    with _recording(modules) as calls:
+        student.logits(images)
+    seen = []
+    for module, inputs, _ in calls:
+        maps = module.maps(*inputs)
+        weights, covered = maps.weights.mean((1, 2))[:, None], maps.covered.to(maps.weights)
+        shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
+        areas = _strongest(weights, covered) if (covered.count_nonzero(1) > 1).any() else None
+        seen.append(((weights @ shares).float().cpu(), areas))
+    sides = [math.isqrt(weights.shape[-1]) for weights, _ in seen]
+    finest = max(sides)
+    if any(side**2 != weights.shape[-1] or finest % side for side, (weights, _) in zip(sides, seen, strict=True)):
+        return None
+
+    def enlarged(places: Tensor, side: int) -> Tensor:
+        """[..., side^2] -> [..., finest, finest]"""
+        times = finest // side
+        return places.unflatten(-1, (side, side)).repeat_interleave(times, -2).repeat_interleave(times, -1)
+
+    return Seen(
+        tokens=("mean of all places",),
+        side=finest,
+        patches=torch.stack([enlarged(weights, side) for side, (weights, _) in zip(sides, seen, strict=True)]),
+        areas={
+            index: enlarged(areas, side)
+            for index, (side, (_, areas)) in enumerate(zip(sides, seen, strict=True))
+            if areas is not None
+        },
+        cosines=(),
     )
 
 
@@ -98,9 +137,10 @@ def _strongest(weights: Tensor, covered: Tensor) -> Tensor:
     """Of weights [B, T, areas] and coverage [areas, tokens]: the tokens of the strongest areas, those of one token left
     out; bool [B, T, strongest, tokens].
     """
-    several = covered[covered.sum(1) > 1]
-    best = weights[..., covered.sum(1) > 1].topk(min(STRONGEST, len(several)), dim=-1)
-    return (several[best.indices] > 0).cpu()
+    wide = covered.count_nonzero(1) > 1
+    several = covered[wide] != 0
+    best = weights[..., wide].topk(min(STRONGEST, len(several)), dim=-1)
+    return several[best.indices].cpu()
 
 
 def _cosines(streams: list[Any]) -> tuple[float, ...]:
@@ -112,10 +152,10 @@ def _cosines(streams: list[Any]) -> tuple[float, ...]:
 
 @contextmanager
 def _recording(modules: Iterable[nn.Module]) -> Iterator[list[tuple[Any, Any, Any]]]:
-    """Each call of these modules as (module, first argument, output), in their order."""
+    """Each call of these modules as (module, arguments, output), in their order."""
     calls: list[tuple[Any, Any, Any]] = []
     handles = [
-        module.register_forward_hook(lambda called, inputs, output: calls.append((called, inputs[0], output)))
+        module.register_forward_hook(lambda called, inputs, output: calls.append((called, inputs, output)))
         for module in modules
     ]
     try:

@@ -40,6 +40,14 @@ DEIT = {
 AREAS: dict[str, int | list[int]] = {"areas of 2": 2, "areas of 4": 4, "areas of 2x2": [2, 2]}
 """`max_area` by the name of the arm."""
 
+KINDS: dict[str, dict[str, Any]] = {
+    "refiner": {"kind": "refiner"},
+    "performer of 32 features": {"kind": "performer", "features": 32},
+    "focal in windows of 2": {"kind": "focal", "window": 2, "expand": 1},
+    "focal in windows of 4": {"kind": "focal", "window": 4, "expand": 2},
+}
+"""`student.attention`, in all blocks, by the name of the arm."""
+
 
 @dataclass(frozen=True)
 class Student:
@@ -73,6 +81,11 @@ class Student:
 def with_areas(name: str = "areas of 2") -> dict[str, Any]:
     """The section of a recipe whose student has these areas."""
     return {"student": {"attention": {"kind": "area", "blocks": [0, 1], "max_area": AREAS[name]}}}
+
+
+def of_kind(name: str) -> dict[str, Any]:
+    """The section of a recipe whose student has this attention in all blocks."""
+    return {"student": {"attention": KINDS[name] | {"blocks": "all"}}}
 
 
 def distilling(depth: int, *methods: str, cache: bool = False) -> dict[str, Any]:

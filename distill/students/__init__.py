@@ -1,6 +1,7 @@
-"""Student models: vision transformers, also with area attention and a distillation token, or any timm model.
+"""Student models: vision transformers, also with other attention and a distillation token, pyramids, or any timm model.
 
-Importing this package registers `vit_nano` ... `vit_huge` and `area_vit_nano` ... `area_vit_huge` with timm.
+Importing this package registers the project's models with timm: `vit_nano` ... `vit_huge`, `<kind>_vit_nano` ..., and
+the pyramids' sizes.
 """
 
 from distill.students.build import build_student
@@ -9,3 +10,5 @@ from distill.students.names import check_name, register_models
 from distill.students.student import Student
 
 __all__ = ["Student", "build_student", "check_name", "merge_heads", "one_head", "register_models"]
+
+register_models()

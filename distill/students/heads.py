@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.students.pyramid import Pyramid
 from distill.students.student import Student
 from distill.students.vit import TOKENS, OneHeadVisionTransformer
 
@@ -20,19 +21,23 @@ Head = Literal["cls", "dist"]
 def one_head(student: Student, head: Head) -> Student:
     """The student with only its class or its distillation head, in eval mode.
 
-    Both tokens are kept, since each attends to the other.
+    Of a vision transformer both tokens are kept, since each attends to the other.
 
     Raises:
-        InputError: it does not have two heads, or is no vision transformer of this project or of DeiT.
+        InputError: it does not have two heads, or is no model of this project and no DeiT.
     """
-    model = student.model
+    model: Any = student.model
     if head not in student.heads or len(student.heads) == 1:
         raise InputError(f"--head {head}: this student ({student.architecture}) has one head only; leave --head away.")
-    if not isinstance(model, VisionTransformerDistilled):
+    architecture, model_args = student.architecture, dict(student.model_args)
+    if isinstance(model, Pyramid):
+        model_args["distilled"] = False
+    elif isinstance(model, VisionTransformerDistilled):
+        model_args["head"] = head
+    else:
         raise InputError(
             f"--head {head}: the heads of {student.architecture} cannot be taken apart; leave --head away."
         )
-    architecture, model_args = student.architecture, dict(student.model_args)
     if architecture.startswith("deit_"):
         # timm's architectures have both heads; the arguments define the size.
         architecture = "vit_tiny"
@@ -43,7 +48,6 @@ def one_head(student: Student, head: Head) -> Student:
             "depth": len(model.blocks),
             "num_heads": model.blocks[0].attn.num_heads,
         }
-    model_args["head"] = head
     contract = student.adapter.contract
     with torch.random.fork_rng(devices=[]):
         alone = timm.create_model(
@@ -97,6 +101,8 @@ class _LastBlock(Block):
 def merge_heads(model: nn.Module) -> nn.Module:
     """A model in eval mode with the same logits up to rounding; `model` itself is modified and must not be used."""
     model.eval()
+    if isinstance(model, Pyramid) and model.distilled:
+        model.merge_heads()
     can_be_merged = isinstance(model, VisionTransformerDistilled) and not isinstance(model, OneHeadVisionTransformer)
     if not can_be_merged or type(_last_block(model)) is not Block:
         return model

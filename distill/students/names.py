@@ -7,12 +7,18 @@ import difflib
 import timm
 
 import teachers.cifar_resnet  # noqa: F401  registers them with timm: CNNs can be students too
+from distill import registry
 from distill.errors import InputError
-from distill.students import vit
+from distill.students import (
+    refiner_vit,  # noqa: F401  as well
+    vit,
+)
 
 
 def register_models() -> None:
     """Register every model with timm, also those with attention kinds from plugins."""
+    for family in registry.builtin_names("students"):
+        registry.find("students", family)
     vit.register_names()
 
 

@@ -22,7 +22,7 @@ from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
 from distill.registry import register
-from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid
+from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState
 from distill.students.builder import Builder, Built, Images, inputs_of
 from distill.students.stem import ConvStem
 from distill.students.weights import load_timm_weights
@@ -84,7 +84,7 @@ class AttentionVisionTransformer(VisionTransformer):
         if wrong := [index for index in blocks if not 0 <= index < len(self.blocks)]:
             raise ValueError(f"attention.blocks: there are blocks 0 to {len(self.blocks) - 1}, got {wrong}")
         self.patch_grid = PatchGrid(*self.patch_embed.grid_size)
-        self.shared: dict[str, Any] = {}
+        self.shared = SharedState()
         for index in blocks:
             plain = self.blocks[index].attn
             context = AttentionContext(
@@ -114,15 +114,27 @@ class AttentionVisionTransformer(VisionTransformer):
         self.dynamic_img_size = True
         return x
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """AssertionError where a kind of attention shares state between blocks."""
+        kinds = [module for module in self.modules() if isinstance(module, AttentionKind)]
+        assert not enable or all(kind.recomputable for kind in kinds), "blocks that share maps cannot be computed again"
+        super().set_grad_checkpointing(enable)
+
     def no_weight_decay(self) -> set[str]:
         """timm's parameters without weight decay, and those of the attention kinds."""
-        own = {
+        return super().no_weight_decay() | self._of_kinds(AttentionKind.no_weight_decay.__name__)
+
+    def keeps_from_muon(self) -> set[str]:
+        """Matrices of the attention kinds that are none between hidden layers."""
+        return self._of_kinds(AttentionKind.keeps_from_muon.__name__)
+
+    def _of_kinds(self, method: str) -> set[str]:
+        return {
             f"{name}.{parameter}"
             for name, module in self.named_modules()
             if isinstance(module, AttentionKind)
-            for parameter in module.no_weight_decay()
+            for parameter in getattr(module, method)()
         }
-        return super().no_weight_decay() | own
 
 
 class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTransformerDistilled):
@@ -164,7 +176,8 @@ def _replacement(plain: Any, kind: str, module: AttentionKind) -> AttentionKind:
     """The module, with the initialised projections of timm's attention."""
     if plain.attn_drop.p:
         raise ValueError(f"{kind} attention has no dropout of its weights; leave attn_drop_rate at 0")
-    if foreign := module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys:
+    state = module.initial_state(plain.state_dict())
+    if foreign := module.load_state_dict(state, strict=False).unexpected_keys:
         raise ValueError(f"{kind} attention has no {', '.join(foreign)}; leave out the option that needs it")
     module.proj_drop = plain.proj_drop
     return module

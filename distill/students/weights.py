@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from distill.errors import InputError
+from distill.students.attention.base import AttentionKind
 from distill.students.saved import Saved
 
 # (size, with distillation token) -> timm's weights. DeiT has three distilled sizes; large and huge are ViT's.
@@ -66,6 +67,11 @@ def load_timm_weights(
         weights["dist_token"] = weights["cls_token"]
         positions = weights["pos_embed"]
         weights["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+    for name, module in model.named_modules():
+        if isinstance(module, AttentionKind):
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+            weights |= {prefix + key: tensor for key, tensor in module.initial_state(own).items()}
     result = model.load_state_dict(weights, strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     assert all(key.startswith("head_dist.") or ".attn." in key for key in result.missing_keys), result.missing_keys

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.errors import RunFailed
+from distill.students.attention import AttentionKind
 from distill.training.joined import copy_joined, joined
 
 MAX_NAMED = 16
@@ -202,17 +203,30 @@ class Ema:
 
     def __init__(self, ema: ModelEmaV3, student: nn.Module) -> None:
         self._ema = ema
-        pairs = list(zip(ema.module.state_dict().values(), student.state_dict().values(), strict=True))
+        copied = {
+            f"{name}.{buffer}"
+            for name, module in student.named_modules()
+            if isinstance(module, AttentionKind)
+            for buffer in module.not_averaged()
+        }
         # Both change in place only, so these references stay valid.
-        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._averages = [average for average, _ in pairs if average.is_floating_point()]
-        self._values = [value for average, value in pairs if average.is_floating_point()]
+        averages, values = ema.module.state_dict(), student.state_dict()
+        self._copied = [
+            (average, values[name])
+            for name, average in averages.items()
+            if name in copied or not average.is_floating_point()
+        ]
+        averaged = [name for name, average in averages.items() if name not in copied and average.is_floating_point()]
+        self._averages = [averages[name] for name in averaged]
+        self._values = [values[name] for name in averaged]
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
-        """average += (1 - decay) (value - average), with the decay of step `step`; unchanged if `skipped`."""
+        """average += (1 - decay) (value - average), with the decay of step `step`; unchanged if `skipped`. Counts, and
+        what attention kinds do not average, are copied.
+        """
         differences = torch._foreach_sub(self._values, self._averages)
         torch._foreach_mul_(differences, (~skipped).float() * (1.0 - self._ema.get_decay(step)))
         torch._foreach_add_(self._averages, differences)
-        for average, count in self._counts:
-            average.copy_(count)
+        for average, value in self._copied:
+            average.copy_(value)

@@ -68,8 +68,8 @@ def _build(spec: Optim, model: nn.Module, methods: nn.Module | None) -> torch.op
 
 def _muon_arguments(model: nn.Module) -> dict[str, Any]:
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is for matrices between hidden layers: the first
-    projection, the heads, tokens and embeddings go to AdamW (nmuon: NAdamW), as do, by timm's choice, vectors and
-    matrices of extreme shape.
+    projection, the heads, tokens and embeddings go to AdamW (nmuon: NAdamW), as do what the model lists in
+    `keeps_from_muon()` and, by timm's choice, vectors and matrices of extreme shape.
 
     timm scales Muon's updates to the size of AdamW's, 0.2 sqrt(larger side) (Liu et al. 2025, arXiv 2502.16982, section
     2.2), so that one learning rate and weight decay serve both.
@@ -77,7 +77,8 @@ def _muon_arguments(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "pretrained_cfg", None) or {}
     ends = [config.get(key) or () for key in ("first_conv", "classifier")]
     names = [name for end in ends for name in ([end] if isinstance(end, str) else end)]
-    return {"fallback_list": [f"{name}.*" for name in names], "fallback_no_weight_decay": True}
+    kept: set[str] = getattr(model, "keeps_from_muon", set)()
+    return {"fallback_list": [*(f"{name}.*" for name in names), *sorted(kept)], "fallback_no_weight_decay": True}
 
 
 def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: int) -> float:

@@ -19,6 +19,7 @@ from distill.methods.labels import labels
 from distill.options import MapsOptions
 from distill.recipe import Recipe
 from distill.students import Student
+from distill.students.attention import AttentionKind
 from distill.teaching.source import StepIndex, TeacherSource
 from distill.training.joined import joined
 
@@ -66,6 +67,9 @@ class Task(nn.Module):
         self.views = max([1, *(method.options.needs.views for method in methods.values())])
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
+        self._kinds = [module for module in student.modules() if isinstance(module, AttentionKind)]
+        self._passes = 0
+        """Of the student, in the current step."""
         self._steps: list[tuple[StepInputs, list[Method]]] = []
         """Micro-batches of the current step and their methods, for `after_step`."""
 
@@ -81,6 +85,7 @@ class Task(nn.Module):
         # that a cache holds, and they cost little beside the student's three passes.
         side = self.side(progress)
         student = [self.student(images, self.blocks, side=side) for images in views]
+        self._passes += len(student)
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):
             parts = {
@@ -104,7 +109,12 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int, skipped: Tensor) -> None:
-        """Update methods and teacher after optimizer step `step` (from 0); `skipped`: bool [], on the device."""
+        """Update attention kinds, methods and teacher after optimizer step `step` (from 0); `skipped`: bool [], on the
+        device.
+        """
+        for kind in self._kinds:
+            kind.after_step(self._passes)
+        self._passes = 0
         for inputs, methods in self._steps:
             for method in methods:
                 method.after_step(inputs, skipped)

@@ -18,6 +18,7 @@ from distill.students.attention import AttentionKind, AttentionMaps
 from distill.students.attention.area import AreaAttention
 from distill.students.attention.area_pooling import Areas, coverage, pool
 from distill.students.attention.base import PatchGrid
+from tests.students.helpers import KINDS
 
 
 def student(attention: dict[str, object], **changes: object) -> Student:
@@ -58,14 +59,19 @@ def test_areas_of_a_run_cover_the_patches_that_they_name() -> None:
     assert boxes[-1].tolist() == [0, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("attention", [{"kind": "standard"}, {"kind": "area", "max_area": 2, "blocks": [0, 2]}])
+@pytest.mark.parametrize(
+    "attention", [{"kind": "standard"}, {"kind": "area", "max_area": 2, "blocks": [0, 2]}, *KINDS.values()], ids=str
+)
 def test_a_student_is_seen_block_by_block(attention: dict[str, object]) -> None:
     model, images = student(attention), torch.rand(3, 3, 16, 16)
     seen = look(model, images, drawn=2)
     assert seen is not None
     assert seen.tokens == ("class token", "distillation token")
     assert seen.patches.shape == (6, 2, 2, 4, 4)
-    assert sorted(seen.areas) == ([] if attention["kind"] == "standard" else [0, 2])
+    assert sorted(seen.areas) == ([0, 2] if attention["kind"] == "area" else [])
+    if attention["kind"] != "area":  # the weights of patches and prefix tokens sum to 1
+        assert seen.patches.min() >= 0
+        assert seen.patches.sum((-2, -1)).max() < 1
     for masks in seen.areas.values():
         assert masks.shape == (2, 2, 4, 4, 4)
         assert masks.sum((-2, -1)).max() == 2
@@ -137,3 +143,23 @@ def test_a_student_of_one_token_has_no_cosines() -> None:
     assert seen.tokens == ("class token",)
     assert seen.patches.shape[2] == 1
     assert seen.cosines == ()
+
+
+@pytest.mark.parametrize("model", ["focal_nano", "regionvit_nano", "lg_nano"])
+def test_pyramids_are_seen_stage_by_stage_on_the_finest_grid(model: str) -> None:
+    looked = student({"kind": "standard"}, model=model, patch_size=None, width=12)
+    images = torch.rand(3, 3, 16, 16)
+    seen = look(looked, images, drawn=2)
+    assert seen is not None
+    assert (seen.tokens, seen.cosines, seen.side) == (("mean of all places",), (), 8)
+    assert seen.patches.shape == (6, 2, 1, 8, 8)
+    # A place of a coarser grid is a square of the finest one.
+    for block, side in enumerate((8, 8, 4, 4, 2, 2)):
+        squares = seen.patches[block].unfold(-2, 8 // side, 8 // side).unfold(-2, 8 // side, 8 // side)
+        assert (squares == squares[..., :1, :1]).all()
+        if model != "focal_nano":  # where windows of 4x4 places are pooled from the 2x2 that there are
+            assert squares[..., 0, 0].sum((-2, -1)).flatten().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    # Pooled windows, regions and squares: on grids of 8x8 and 4x4 places they are 4x4.
+    covered = {block: masks.sum((-2, -1)).unique().tolist() for block, masks in seen.areas.items()}
+    whole = {2: [64], 3: [64], 4: [64], 5: [64]}
+    assert covered == {0: [16], 1: [16]} | ({2: [16], 3: [16]} if model == "lg_nano" else whole)

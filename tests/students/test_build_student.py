@@ -44,6 +44,9 @@ def images(*shape, seed=1):
         ("efficientformer_l1", 224),
         ("pit_ti_distilled_224", 64),
         ("repvit_m0_9", 32),
+        ("focal_nano", 32),
+        ("regionvit_nano", 32),
+        ("lg_nano", 32),
     ],
 )
 def test_two_heads_in_training_and_in_evaluation(model, resolution):

@@ -12,7 +12,7 @@ from distill.errors import InputError
 from distill.students import Student, build_student, merge_heads, one_head
 from distill.students.heads import MergedHeads
 from distill.students.vit import OneHeadVisionTransformer
-from tests.students.helpers import student_options
+from tests.students.helpers import KINDS, student_options
 
 AREA = {"kind": "area", "max_area": [2, 2], "blocks": [0, 5]}
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -33,11 +33,21 @@ def build(model: str = "vit_nano", **spec: Any) -> Student:
     return student.eval()
 
 
-SPECS = [{}, {"attention": AREA}, {"stem": "conv", "drop_path": 0.1}]
+VITS: list[dict[str, Any]] = [
+    {},
+    {"attention": AREA},
+    {"stem": "conv", "drop_path": 0.1},
+    *({"attention": attention | {"blocks": "all"}} for attention in KINDS.values()),
+]
+PYRAMIDS: list[dict[str, Any]] = [
+    {"model": "focal_nano", "drop_path": 0.1},
+    {"model": "regionvit_nano", "width": 24},
+    {"model": "lg_nano", "paths": [2, 1, 1]},
+]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*VITS, *PYRAMIDS], ids=str)
 @pytest.mark.parametrize("head", ["cls", "dist"])
 def test_one_head_alone_answers_as_it_did_beside_the_other(spec: dict[str, Any], head: str) -> None:
     student = build(**spec)
@@ -47,7 +57,8 @@ def test_one_head_alone_answers_as_it_did_beside_the_other(spec: dict[str, Any],
     assert alone.heads == ("cls",)
     assert torch.equal(alone(IMAGES).fused, student(IMAGES).logits[head])
     assert not alone.training
-    assert sum(map(torch.numel, alone.parameters())) == sum(map(torch.numel, student.parameters())) - 97 * 10
+    of_head = sum(map(torch.numel, student.model.head.parameters()))
+    assert sum(map(torch.numel, alone.parameters())) == sum(map(torch.numel, student.parameters())) - of_head
     assert alone.model.get_classifier() is alone.model.head
     assert alone.timm_config(list("abcdefghij"))["pretrained_cfg"]["classifier"] == "head"
 
@@ -82,7 +93,7 @@ def test_one_head_gets_new_classes() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", VITS, ids=str)
 def test_merged_heads_equal_the_mean_of_both(spec: dict[str, Any]) -> None:
     student = build(**spec)
     expected = student(IMAGES).fused
@@ -94,7 +105,21 @@ def test_merged_heads_equal_the_mean_of_both(spec: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [{"distillation_token": False}, {"model": "resnet18"}], ids=str)
+@pytest.mark.parametrize("spec", PYRAMIDS, ids=str)
+def test_heads_on_the_same_features_become_one(spec: dict[str, Any]) -> None:
+    student = build(**spec)
+    expected, number = student(IMAGES).fused, sum(map(torch.numel, student.parameters()))
+    merged = merge_heads(student.model)
+    torch.testing.assert_close(merged(student.adapter(IMAGES)), expected, rtol=1e-5, atol=1e-5)
+    assert number - sum(map(torch.numel, merged.parameters())) == sum(map(torch.numel, merged.head.parameters()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "spec",
+    [{"distillation_token": False}, {"model": "resnet18"}, {"model": "lg_nano", "distillation_token": False}],
+    ids=str,
+)
 def test_what_has_nothing_to_merge_stays_as_it_is(spec: dict[str, Any]) -> None:
     model = build(**spec).model
     assert merge_heads(model) is model

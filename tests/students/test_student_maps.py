@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.errors import InputError
 from distill.features import Stage
 from distill.students import Student, build_student
-from tests.students.helpers import student_options
+from tests.students.helpers import KINDS, student_options
 
 AREA = {"kind": "area", "max_area": 2, "blocks": [0, 1]}
 AREAS_2D = {"kind": "area", "max_area": [2, 2], "blocks": [0, 2]}
@@ -25,6 +25,7 @@ VITS: dict[str, tuple[int, dict[str, Any]]] = {
     "64 px": (64, {"patch_size": 8, "attention": AREA}),
     "64 px, plain": (64, {"patch_size": 8}),
     "conv stem": (32, {"patch_size": 8, "stem": "conv"}),
+    **{name: (32, {"patch_size": 8, "attention": attention}) for name, attention in KINDS.items()},
     "conv stem, areas": (32, {"patch_size": 4, "stem": "conv", "attention": AREAS_2D, "distillation_token": False}),
 }
 # Stages of others: the modules whose outputs they are, and how these turn into [B, D, H, W].
@@ -33,6 +34,8 @@ OTHERS = {
     "resnet18": (["act1", "layer1", "layer2", "layer3", "layer4"], False),
     "convnext_atto": ([f"stages.{stage}" for stage in range(4)], False),
     "swin_tiny_patch4_window7_224": ([f"layers.{stage}" for stage in range(4)], True),
+    "focal_nano": ([f"stages.{stage}" for stage in range(3)], True),
+    "lg_nano": ([f"stages.{stage}" for stage in range(3)], True),
 }
 
 
@@ -120,8 +123,8 @@ def test_stages_of_other_models(name: str, training: bool) -> None:
     for blocks in (tuple(range(len(modules))), (1, len(modules) - 1)):
         torch.manual_seed(0)
         logits, maps = student(images, blocks)
-        assert tuple(logits) == ("cls",)
-        assert torch.equal(logits["cls"], plain.fused)
+        assert tuple(logits) == student.heads
+        assert all(torch.equal(logits[head], plain.logits[head]) for head in logits)
         assert tuple(maps) == blocks
         for block, one in maps.items():
             expected = found[block].permute(0, 3, 1, 2) if channels_last else found[block]

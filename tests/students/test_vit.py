@@ -12,9 +12,16 @@ import torch
 import distill.students  # noqa: F401 (registers the architectures)
 from distill.recipe import VIT_SIZES
 from distill.students.vit import AttentionVisionTransformer
+from tests.students.helpers import KINDS, of_kind
 
 NANO = {"img_size": 32, "patch_size": 4, "num_classes": 10}
 BOXES = {"max_area": [2, 2], "blocks": [0]}
+FURTHER = [
+    ("area_vit_nano", BOXES),
+    ("area_vit_nano", {"max_area": 2, "blocks": [0]}),
+    ("area_vit_nano", {"max_area": 2, "key_mode": "concat", "top_k": 9, "blocks": [0]}),
+    *(of_kind(name, blocks=[0, 1]) for name in KINDS if name != "refiner"),  # the shared one has both
+]
 
 
 def create(name, **kwargs):
@@ -59,9 +66,10 @@ def test_only_the_listed_blocks_change():
     assert [kind == "AreaAttention" for kind in kinds] == [False, True, False, False, True, False]
 
 
+@pytest.mark.parametrize(("name", "attention"), [FURTHER[0], of_kind("focal")], ids=str)
 @pytest.mark.parametrize("height_and_width", [(48, 48), (24, 40), (16, 32)], ids=str)
-def test_the_grid_follows_the_input(height_and_width):
-    model = create("area_vit_nano", distilled=True, attention=BOXES)
+def test_the_grid_follows_the_input(height_and_width, name, attention):
+    model = create(name, distilled=True, attention=attention)
     seen = []
     model.blocks[0].attn.register_forward_pre_hook(
         lambda module, inputs: seen.append((module.grid.height, module.grid.width))
@@ -95,11 +103,10 @@ def test_positions_are_resampled_only_to_another_size(monkeypatch):
     assert resampled == [(12, 12)]
 
 
-@pytest.mark.parametrize(
-    "options", [BOXES, {"max_area": 2}, {"max_area": 2, "key_mode": "concat", "top_k": 9}], ids=str
-)
-def test_torch_compile_gives_the_same_logits_and_gradients(options):
-    model = create("area_vit_nano", distilled=True, attention={**options, "blocks": [0]}, depth=2).train()
+@pytest.mark.parametrize(("name", "attention"), FURTHER, ids=str)
+def test_torch_compile_gives_the_same_logits_and_gradients(name, attention):
+    torch.compiler.reset()  # one process counts the recompilations of all tests
+    model = create(name, distilled=True, attention=attention, depth=2).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for size in (32, 48):
         images = torch.randn(2, 3, size, size)
@@ -112,11 +119,9 @@ def test_torch_compile_gives_the_same_logits_and_gradients(options):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [BOXES, {"max_area": 2}, {"max_area": 2, "key_mode": "concat", "top_k": 9}], ids=str
-)
-def test_torch_export_round_trip(options, tmp_path):
-    model = create("area_vit_nano", distilled=True, attention={**options, "blocks": [0]}, depth=2)
+@pytest.mark.parametrize(("name", "attention"), FURTHER[:3], ids=str)
+def test_torch_export_round_trip(name, attention, tmp_path):
+    model = create(name, distilled=True, attention=attention, depth=2)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "model.pt2")
@@ -125,11 +130,16 @@ def test_torch_export_round_trip(options, tmp_path):
     torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = create("area_vit_nano", attention=BOXES).train()
+@pytest.mark.parametrize(("name", "attention"), [FURTHER[0], *(of_kind(name) for name in KINDS)], ids=str)
+def test_gradient_checkpointing_gives_the_same_gradients(name, attention):
+    model = create(name, attention=attention).train()
     images = torch.randn(2, 3, 32, 32)
     gradients = []
     for on in (False, True):
+        if on and attention.get("share"):
+            with pytest.raises(AssertionError, match="cannot be computed again"):
+                model.set_grad_checkpointing()
+            return
         model.set_grad_checkpointing(on)
         model.zero_grad()
         model(images).square().sum().backward()
@@ -159,6 +169,8 @@ def test_weight_decay_spares_what_is_like_a_position():
     model = create("area_vit_nano", distilled=True, attention={"max_area": 2, "blocks": [3], "key_mode": "sum"})
     spared = {"blocks.3.attn.height_embedding", "blocks.3.attn.width_embedding"}
     assert model.no_weight_decay() >= spared | {"pos_embed", "cls_token", "dist_token"}
+    tables = {f"blocks.1.attn.bias_{name}" for name in ("window", "ring", "coarse")}
+    assert create("focal_vit_nano", attention={"blocks": [1]}).no_weight_decay() >= tables
 
 
 @pytest.mark.parametrize(
@@ -174,6 +186,36 @@ def test_weight_decay_spares_what_is_like_a_position():
 def test_what_cannot_be_built_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         create("area_vit_nano", **options)
+
+
+def test_shared_maps_are_refined_by_every_second_block():
+    """By the released alternation, computed from the parts of the blocks; those without maps keep timm's values."""
+    name, attention = of_kind("refiner, shared", blocks=[0, 2, 3, 5, 4])
+    model, plain = create(name, attention=attention).train(), create("vit_nano").train()
+    shapes = [block.attn.qkv.weight.shape[0] for block in model.blocks]
+    assert shapes == [288, 288, 96, 288, 96, 288]
+    assert torch.equal(model.blocks[2].attn.qkv.weight, plain.blocks[2].attn.qkv.weight[192:])
+    assert torch.equal(model.blocks[2].attn.qkv.bias, plain.blocks[2].attn.qkv.bias[192:])
+    inputs, outputs = [], []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        block.attn.register_forward_hook(lambda _, given, output: outputs.append(output))
+    images = torch.randn(2, 3, 32, 32)
+    model(images)
+    before = None
+    for index, place in zip((0, 2, 3, 4, 5), range(5), strict=True):
+        x, module = inputs[index], model.blocks[index].attn
+        *query_and_key, value = module.qkv(x).unflatten(-1, (-1, 3, 32)).transpose(1, 3).unbind(2)
+        if place % 2 == 0:
+            query, key = query_and_key
+            own = (query @ key.transpose(-1, -2) / 32**0.5).softmax(-1)
+            before = own if before is None else own + before / 32**0.5
+            weights = before
+        else:
+            weights = module.refine(before) / 32**0.5
+        expected = module.proj((weights @ value).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(outputs[index], expected, rtol=1e-4, atol=1e-5)
+    assert not model.shared, "nothing is left of a forward pass"
 
 
 def test_projection_dropout_is_kept():

@@ -13,10 +13,10 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.bench.arms import AREAS
+from distill.bench.arms import AREAS, KINDS
 from distill.bench.measure import DTYPES, Arm, Machine, Row, compare
 from distill.recipe import VIT_SIZES
-from distill.students.attention import PatchGrid
+from distill.students.attention import PatchGrid, build_attention
 from distill.students.attention.area import AreaAttention, area_attention
 from distill.students.plain import train_on_cpu
 
@@ -92,6 +92,7 @@ def measure(machine: Machine) -> Iterator[Row]:
             where = f"{TOKENS} tokens, batch {machine.batch_size}, {precision}"
             yield from _without_projections(machine, model, precision, where)
             yield from _layers(machine, model, precision, where)
+            yield from _kinds(machine, model, precision)
 
 
 def _without_projections(machine: Machine, model: str, precision: str, where: str) -> Iterator[Row]:
@@ -121,6 +122,28 @@ def _layers(machine: Machine, model: str, precision: str, where: str) -> Iterato
         yield compare(name, times, area, plain, of="time")
 
 
+def _kinds(machine: Machine, model: str, precision: str) -> Iterator[Row]:
+    """Other attention; on more tokens what is meant for these."""
+    size = VIT_SIZES[model]
+    for side, kinds in ((SIDE, list(KINDS)), (2 * SIDE, [name for name in KINDS if name != "refiner"])):
+        tokens, batch = side**2 + PREFIX, machine.batch_size * SIDE**2 // side**2
+        name = f"kinds of attention, layer of {model}, {tokens} tokens, batch {batch}, {precision}"
+        if not machine.wants(name):
+            continue
+        layers = {
+            arm: build_attention(dim=size.width, num_heads=size.heads, grid=(side, side), num_prefix_tokens=PREFIX,
+                                 **KINDS[arm])
+            for arm in kinds
+        }  # fmt: skip
+        plain, *others = (
+            _layer_arm(machine, precision, arm, layer, (batch, tokens, size.width))
+            for arm, layer in ({"ordinary attention": _ordinary(model)} | layers).items()
+        )
+        times = machine.interleave([plain, *others])
+        for other in others:
+            yield compare(name, times, other, plain, of="time")
+
+
 def _bare_arm(
     machine: Machine, model: str, precision: str, name: str, attention: Callable[..., Tensor], max_area: Any
 ) -> Arm:
@@ -138,19 +161,30 @@ def layer_arm(
     """
     size = VIT_SIZES[model]
     if kind is None:
-        layer: nn.Module = Attention(size.width, size.heads, qkv_bias=True)
-        train_on_cpu(layer)
+        layer = _ordinary(model)
     else:
         layer = kind(size.width, size.heads, max_area=max_area, grid=PatchGrid(SIDE, SIDE), num_prefix_tokens=PREFIX)
+    return _layer_arm(machine, precision, name, layer, (machine.batch_size, TOKENS, size.width))
+
+
+def _ordinary(model: str) -> nn.Module:
+    size = VIT_SIZES[model]
+    layer = Attention(size.width, size.heads, qkv_bias=True)
+    train_on_cpu(layer)
+    return layer
+
+
+def _layer_arm(machine: Machine, precision: str, name: str, layer: nn.Module, shape: Sequence[int]) -> Arm:
+    """Of tokens of this shape, [B, N, width]."""
     layer.to(machine.device)
-    tokens = torch.randn(machine.batch_size, TOKENS, size.width, device=machine.device, requires_grad=True)
+    tokens = torch.randn(*shape, device=machine.device, requires_grad=True)
 
     def forward() -> Tensor:
         with torch.autocast(machine.device.type, DTYPES[precision], enabled=precision != "fp32"):
             output: Tensor = layer(tokens)
         return output
 
-    return _arm(name, forward, [tokens, *layer.parameters()], machine.batch_size)
+    return _arm(name, forward, [tokens, *layer.parameters()], shape[0])
 
 
 def _arm(name: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor], batch: int) -> Arm:

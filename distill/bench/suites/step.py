@@ -1,5 +1,7 @@
-"""The training step alone, on one fixed batch: area attention over ordinary, compiled over eager, each distillation
-method over plain training, one that has ended, optimizers, and how near the step comes to the machine's matrix rate.
+"""The training step alone, on one fixed batch: area attention and other kinds over ordinary, pyramids over ViTs,
+compiled over eager, each
+distillation method over plain training, one that has ended, optimizers, and how near the step comes to the machine's
+matrix rate.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from distill.bench.arms import Student, step_arm
 from distill.bench.measure import Arm, Machine, Row, compare
 
 DEPTH = 20
+PYRAMIDS = ("focal_nano", "regionvit_nano", "lg_nano")
 METHODS = ("hard", "soft", "dkd", "dist", "guide", "fitnet", "attention_transfer", "relational", "similarity")
 
 
@@ -26,6 +29,8 @@ def measure(machine: Machine) -> Iterator[Row]:
             yield from _area_over_plain(machine, Student("vit_small", 16, 224, 256, precision))
     model = machine.sizes[0]
     student = Student(model, precision=machine.step_precisions[-1], batch_size=machine.batch_of(model))
+    yield from _kinds(machine, student)
+    yield from _pyramids(machine, replace(student, model="vit_nano", patch_size=4))
     yield from _methods(machine, student)
     yield from _ended(machine, student)
     yield from _optimizers(machine, student)
@@ -48,6 +53,39 @@ def _area_over_plain(machine: Machine, student: Student) -> Iterator[Row]:
     # Both arms in FLOP/s: the ratio of their speeds is the share of the rate, taken round by round.
     per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, product)}
     yield compare(share, per_flop, plain, product, of="speed")
+
+
+def _kinds(machine: Machine, student: Student) -> Iterator[Row]:
+    """Other attention in all blocks."""
+    where = f"kinds of attention, step, {student}"
+    if not machine.wants(where):
+        return
+    accelerator = arms.accelerator(student.precision)
+    plain = step_arm("ordinary attention", student.recipe(), accelerator)
+    others = [step_arm(name, student.recipe(**arms.of_kind(name)), accelerator) for name in arms.KINDS]
+    times, rate = machine.interleave([plain, *others]), machine.matrix_rate(student.precision)
+    for arm in others:
+        yield compare(where, times, arm, plain, of="time", matrix_rate=rate)
+
+
+def _pyramids(machine: Machine, student: Student) -> Iterator[Row]:
+    """Time of a step over that of a ViT with about as many parameters, and time per multiply-add over vit_nano's."""
+    where = f"pyramids, step, {student.resolution} px {student.precision}"
+    by_work = f"pyramids, time per multiply-add, {student.resolution} px {student.precision}"
+    if not machine.wants(where, by_work):
+        return
+    accelerator = arms.accelerator(student.precision)
+    models = [
+        student,
+        replace(student, model="vit_micro"),
+        *(replace(student, model=model, patch_size=2) for model in PYRAMIDS),
+    ]
+    nano, micro, *pyramids = (step_arm(f"{one.model}/{one.patch_size}", one.recipe(), accelerator) for one in models)
+    times, rate = machine.interleave([nano, micro, *pyramids]), machine.matrix_rate(student.precision)
+    per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (nano, *pyramids)}
+    for arm in pyramids:
+        yield compare(where, times, arm, micro, of="time", matrix_rate=rate)
+        yield compare(by_work, per_flop, arm, nano, of="time")
 
 
 def _methods(machine: Machine, student: Student) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from distill.options import AttentionOptions, Grid, Key, Problem
 from distill.registry import register
 from distill.students.attention.area_pooling import Areas, coverage, pool, standard_deviation
-from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, PatchGrid
+from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, PatchGrid, without_mask
 from distill.students.attention.cpu import attend, eager_on_cpu
 
 
@@ -208,8 +208,7 @@ class AreaAttention(AttentionKind):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens [B, N, dim] -> [B, N, dim]; the other arguments come from timm's blocks and must be None and False."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("area attention takes no mask")
+        without_mask("area", attn_mask, is_causal)
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
         areas = self.areas(tokens)

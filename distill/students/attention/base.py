@@ -20,6 +20,12 @@ class PatchGrid:
         self.width = width
 
 
+class SharedState(dict[str, Any]):
+    """State shared by the blocks of a model. A type of its own, because `torch.export` leaves copies of the plain dicts
+    that a model's modules have.
+    """
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """Arguments of an attention module in a model."""
@@ -33,7 +39,7 @@ class AttentionContext:
     """Index of its block, from 0."""
     depth: int = 1
     """Of the model, in blocks."""
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: SharedState = field(default_factory=SharedState)
     """State shared by the blocks of a model during one forward pass; empty at its beginning."""
 
 
@@ -43,7 +49,7 @@ class AttentionMaps(NamedTuple):
     weights: Tensor
     """[B, heads, queries, K], rows summing to 1."""
     covered: Tensor
-    """float32 [K, tokens]: 1 where a key covers a token."""
+    """float32 [K, tokens]: 1 where a key covers a token; the token's weight in its value where these are learned."""
     averages: bool = False
     """Whether a key's value is the mean of its tokens' values, not their sum."""
 
@@ -55,6 +61,8 @@ class AttentionKind(nn.Module):
     """
 
     proj_drop: nn.Module
+    recomputable = True
+    """Whether its block can be computed again alone, for gradient checkpointing."""
 
     @classmethod
     def build(cls, context: AttentionContext, options: Any) -> AttentionKind:
@@ -68,3 +76,24 @@ class AttentionKind(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of its parameters without weight decay, besides biases and norms."""
         return set()
+
+    def keeps_from_muon(self) -> set[str]:
+        """Names of its matrices that are none between hidden layers: with Muon they are AdamW's."""
+        return set()
+
+    def initial_state(self, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of timm's attention, initialised or trained, it starts with; `plain`: its state by name."""
+        return plain
+
+    def after_step(self, passes: int) -> None:
+        """Called after each optimizer step, outside compiled code, with the number of forward passes of it."""
+
+    def not_averaged(self) -> set[str]:
+        """Names of floating-point buffers that moving averages of the weights copy instead."""
+        return set()
+
+
+def without_mask(kind: str, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """ValueError for the arguments that timm's blocks give to attention with a mask."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(f"{kind} attention takes no mask")
