@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -141,37 +141,45 @@ def _images(number: int, logits: int) -> Iterator[slice]:
 
 
 class _InWindows(torch.autograd.Function):
-    """Saves its inputs and the weights for the backward pass."""
+    """Saves its inputs, heads first, and the weights for the backward pass.
+
+    Heads come first in all of the map before windows are copied out of it, so that rows of tokens are copied whole.
+    """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor, coarse: Tensor) -> Tensor:
-        output = qkv.new_empty(len(qkv), layout.height, layout.width, *qkv.shape[3:])
-        kept = []
+        sources = [part.clone(memory_format=torch.contiguous_format) for part in _parts(layout, qkv, pooled)]
+        sources[0][0] *= qkv.shape[-1] ** -0.5
+        output, kept = torch.empty_like(sources[0][0]), []
         for window, images in _chunks(layout, qkv):
-            query, key, value = _gathered(layout, window, qkv[images], pooled[images])
-            weights = _weights(query, key, _bias(layout, window, near, coarse))
-            target = output[images][:, *window.queries]
-            target.copy_(_scattered(torch.bmm(weights, value), target))
+            query, key, value = _gathered(window, [part[:, images] for part in sources])
+            logits = torch.bmm(query, key.transpose(1, 2)).unflatten(0, (-1, qkv.shape[3]))
+            logits += _bias(layout, window, near, coarse)
+            weights = logits.softmax(-1).flatten(0, 1)
+            target = output[images][:, :, *window.queries]
+            target.copy_(torch.bmm(weights, value).view(target.shape))
             if any(ctx.needs_input_grad):
                 kept.append(weights)
-        ctx.save_for_backward(qkv, pooled, *kept)
-        ctx.layout, ctx.shapes = layout, (near.shape, coarse.shape)
-        return output.flatten(1, 2)
+        ctx.save_for_backward(*sources, *kept)
+        ctx.layout, ctx.shapes = layout, (qkv.shape, pooled.shape, near.shape, coarse.shape)
+        return output.flatten(2, 3).transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (qkv, pooled, *kept), layout = ctx.saved_tensors, ctx.layout
-        heads = qkv.shape[3]
-        at_least_single = torch.promote_types(qkv.dtype, torch.float32)
-        by_near, by_coarse = (qkv.new_zeros(shape, dtype=at_least_single) for shape in ctx.shapes)
-        by_qkv, by_pooled = torch.zeros_like(qkv), torch.zeros_like(pooled)
-        grad = grad.unflatten(1, (layout.height, layout.width))
-        for (window, images), weights in zip(_chunks(layout, qkv), kept, strict=True):
-            query, key, value = _gathered(layout, window, qkv[images], pooled[images])
-            by_output = _heads_first(grad[images][:, *window.queries].flatten(1, 2)).flatten(0, 1)
+        layout, (qkv_shape, pooled_shape, *bias_shapes) = ctx.layout, ctx.shapes
+        sources, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        by_sources = [torch.zeros_like(part) for part in sources]
+        heads = qkv_shape[3]
+        at_least_single = torch.promote_types(grad.dtype, torch.float32)
+        by_near, by_coarse = (grad.new_zeros(shape, dtype=at_least_single) for shape in bias_shapes)
+        grad = _heads_first(grad).unflatten(2, (layout.height, layout.width))
+        by_qkv, by_pooled = grad.new_empty(qkv_shape), grad.new_empty(pooled_shape)
+        for (window, images), weights in zip(_chunks(layout, by_qkv), kept, strict=True):
+            query, key, value = _gathered(window, [part[:, images] for part in sources])
+            by_output = grad[images][:, :, *window.queries].reshape(query.shape)
             by_weights = torch.bmm(by_output, value.transpose(1, 2))
             by_logits = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
             by_bias = by_logits.unflatten(0, (-1, heads)).sum(0, dtype=at_least_single)
@@ -183,22 +191,34 @@ class _InWindows(torch.autograd.Function):
             ):
                 target = window.of_queries(total, layout.window)[..., *rectangle]
                 target += part.reshape(target.shape)
-            patches = by_qkv[images, layout.prefix :].unflatten(1, (layout.height, layout.width))
-            target = patches[:, *window.queries, 0]
-            target.copy_(_scattered(torch.bmm(by_logits, key), target).mul_(query.shape[-1] ** -0.5))
+            patches, windows, prefix = (part[:, images] for part in by_sources)
+            target = patches[0][:, :, *window.queries]
+            target.copy_(torch.bmm(by_logits, key).view(target.shape))
             for part, gradient in (
                 (0, torch.bmm(by_logits.transpose(1, 2), query)),
                 (1, torch.bmm(weights.transpose(1, 2), by_output)),
             ):
-                targets = (
-                    patches[:, *window.keys, 1 + part],
-                    by_pooled[images][:, *window.pooled, part],
-                    by_qkv[images, : layout.prefix, 1 + part],
-                )
-                sizes = [target.shape[1:-2].numel() for target in targets]
-                for target, rows in zip(targets, gradient.split(sizes, 1), strict=True):
-                    target += _scattered(rows, target)
+                targets = (patches[1 + part][:, :, *window.keys], windows[part][:, :, *window.pooled], prefix[part])
+                sizes = [target.shape[2:-1].numel() for target in targets]
+                for target, rows in zip(targets, gradient.unflatten(0, (-1, heads)).split(sizes, 2), strict=True):
+                    target += rows.unflatten(2, target.shape[2:-1])
+        by_sources[0][0] *= qkv_shape[-1] ** -0.5
+        by_qkv[:, : layout.prefix, 0] = 0
+        for target, part in zip(_parts(layout, by_qkv, by_pooled), by_sources, strict=True):
+            target.copy_(part)
         return None, by_qkv, by_pooled, by_near, by_coarse
+
+
+def _parts(layout: Layout, qkv: Tensor, pooled: Tensor) -> list[Tensor]:
+    """Views, heads first: the grid's queries, keys and values [3, B, heads, h, w, d], keys and values of the pooled
+    windows [2, B, heads, rows, columns, d], and those of the prefix tokens [2, B, heads, P, d].
+    """
+    patches = qkv[:, layout.prefix :].unflatten(1, (layout.height, layout.width))
+    return [
+        patches.permute(3, 0, 4, 1, 2, 5),
+        pooled.permute(3, 0, 4, 1, 2, 5),
+        qkv[:, : layout.prefix, 1:].permute(2, 0, 3, 1, 4),
+    ]
 
 
 def _chunks(layout: Layout, qkv: Tensor) -> Iterator[tuple[Window, slice]]:
@@ -210,20 +230,16 @@ def _chunks(layout: Layout, qkv: Tensor) -> Iterator[tuple[Window, slice]]:
             yield window, images
 
 
-def _gathered(layout: Layout, window: Window, qkv: Tensor, pooled: Tensor) -> list[Tensor]:
-    """The scaled queries of a window, its keys and values, [B * heads, tokens, d] each; copied once."""
-    patches = qkv[:, layout.prefix :].unflatten(1, (layout.height, layout.width))
-    gathered = [_heads_first(patches[:, *window.queries, 0].flatten(1, 2)).mul_(qkv.shape[-1] ** -0.5)]
+def _gathered(window: Window, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Queries of a window, its keys and values, out of `_parts`: [B * heads, tokens, d] each."""
+    patches, pooled, prefix = parts
+    gathered = [patches[0][:, :, *window.queries].flatten(2, 3)]
     for part in range(2):
-        parts = (
-            patches[:, *window.keys, 1 + part],
-            pooled[:, *window.pooled, part],
-            qkv[:, : layout.prefix, 1 + part],
-        )
-        sizes = [part.shape[1:-2].numel() for part in parts]
-        whole = qkv.new_empty(len(qkv), qkv.shape[3], sum(sizes), qkv.shape[-1])
-        for target, source in zip(whole.split(sizes, 2), parts, strict=True):
-            target.transpose(1, 2).unflatten(1, source.shape[1:-2]).copy_(source)
+        sources = (patches[1 + part][:, :, *window.keys], pooled[part][:, :, *window.pooled], prefix[part])
+        sizes = [source.shape[2:-1].numel() for source in sources]
+        whole = prefix.new_empty(*prefix.shape[1:3], sum(sizes), prefix.shape[-1])
+        for target, source in zip(whole.split(sizes, 2), sources, strict=True):
+            target.unflatten(2, source.shape[2:-1]).copy_(source)
         gathered.append(whole)
     return [tensor.flatten(0, 1) for tensor in gathered]
 
