@@ -74,6 +74,12 @@ def _build(variant: str, pretrained: bool, **kwargs: Any) -> RefinerVisionTransf
     )
 
 
+default_cfgs = generate_default_cfgs({
+    name: {"first_conv": "patch_embed.proj.0.0", "classifier": "head"}
+    for name in ("refiner_vit_s", "refiner_vit_m", "refiner_vit_l")
+})  # fmt: skip
+
+
 @register_model
 def refiner_vit_s(pretrained: bool = False, **kwargs: Any) -> RefinerVisionTransformer:
     """384 wide, 16 blocks of 12 heads."""
@@ -90,9 +96,3 @@ def refiner_vit_m(pretrained: bool = False, **kwargs: Any) -> RefinerVisionTrans
 def refiner_vit_l(pretrained: bool = False, **kwargs: Any) -> RefinerVisionTransformer:
     """512 wide, 32 blocks of 16 heads."""
     return _build("refiner_vit_l", pretrained, **{"embed_dim": 512, "depth": 32, "num_heads": 16, **kwargs})
-
-
-default_cfgs = generate_default_cfgs({
-    name: {"first_conv": "patch_embed.proj.0.0", "classifier": "head"}
-    for name in ("refiner_vit_s", "refiner_vit_m", "refiner_vit_l")
-})  # fmt: skip

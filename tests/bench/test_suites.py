@@ -74,6 +74,7 @@ def test_a_shared_machine_is_compared_with_a_quiet_one(tmp_path: Path, monkeypat
     assert len(asked) == 2 * 4
 
 
+@pytest.mark.soak
 def test_the_speed_of_a_training_beside_a_busy_process(tmp_path: Path) -> None:
     recipe = Path(__file__).resolve().parents[2] / "recipes" / "teachers" / "digits_cnn.yaml"
     with shared._busy_processes(1):

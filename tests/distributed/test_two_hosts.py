@@ -276,6 +276,7 @@ def train_twice_with_a_long_phase(recipe: Path) -> None:
     raise SystemExit(7)
 
 
+@pytest.mark.soak
 def test_long_phases_are_no_silence_and_no_thread_is_left(toy: Toy, tmp_path: Path) -> None:
     launched = launch([], cwd=tmp_path, processes=2, before=partial(train_twice_with_a_long_phase, toy.recipe))
     assert launched.wait() == [7, 7], launched.output
