@@ -50,7 +50,7 @@ SPECS = [
     area([2, 2], key_mode="concat", value_mode="mean"),
     area([2, 1], key_mode="sum", top_k=5) | {"distillation_token": False},
     {"model": "resnet18", "patch_size": None},
-    {"model": "focal_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6], "focal_windows": [3, 1]},
+    {"model": "focal_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6], "focal_windows": [1, 1]},
     {"model": "regionvit_nano", "patch_size": None, "depths": [1, 1], "heads": [3, 6]},
     {"model": "lg_nano", "patch_size": None, "depths": [2], "heads": [3], "paths": [2]},
     *({"attention": attention} for name, attention in KINDS.items() if name != "refiner"),  # the shared one has both
