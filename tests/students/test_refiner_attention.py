@@ -166,9 +166,11 @@ def test_single_precision_is_enough_for_maps_of_small_variance():
         output = one(x[:images].to(kind))
         gradients = torch.autograd.grad(output.square().sum(), one.parameters())
         found.append((output, *gradients, *one.buffers()))
+    found = [[tensor.double() for tensor in of_kind] for of_kind in found]
+    largest = max(exact.norm() for exact in found[0])
     for exact, single in zip(*found[:2], strict=True):
-        # Small variances amplify rounding, which differs between numbers of threads.
-        assert (single - exact).norm() <= 0.05 * exact.norm() + 1e-9
+        # Small variances amplify rounding. The biases before a norm have gradients of 0.
+        assert (single - exact).norm() <= 0.02 * exact.norm() + 1e-5 * largest
     assert (found[2][0] - found[0][0][:15]).norm() < 0.2 * found[2][0].norm(), "statistics of fewer images"
 
 

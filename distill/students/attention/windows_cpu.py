@@ -170,7 +170,8 @@ class _InWindows(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         layout, (qkv_shape, pooled_shape, *bias_shapes) = ctx.layout, ctx.shapes
-        sources, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # checkpointing lets them be read once
+        sources, kept = saved[:3], saved[3:]
         by_sources = [torch.zeros_like(part) for part in sources]
         heads = qkv_shape[3]
         at_least_single = torch.promote_types(grad.dtype, torch.float32)
