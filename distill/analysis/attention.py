@@ -73,8 +73,7 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
         weights, covered = maps.weights.mean(1), maps.covered
         if not prefix:
             weights = weights.mean(1, keepdim=True)
-        shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
-        patches.append((weights @ shares)[..., prefix:].float().cpu())
+        patches.append((weights @ maps.shares)[..., prefix:].float().cpu())
         if len(covered) > covered.shape[1]:
             areas[index] = _strongest(weights, covered)[..., prefix:].unflatten(-1, (side, side))
     return Seen(
@@ -94,10 +93,9 @@ def _look_at_maps(student: Student, images: Tensor) -> Seen | None:
     seen = []
     for module, inputs, _ in calls:
         maps = module.maps(*inputs)
-        weights, covered = maps.weights.mean((1, 2))[:, None], maps.covered.to(maps.weights)
-        shares = covered / covered.sum(1, keepdim=True) if maps.averages else covered
+        weights, covered = maps.weights.mean((1, 2))[:, None], maps.covered
         areas = _strongest(weights, covered) if (covered.count_nonzero(1) > 1).any() else None
-        seen.append(((weights @ shares).float().cpu(), areas))
+        seen.append(((weights @ maps.shares.to(weights)).float().cpu(), areas))
     sides = [math.isqrt(weights.shape[-1]) for weights, _ in seen]
     finest = max(sides)
     if any(side**2 != weights.shape[-1] or finest % side for side, (weights, _) in zip(sides, seen, strict=True)):

@@ -95,6 +95,14 @@ class PyramidOptions(StudentOptions):
         if self.distillation_token is not False and (untaught := recipe.untaught_head()) is not None:
             yield untaught
 
+    def stages_problem(self, key: str, at: Key) -> Problem | None:
+        """Whether the option `key`, if it is set, lacks one number for each stage."""
+        values, stages = getattr(self, key), len(self.size.depths)
+        if values is None or len(values) == stages:
+            return None
+        message = f"one number for each of {stages} stages, got {len(values)}"
+        return Problem(((*at, key), (*at, "depths"), (*at, "model")), message)
+
     def step(self, size: PyramidSize) -> tuple[int, str]:
         """What images' sides must be multiples of, in pixels, and what that is."""
         return size.patch, "the patch size"

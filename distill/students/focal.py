@@ -21,7 +21,15 @@ from distill.recipe.pyramids import Numbers, PyramidOptions, PyramidSize
 from distill.registry import register
 from distill.students.attention.base import AttentionMaps
 from distill.students.attention.windows import FocalWindows
-from distill.students.pyramid import Block, GridAttention, Pyramid, PyramidBuilder, describe, register_sizes
+from distill.students.pyramid import (
+    Block,
+    GridAttention,
+    Pyramid,
+    PyramidBuilder,
+    check_stages,
+    describe,
+    register_sizes,
+)
 
 
 class Options(PyramidOptions):
@@ -50,14 +58,9 @@ class Options(PyramidOptions):
 
     def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
         yield from super().check(recipe, at)
-        if self.focal_windows is None:
-            return
-        if len(self.focal_windows) != len(self.size.depths):
-            yield Problem(
-                ((*at, "focal_windows"), (*at, "depths"), (*at, "model")),
-                f"one number for each of {len(self.size.depths)} stages, got {len(self.focal_windows)}",
-            )
-        elif even := [side for side in self.focal_windows if side % 2 == 0]:
+        if (problem := self.stages_problem("focal_windows", at)) is not None:
+            yield problem
+        elif even := [side for side in self.focal_windows or () if side % 2 == 0]:
             yield Problem(((*at, "focal_windows"),), f"odd numbers of windows a side, got {even[0]}")
 
 
@@ -91,8 +94,7 @@ class FocalTransformer(Pyramid):
         """
         stages = len(size.depths)
         sides = focal_windows or ((7, 5, 3, 1) if stages == 4 else (*[3] * (stages - 1), 1))
-        if len(sides) != stages:
-            raise ValueError(f"focal_windows: one number for each of {stages} stages, got {len(sides)}")
+        check_stages("focal_windows", sides, size)
         ring = size.window // 2 if expand is None else expand
 
         def block(stage: int, index: int, dim: int, drop_path: float) -> Block:

@@ -22,16 +22,17 @@ from distill.options import Key, Problem
 from distill.recipe.pyramids import Numbers, PyramidOptions, PyramidSize
 from distill.registry import register
 from distill.students.attention.base import AttentionMaps
+from distill.students.attention.partition import from_windows, to_windows
 from distill.students.pyramid import (
     Block,
     GridAttention,
     Pyramid,
     PyramidBuilder,
+    check_stages,
     describe,
     init_linear,
     register_sizes,
 )
-from distill.students.windows import from_windows, to_windows
 
 
 class Options(PyramidOptions):
@@ -54,12 +55,8 @@ class Options(PyramidOptions):
 
     def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
         yield from super().check(recipe, at)
-        if self.paths is not None and len(self.paths) != len(self.size.depths):
-            stages = len(self.size.depths)
-            yield Problem(
-                ((*at, "paths"), (*at, "depths"), (*at, "model")),
-                f"one number for each of {stages} stages, got {len(self.paths)}",
-            )
+        if (problem := self.stages_problem("paths", at)) is not None:
+            yield problem
 
 
 class LocalGlobalAttention(GridAttention):
@@ -201,8 +198,7 @@ class LocalGlobalTransformer(Pyramid):
             ValueError: not one number of paths for each stage.
         """
         paths = paths or ((3, 3, 2, 1) if len(size.depths) == 4 else tuple(range(len(size.depths), 0, -1)))
-        if len(paths) != len(size.depths):
-            raise ValueError(f"paths: one number for each of {len(size.depths)} stages, got {len(paths)}")
+        check_stages("paths", paths, size)
 
         def block(stage: int, index: int, dim: int, drop_path: float) -> Block:
             shift = size.window // 2 if index % 2 else 0

@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from distill.recipe.pyramids import PyramidOptions, PyramidSize
-from distill.students.attention.base import AttentionMaps
+from distill.students.attention.base import AttentionMaps, head_width, named_in
 from distill.students.builder import Builder, Built, Images, inputs_of
 
 Stream = Tensor | tuple[Tensor, ...]
@@ -117,8 +117,8 @@ class Pyramid(nn.Module):
         widths = [size.width * 2**stage for stage in range(len(depths))]
         if len(size.heads) != len(depths):
             raise ValueError(f"one number for each stage: {len(depths)} depths and {len(size.heads)} heads")
-        if wrong := [pair for pair in zip(widths, size.heads, strict=True) if pair[1] < 1 or pair[0] % pair[1]]:
-            raise ValueError(f"a width of {wrong[0][0]} does not divide into {wrong[0][1]} heads")
+        for width, heads in zip(widths, size.heads, strict=True):
+            head_width(width, heads)
         if size.sides(img_size)[-1] < 2:
             raise ValueError(f"{len(depths)} stages are too deep for {img_size} px: the last grid has one place")
         self.num_classes = num_classes
@@ -244,12 +244,7 @@ class Pyramid(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay: those that the attention modules name."""
-        return {
-            f"{name}.{parameter}"
-            for name, module in self.named_modules()
-            if isinstance(module, GridAttention)
-            for parameter in module.no_weight_decay()
-        }
+        return named_in(self, GridAttention, "no_weight_decay")
 
     def keeps_from_muon(self) -> set[str]:
         """Kernels of single channels: no matrices between hidden layers."""
@@ -263,6 +258,12 @@ class Pyramid(nn.Module):
         """timm's, for `layer_decay`: a layer a block, or a stage."""
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+
+def check_stages(name: str, values: Sequence[int], size: PyramidSize) -> None:
+    """ValueError unless there is one value for each stage."""
+    if len(values) != len(size.depths):
+        raise ValueError(f"{name}: one number for each of {len(size.depths)} stages, got {len(values)}")
 
 
 def init_linear(module: nn.Module) -> None:

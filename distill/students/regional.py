@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from distill.recipe.pyramids import PyramidOptions, PyramidSize
 from distill.registry import register
 from distill.students.attention.base import AttentionMaps
+from distill.students.attention.partition import from_windows, offsets, padding, to_windows
 from distill.students.pyramid import (
     GridAttention,
     Pyramid,
@@ -30,7 +31,6 @@ from distill.students.pyramid import (
     init_linear,
     register_sizes,
 )
-from distill.students.windows import from_windows, offsets, padding, to_windows
 
 
 class Options(PyramidOptions):

@@ -22,7 +22,7 @@ from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
 from distill.registry import register
-from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState
+from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState, named_in
 from distill.students.builder import Builder, Built, Images, inputs_of
 from distill.students.stem import ConvStem
 from distill.students.weights import load_timm_weights
@@ -122,19 +122,11 @@ class AttentionVisionTransformer(VisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """timm's parameters without weight decay, and those of the attention kinds."""
-        return super().no_weight_decay() | self._of_kinds(AttentionKind.no_weight_decay.__name__)
+        return super().no_weight_decay() | named_in(self, AttentionKind, "no_weight_decay")
 
     def keeps_from_muon(self) -> set[str]:
         """Matrices of the attention kinds that are none between hidden layers."""
-        return self._of_kinds(AttentionKind.keeps_from_muon.__name__)
-
-    def _of_kinds(self, method: str) -> set[str]:
-        return {
-            f"{name}.{parameter}"
-            for name, module in self.named_modules()
-            if isinstance(module, AttentionKind)
-            for parameter in getattr(module, method)()
-        }
+        return named_in(self, AttentionKind, "keeps_from_muon")
 
 
 class AttentionVisionTransformerDistilled(AttentionVisionTransformer, VisionTransformerDistilled):

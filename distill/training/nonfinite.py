@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.errors import RunFailed
-from distill.students.attention import AttentionKind
+from distill.students.attention.base import AttentionKind, named_in
 from distill.training.joined import copy_joined, joined
 
 MAX_NAMED = 16
@@ -203,12 +203,7 @@ class Ema:
 
     def __init__(self, ema: ModelEmaV3, student: nn.Module) -> None:
         self._ema = ema
-        copied = {
-            f"{name}.{buffer}"
-            for name, module in student.named_modules()
-            if isinstance(module, AttentionKind)
-            for buffer in module.not_averaged()
-        }
+        copied = named_in(student, AttentionKind, "not_averaged")
         # Both change in place only, so these references stay valid.
         averages, values = ema.module.state_dict(), student.state_dict()
         self._copied = [

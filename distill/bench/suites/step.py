@@ -1,7 +1,6 @@
 """The training step alone, on one fixed batch: area attention and other kinds over ordinary, pyramids over ViTs,
-compiled over eager, each
-distillation method over plain training, one that has ended, optimizers, and how near the step comes to the machine's
-matrix rate.
+compiled over eager, each distillation method over plain training, one that has ended, optimizers, and how near the step
+comes to the machine's matrix rate.
 """
 
 from __future__ import annotations

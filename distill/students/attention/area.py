@@ -17,7 +17,14 @@ from torch.nn import functional as F
 from distill.options import AttentionOptions, Grid, Key, Problem
 from distill.registry import register
 from distill.students.attention.area_pooling import Areas, coverage, pool, standard_deviation
-from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, PatchGrid, without_mask
+from distill.students.attention.base import (
+    AttentionContext,
+    AttentionKind,
+    AttentionMaps,
+    PatchGrid,
+    head_width,
+    without_mask,
+)
 from distill.students.attention.cpu import attend, eager_on_cpu
 
 
@@ -162,12 +169,10 @@ class AreaAttention(AttentionKind):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
         if key_mode not in (*PLAIN_KEY_MODES, *LEARNED_KEY_MODES):
             raise ValueError(f"key modes are {', '.join((*PLAIN_KEY_MODES, *LEARNED_KEY_MODES))}; got '{key_mode}'")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_width(dim, num_heads)
         self.max_area = max_area
         self.grid = grid
         self.num_prefix_tokens = num_prefix_tokens

@@ -53,6 +53,11 @@ class AttentionMaps(NamedTuple):
     averages: bool = False
     """Whether a key's value is the mean of its tokens' values, not their sum."""
 
+    @property
+    def shares(self) -> Tensor:
+        """[K, tokens]: what a token's value weighs in a key's."""
+        return self.covered / self.covered.sum(1, keepdim=True) if self.averages else self.covered
+
 
 class AttentionKind(nn.Module):
     """Self-attention in place of timm's Attention: tokens [B, N, dim] -> [B, N, dim].
@@ -91,6 +96,23 @@ class AttentionKind(nn.Module):
     def not_averaged(self) -> set[str]:
         """Names of floating-point buffers that moving averages of the weights copy instead."""
         return set()
+
+
+def head_width(dim: int, num_heads: int) -> int:
+    """Of each head. Raises ValueError if they do not divide the width."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
+    return dim // num_heads
+
+
+def named_in(model: nn.Module, kind: type[nn.Module], method: str) -> set[str]:
+    """Names, in the model, of what its modules of this class name by a method: parameters or buffers."""
+    return {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+        for own in getattr(module, method)()
+    }
 
 
 def without_mask(kind: str, attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from distill.options import AttentionOptions
 from distill.registry import register
-from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, without_mask
+from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, head_width, without_mask
 
 RELU_EPSILON = 1e-3
 Kernel = Literal["softmax", "relu"]
@@ -109,9 +109,7 @@ class PerformerAttention(AttentionKind):
     def __init__(self, context: AttentionContext, options: Options) -> None:
         super().__init__()
         dim, heads = context.dim, context.num_heads
-        if heads < 1 or dim % heads:
-            raise ValueError(f"a width of {dim} does not divide into {heads} heads")
-        self.num_heads, self.head_dim = heads, dim // heads
+        self.num_heads, self.head_dim = heads, head_width(dim, heads)
         self.kernel, self.redraw = options.kernel, options.redraw
         self.qkv = nn.Linear(dim, 3 * dim, bias=context.qkv_bias)
         self.proj = nn.Linear(dim, dim)

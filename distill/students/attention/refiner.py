@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from distill.options import AttentionOptions, Grid, Key, Positive, Problem
 from distill.registry import register
-from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, without_mask
+from distill.students.attention.base import AttentionContext, AttentionKind, AttentionMaps, head_width, without_mask
 from distill.students.attention.cpu import eager_on_cpu
 from distill.students.attention.refining import LEAST_IMAGES, MapNorm, refine_on_cpu
 
@@ -68,11 +68,9 @@ class RefinerAttention(AttentionKind):
     def __init__(self, context: AttentionContext, options: Options) -> None:
         super().__init__()
         dim, heads = context.dim, context.num_heads
-        if heads < 1 or dim % heads:
-            raise ValueError(f"a width of {dim} does not divide into {heads} heads")
         if options.kernel_size % 2 == 0:
             raise ValueError(f"a kernel is centred on its query and key: an odd side, got {options.kernel_size}")
-        self.num_heads, self.head_dim = heads, dim // heads
+        self.num_heads, self.head_dim = heads, head_width(dim, heads)
         self.scale = self.head_dim**-0.5 if options.scale is None else options.scale
         self.shared = context.shared
         blocks = sorted(options.chosen(context.depth))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.students.attention.area_pooling import Areas
-from distill.students.attention.base import AttentionMaps
+from distill.students.attention.base import AttentionMaps, head_width
 from distill.students.attention.cpu import attend, eager_on_cpu
 from distill.students.attention.layout import Layout, coarse_index, dense_index, near_index, ring_offsets
+from distill.students.attention.partition import from_windows, to_windows
 from distill.students.attention.windows_cpu import attend_densely, attend_in_windows, is_faster_dense
 
 
@@ -50,13 +51,11 @@ class FocalWindows(nn.Module):
             focal_window: side of the square of pooled windows, odd.
         """
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
         if window < 1 or expand < 0:
             raise ValueError(f"a window has at least one token and a ring no negative width, got {window} and {expand}")
         if focal_window < 1 or focal_window % 2 == 0:
             raise ValueError(f"pooled windows lie around the queries' own: an odd number a side, got {focal_window}")
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads, self.head_dim = num_heads, head_width(dim, num_heads)
         self.window, self.expand, self.focal_window = window, expand, focal_window
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -103,7 +102,8 @@ class FocalWindows(nn.Module):
 
     def _pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, h * w, dim] -> keys and values of the pooled windows [B, rows, columns, 2 * dim]."""
-        tiles = _tiles(patches.unflatten(1, grid), self.window).transpose(2, 3).flatten(3, 4)
+        rows, columns = (-(-side // self.window) for side in grid)
+        tiles = to_windows(patches.unflatten(1, grid), self.window).unflatten(1, (rows, columns))
         # Not `self.pool(...)`, which would need a copy with the tokens last.
         pooled = (self.pool.weight @ tiles + self.pool.bias)[..., 0, :]
         dim = patches.shape[-1]
@@ -176,7 +176,7 @@ def _attend_masked(layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor, co
     window, rows, columns = layout.window, layout.rows, layout.columns
     patches = qkv[:, layout.prefix :].unflatten(1, (layout.height, layout.width)).flatten(3)
     dim, groups = heads * head_dim, rows * columns
-    query = _tiles(patches[..., :dim], window).transpose(2, 3).reshape(batch, groups, window**2, dim)
+    query = to_windows(patches[..., :dim], window)
     keys = torch.cat(
         [
             *_neighbourhoods(patches[..., dim:], window, layout.expand, (rows, columns)),
@@ -195,9 +195,9 @@ def _attend_masked(layout: Layout, qkv: Tensor, pooled: Tensor, near: Tensor, co
     mask = bias.masked_fill(~there[:, None, None], -math.inf)
     mask = F.pad(mask, (0, layout.prefix)).flatten(0, 1)[None].to(query.dtype)
     attended = F.scaled_dot_product_attention(query, key, value, mask)
-    tiles = attended.view(batch, rows, columns, heads, window, window, head_dim)
-    tiles = tiles.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * window, columns * window, heads, head_dim)
-    return tiles[:, : layout.height, : layout.width].flatten(1, 2)
+    attended = attended.view(batch, groups, heads, window**2, head_dim).transpose(2, 3).flatten(3)
+    found = from_windows(attended, window, layout.height, layout.width)
+    return found.unflatten(-1, (heads, head_dim)).flatten(1, 2)
 
 
 def _keys_on_grid(layout: Layout, device: torch.device) -> Tensor:
@@ -243,11 +243,3 @@ def _in_pieces(x: Tensor, window: int) -> Tensor:
 def _spans(reach: int, window: int) -> list[int]:
     """`reach` in pieces of a window's length, the last one maybe shorter."""
     return [min(window, reach - start) for start in range(0, reach, window)]
-
-
-def _tiles(x: Tensor, window: int) -> Tensor:
-    """[B, h, w, D] -> [B, rows, window, columns, window, D], with zeros off the grid."""
-    batch, height, width, channels = x.shape
-    rows, columns = -(-height // window), -(-width // window)
-    padded = F.pad(x, (0, 0, 0, columns * window - width, 0, rows * window - height))
-    return padded.view(batch, rows, window, columns, window, channels)
