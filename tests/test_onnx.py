@@ -33,7 +33,8 @@ def build(channels: int = 3, **spec: Any) -> Student:
         std=(0.2, 0.3, 0.2)[:channels], seed=0,
     )  # fmt: skip
     if hasattr(student.model, "blocks"):
-        student.model.blocks = student.model.blocks[:2]  # the graph of the others is the same
+        shared = (spec.get("attention") or {}).get("share", False)  # between two blocks
+        student.model.blocks = student.model.blocks[: 1 + shared]  # the graph of the others is the same
     with torch.no_grad():
         for name, parameter in student.model.named_parameters():
             if name.startswith("head"):

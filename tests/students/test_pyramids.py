@@ -181,7 +181,7 @@ def test_weight_decay_spares_tables_of_biases(name: str) -> None:
 
 @pytest.mark.parametrize("name", NANO)
 def test_compiled_and_exported_it_is_the_same(name: str) -> None:
-    model = create(name, distilled=True, depths=[2, 1], heads=[3, 6]).train()
+    model = create(name, distilled=True, depths=[1, 1], heads=[3, 6]).train()
     model.set_distilled_training(True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     images, gradients = pixels(2, 3, 32, 32), []

@@ -57,7 +57,13 @@ def _modules_of(name: str) -> list[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*SMALLEST, *LARGER])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if index % 3 == 0 else pytest.param(name, marks=pytest.mark.soak)
+        for index, name in enumerate([*SMALLEST, *LARGER])
+    ],
+)
 def test_maps_stand_beside_the_plain_logits(name: str) -> None:
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
