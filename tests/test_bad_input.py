@@ -56,6 +56,11 @@ def test_recipe_problems_all_at_once(refused, toy: Toy) -> None:
     assert "train.batch_size: 15 does not divide" in message
 
 
+def test_a_key_of_another_variant(refused, toy: Toy) -> None:
+    message = refused(toy.recipe, "distill=[{method: hard, temperature: 2.0}]")
+    assert "distill.0.temperature: unknown key; other variants of 'distill' have it, the chosen one has not" in message
+
+
 @pytest.mark.parametrize(("area", "found"), [("7", "from 1 to the 6 tokens"), ("[3, 1]", "2x2 patch grid, got [3, 1]")])
 def test_area_larger_than_the_grid(refused, toy: Toy, area: str, found: str) -> None:
     assert found in refused(toy.recipe, f"student.attention.max_area={area}")

@@ -194,6 +194,8 @@ def _suggest(path: tuple[str | int, ...]) -> str:
     wrong = str(path[-1])
     siblings = _keys_under(path[:-1])
     elsewhere = [".".join(known) for known in _known_keys() if known[-1] == wrong]
+    if (parent := ".".join(part for part in path[:-1] if isinstance(part, str))) and f"{parent}.{wrong}" in elsewhere:
+        return f"; other variants of '{parent}' have it, the chosen one has not"
     if elsewhere:
         return f"; it belongs at '{elsewhere[0]}'"
     if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
