@@ -11,11 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from distill.errors import InputError
+from distill.files.plain_data import read_json
 from distill.files.text import markdown, write_text
 from distill.recipe import Recipe
 from distill.report.charts import COLOURS, Chart
@@ -26,6 +28,9 @@ from results.arms import HERE, PLAN, Block, Goal, Question, load_arm, says, seed
 from results.cells import Cells, Difference, difference, read_cells
 
 NOT_RUN = "not run"
+SPEED = HERE / "speed"
+TRAINING_IMAGES = 50_000
+"""Of CIFAR-10."""
 STYLES = ("-", "--", ":")
 INTRODUCTION = """\
 # Results
@@ -94,10 +99,35 @@ def table(cells: Cells, block: Block) -> str:
     names = _arms(block)
     if not any(name in cells.runs for name in names):
         return f"None of these has been run: {', '.join(f'`{name}`' for name in names)}."
+    if block.costs:
+        return _table_with_costs(cells, block)
     header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "p", "p over seeds", "in common",
               "minutes"]  # fmt: skip
     rows = [_row(cells, *row) for row in block.rows]
     return lines(header, rows, words=(0, 1, 5, 9))
+
+
+def _table_with_costs(cells: Cells, block: Block) -> str:
+    """The arms with what their students cost, on a quiet machine."""
+    measured: dict[str, Any] = read_json(SPEED / f"{block.name}.json")
+    header = ["arm", "", "parameters", "GFLOPs", "images/s", "epochs", "minutes", "seeds", "top-1 %", "agreement %",
+              "against", "points", "p", "p over seeds"]  # fmt: skip
+    rows = []
+    for row in block.rows:
+        name, says, seeds, top1, _, against, points, p, over_seeds, *_ = _row(cells, *row)
+        cost, recipe = measured["arms"][row[0]], load_arm(row[0], 0)
+        minutes = (1 - recipe.data.validation) * TRAINING_IMAGES * recipe.train.epochs / cost["images_per_second"] / 60
+        agreement = _number(cells.agreement(row[0]), ".2f") if top1 != NOT_RUN else NOT_RUN
+        costs = [f"{cost['parameters'] / 1e6:.2f} M", f"{cost['gflops']:.3f}", f"{cost['images_per_second']:.0f}"]
+        rows.append([name, says, *costs, str(recipe.train.epochs), f"{minutes:.0f}", seeds, top1, agreement, against,
+                     points, p, over_seeds])  # fmt: skip
+    machine = measured["machine"]
+    said = (
+        f"GFLOPs of one image's forward pass; images a second of training, its teacher included, and the minutes that "
+        f"follow from them, on a quiet {machine['device_name']} in {machine['precision']} with {machine['threads']} "
+        "thread(s), by `python -m results.speed`. Agreement: test images that student and teacher decide alike."
+    )
+    return f"{lines(header, rows, words=(0, 1, 10))}\n\n{said}"
 
 
 def _row(cells: Cells, arm: str, against: str | None = None) -> list[str]:

@@ -74,6 +74,16 @@ class Cells:
         found = [seconds for run in self.of(arm) if (seconds := run.status.get("training_seconds"))]
         return float(np.mean(found)) / 60 if found else None
 
+    def agreement(self, arm: str) -> float | None:
+        """Percentage of test images that student and teacher decide alike, the mean over the seeds."""
+        pairs = [(run.predictions, self._teacher(run)) for run in self.of(arm)]
+        shares = [
+            _percent(decisions(ours.logits["student.fused"]) == decisions(theirs.logits["student.fused"]))
+            for ours, theirs in pairs
+            if theirs is not None
+        ]
+        return float(np.mean(shares)) if shares else None
+
     def teacher(self, run: RunFiles) -> tuple[str, float] | None:
         """What a run's teacher is, and its accuracy on the test set."""
         if (predictions := self._teacher(run)) is None:

@@ -142,8 +142,13 @@ def step_arm(
     """Training steps on one batch, `at` this progress of the run, from 0 to 1."""
     trainer = build_trainer(recipe, accelerator, teacher)
     trainer.progress.step = round(at * trainer.schedule_steps)
+    return steps_of(name, trainer)
+
+
+def steps_of(name: str, trainer: Trainer) -> Arm:
+    """Training steps on one batch."""
     batch = next(endless_batches(trainer))
-    return Arm(name, lambda: trainer.train_step(batch), recipe.train.batch_size, step_flops(trainer))
+    return Arm(name, lambda: trainer.train_step(batch), trainer.recipe.train.batch_size, step_flops(trainer))
 
 
 def endless_batches(trainer: Trainer) -> Iterator[list[Batch]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from scipy import stats
 
 from distill.errors import InputError
 from distill.report.runs import read_run
-from results import build
+from results import build, speed
 from results.arms import PLAN, Goal
 from results.cells import difference, read_cells
 from results.collect import collect
@@ -79,6 +80,33 @@ def test_one_seed_has_no_deviation_and_its_own_test(tmp_path: Path, make_cell: M
     row = rows(section(build.build(cells)["README.md"], "Does area attention help?"))["nano-area-4"]
     assert row[3] == f"{100 * sum(a) / SAMPLES:.2f}"
     assert row[8:10] == ["", "neither"]
+
+
+def test_a_block_with_costs_has_what_was_measured_of_them(tmp_path: Path, make_cell: MakeCell) -> None:
+    runs = [make_cell(name, 0, strength) for name, strength in (("students-plain", 1.0), ("students-focal", 2.0))]
+    collect([tmp_path / "there"], tmp_path / "kept")
+    text = section(build.build(read_cells(tmp_path / "kept"))["README.md"], "Which attention, which student?")
+    plain, focal = (rows(text)[name] for name in ("students-plain", "students-focal"))
+    costs = json.loads((build.SPEED / "students.json").read_text())["arms"]["students-focal"]
+    assert focal[2:6] == ["1.28 M", f"{costs['gflops']:.3f}", f"{costs['images_per_second']:.0f}", "3"]
+    assert float(focal[6]) == pytest.approx(3 * 45_000 / costs["images_per_second"] / 60, abs=0.5)
+    for row, run in zip((plain, focal), runs, strict=True):
+        predictions = read_run(run).predictions
+        ours, theirs = (predictions.logits[name].argmax(1) for name in ("student.fused", "teacher"))
+        assert row[9] == f"{100 * float((ours == theirs).mean()):.2f}"
+    assert focal[8] == f"{100 * sum(right(runs[1])) / SAMPLES:.2f}"
+    assert focal[10:12] == ["students-plain", f"{100 * (sum(right(runs[1])) - sum(right(runs[0]))) / SAMPLES:+.2f}"]
+    assert rows(text)["students-refiner"][8:10] == ["not run", "not run"]
+
+
+def test_the_speed_of_arms_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert speed.main(["laptop", "--repetitions", "2"], to=tmp_path) == 0
+    measured = json.loads((tmp_path / "laptop.json").read_text())
+    assert measured["machine"]["threads"] == 1
+    ours, growing = measured["arms"]["laptop"], measured["arms"]["laptop-growing"]
+    assert ours["parameters"] == growing["parameters"] > 600_000
+    assert growing["images_per_second"] > ours["images_per_second"] > 0  # the first steps of growing images are small
 
 
 def test_a_difference_turned_round_is_the_same_one(tmp_path: Path, make_cell: MakeCell) -> None:
