@@ -302,6 +302,25 @@ def teachers(options: argparse.Namespace) -> None:
         console.print(*one_teacher(spec, recipe.data.resolution))
 
 
+def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a recipe to copy to recipes/NAME.yaml")
+
+
+def recipes(options: argparse.Namespace) -> None:
+    """List the recipes of this package; with NAME, copy it and those that it names to recipes/ in this folder."""
+    from distill.console import console, say
+    from distill.shipped import copy_recipe, shipped_recipes, table
+
+    if not options.names:
+        console.print(table(shipped_recipes()))
+        return
+    for name in options.names:
+        copied = copy_recipe(name, Path())
+        for path in copied:
+            say(str(path))
+        say(f"next: accelerate launch -m distill.train {copied[0]}")
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", nargs="?", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -349,6 +368,7 @@ COMMANDS: dict[
     "compare": ("compare runs in a report", _compare_arguments, compare),
     "export": ("write a run's student as a timm folder", _export_arguments, export),
     "predict": ("classify images with an exported student", _predict_arguments, predict),
+    "recipes": ("list the recipes of this package, or copy one", _recipes_arguments, recipes),
     "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
     "teachers": ("list the known teachers, or one's feature maps", _teachers_arguments, teachers),
 }

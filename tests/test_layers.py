@@ -20,6 +20,7 @@ LAYERS = [
     "distill.cli",
     "distill.api",
     "distill.commands",
+    "distill.shipped",
     "distill.bench",
     "distill.dry_run",
     "distill.pipeline",
