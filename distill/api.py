@@ -250,20 +250,21 @@ def export(
 
 @reachable()
 def predict(
-    student: str | PathLike[str] | LoadedStudent, images: Sequence[str | PathLike[str] | Image]
+    student: str | PathLike[str] | LoadedStudent, images: Sequence[str | PathLike[str] | Image], *, top: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """The five most probable classes of each image, with their probabilities, the most probable first.
+    """The most probable classes of each image, with their probabilities, the most probable first.
 
     Args:
         student: an export folder, or the result of `load_student`.
         images: files or Pillow images.
+        top: how many classes, at most.
 
     Raises:
         InputError: the folder holds no intact export, or a file is no image.
     """
     from distill.exports.prediction import LoadedStudent, most_probable
 
-    return most_probable(student if isinstance(student, LoadedStudent) else load_student(student), images)
+    return most_probable(student if isinstance(student, LoadedStudent) else load_student(student), images, top)
 
 
 @reachable()

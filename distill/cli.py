@@ -268,19 +268,35 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="an exported student")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("folder", type=Path, metavar="STUDENT", help="an exported student, or a run directory")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders, patterns such as 'photos/*.jpg', or -: standard input, an image or a path a line",
+    )
+    parser.add_argument("--top", type=_count, default=5, metavar="N", help="classes of each image; default: 5")
+    parser.add_argument("--batch", type=_count, default=64, metavar="N", help="images at a time; default: 64")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV, a line an image")
+    form.add_argument("--json", dest="form", action="store_const", const="json", help="print JSON, an object a line")
 
 
-def predict(options: argparse.Namespace) -> None:
-    """Print the five most probable classes of images for an exported student."""
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"1 or more, got {number}")
+    return number
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Print the most probable classes of images. An image that cannot be read costs a line, and exit code 2."""
     from distill import api
-    from distill.console import console, say
-    from distill.exports.prediction import table
+    from distill.exports.prediction_command import export_folder
+    from distill.exports.prediction_command import predict as print_answers
 
-    for path, classes in zip(options.images, api.predict(options.folder, options.images), strict=True):
-        say(str(path))
-        console.print(table(classes))
+    student = api.load_student(export_folder(options.folder))
+    problems = print_answers(student, options.images, form=options.form, top=options.top, batch=options.batch)
+    return 2 if problems else 0
 
 
 def _teachers_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.bar import Bar
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
-from distill.console import console
 from distill.data.augment import to_float
 from distill.data.images import ImageRules, Source, decode, to_square
 from distill.errors import InputError
 from distill.exports.folder import load_export
-from distill.files.text import visible
 from distill.inputs import InputAdapter, InputContract, Preparation
 from distill.report.metrics import are_numbers
 from distill.students import merge_heads
@@ -90,8 +86,43 @@ def load_student(folder: str | Path) -> LoadedStudent:
     return LoadedStudent(merge_heads(student.model).requires_grad_(False), transform, labels)
 
 
+class Answer(NamedTuple):
+    """What a student says of one image."""
+
+    image: str
+    """Its path, or 'image'."""
+    classes: list[tuple[str, float]]
+    """The most probable ones and their probabilities, the most probable first; empty if there is a problem."""
+    problem: str | None = None
+    """Why there is no answer, with the path."""
+
+
+def answers(
+    student: LoadedStudent, images: Iterable[str | PathLike[str] | Image.Image], *, top: int = TOP, batch: int = BATCH
+) -> Iterator[Answer]:
+    """Answers in the order of the images, `batch` of them at a time; an image without one is no error."""
+    remaining = iter(images)
+    while sources := list(islice(remaining, batch)):
+        read = [_read_or_problem(source, student.transform) for source in sources]
+        inputs = [found for found in read if isinstance(found, Tensor)]
+        logits = student.model(torch.stack(inputs)) if inputs else torch.empty(0, len(student.labels))
+        rows = zip(logits.softmax(-1), are_numbers(logits.numpy()), strict=True)
+        for source, found in zip(sources, read, strict=True):
+            if not isinstance(found, Tensor):
+                yield Answer(_name(source), [], found)
+                continue
+            probabilities, answered = next(rows)
+            if not answered:
+                problem = f"{_name(source)}: the student's logits are not numbers, so it has no answer."
+                yield Answer(_name(source), [], problem)
+                continue
+            best = probabilities.topk(min(top, len(student.labels)))
+            labels = [student.labels[label] for label in best.indices.tolist()]
+            yield Answer(_name(source), list(zip(labels, best.values.tolist(), strict=True)))
+
+
 def most_probable(
-    student: LoadedStudent, images: Sequence[str | PathLike[str] | Image.Image]
+    student: LoadedStudent, images: Sequence[str | PathLike[str] | Image.Image], top: int = TOP
 ) -> list[list[tuple[str, float]]]:
     """The most probable classes of each image, and their probabilities, the most probable first.
 
@@ -99,17 +130,18 @@ def most_probable(
         InputError: a file is no image, or the student's logits for it are not numbers.
     """
     found = []
-    for start in range(0, len(images), BATCH):
-        inputs = torch.stack([_read(image, student.transform) for image in images[start : start + BATCH]])
-        logits = student.model(inputs)
-        for source, answered in zip(images[start : start + BATCH], are_numbers(logits.numpy()), strict=True):
-            if not answered:
-                raise InputError(f"{_name(source)}: the student's logits are not numbers, so it has no answer.")
-        for probabilities in logits.softmax(-1):
-            top = probabilities.topk(min(TOP, len(student.labels)))
-            labels = [student.labels[label] for label in top.indices.tolist()]
-            found.append(list(zip(labels, top.values.tolist(), strict=True)))
+    for answer in answers(student, images, top=top):
+        if answer.problem is not None:
+            raise InputError(answer.problem)
+        found.append(answer.classes)
     return found
+
+
+def _read_or_problem(source: str | PathLike[str] | Image.Image, transform: Transform) -> Tensor | str:
+    try:
+        return _read(source, transform)
+    except InputError as error:
+        return str(error)
 
 
 def _name(source: str | PathLike[str] | Image.Image) -> str:
@@ -118,13 +150,3 @@ def _name(source: str | PathLike[str] | Image.Image) -> str:
 
 def _read(source: str | PathLike[str] | Image.Image, transform: Transform) -> Tensor:
     return transform(source) if isinstance(source, Image.Image) else transform.read(os.fspath(source), str(source))
-
-
-def table(classes: Sequence[tuple[str, float]]) -> Table:
-    """What `most_probable` says of one image, for a console."""
-    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    has_bars = console.encoding.startswith("utf")  # their characters
-    for label, share in classes:
-        bar = Bar(1.0, 0.0, share, width=30) if has_bars else Text("#" * round(30 * share))
-        shown.add_row(f"{100 * share:6.2f} %", bar, Text(visible(label)))
-    return shown
