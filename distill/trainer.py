@@ -152,6 +152,14 @@ class Trainer:
         """Whether this is the end of an epoch or of the run."""
         return self.progress.step == self.total_steps or self.progress.step % self.steps_per_epoch == 0
 
+    def is_logged(self, step: int) -> bool:
+        """Whether a line of metrics is due after so many steps: every `train.log_every`, and at the end of an epoch, or
+        of the run, that would have none.
+        """
+        every, epoch = self.recipe.train.log_every, self.steps_per_epoch
+        epoch_ends = step % epoch == 0 or step == self.total_steps
+        return step % every == 0 or (epoch_ends and step // every * every <= (step - 1) // epoch * epoch)
+
     @property
     def evaluation_due(self) -> bool:
         """Whether to evaluate here: at the end of the run, and of every `train.evaluate_every` epochs."""
@@ -200,7 +208,7 @@ class Trainer:
                     if progress.step == compiled_at:
                         self.end_compilation()
                     display.advance(progress.step)
-                    if progress.step % train.log_every == 0:
+                    if self.is_logged(progress.step):
                         self.log(tracking)
                     if (reason := stop.reason()) is not None:
                         self.save(run)
@@ -238,7 +246,7 @@ class Trainer:
         if self.compilation.on_cuda:
             torch.cuda.synchronize()
         self.progress.compilation_seconds += self.accumulator.take_seconds()
-        if self.progress.step % self.recipe.train.log_every:  # else a line is due, of at least one step
+        if not self.is_logged(self.progress.step):  # else a line of at least one step
             self.accumulator.start_clock()
 
     def saved_if_interrupted(self, batches: Iterator[list[Batch]], run: Run) -> Iterator[list[Batch]]:
@@ -286,7 +294,7 @@ class Trainer:
             torch.manual_seed(_seed_of(recipe.seed, step, self.accelerator.process_index, index))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                shares_due = self.gradient_shares.due(step, index)
+                shares_due = self.gradient_shares.enabled and index == 0 and self.is_logged(step + 1)
                 with self.gradient_shares.forward_pass(shares_due):
                     loss, parts = self.model(batch, StepIndex(step, index), progress)
                 if shares_due:

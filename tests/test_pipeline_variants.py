@@ -255,3 +255,18 @@ def test_tensorboard_gets_all_that_the_metrics_have(toy: Toy, tmp_path: Path) ->
     # The best step may be an earlier one; W&B drops what is logged for a step before the last.
     assert [step for step, _ in scalars["test/student/top1"]] == [7]
     assert max(step for step, _ in scalars["epoch"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [(100, None, [6, 12, 18]), (100, 8, [6, 8]), (4, None, [4, 8, 12, 16]), (7, None, [6, 7, 14]), (1, 3, [1, 2, 3])],
+)
+def test_every_epoch_has_a_line_of_metrics(
+    toy: Toy, tmp_path: Path, every: int, steps: int | None, expected: list[int]
+) -> None:
+    """Of three epochs of six steps; with the shares of the gradients, which are measured for a line."""
+    train = toy.mapping()["train"] | {"log_every": every, "max_steps": steps, "log_gradient_share": True}
+    go(from_mapping(toy.mapping(train=train), default_name="toy"), tmp_path / "run", None)
+    lines = list(run.read_metrics(tmp_path / "run", "train"))
+    assert [line["step"] for line in lines] == expected
+    assert all("gradient_share/soft" in line for line in lines)

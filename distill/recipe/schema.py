@@ -315,7 +315,12 @@ class Train(Section):
     keep_checkpoints: int = Field(
         2, gt=0, description="Number of newest checkpoints to keep, besides the best one.", json_schema_extra=MAY_CHANGE
     )
-    log_every: int = Field(50, gt=0, description="Steps between lines of metrics.", json_schema_extra=MAY_CHANGE)
+    log_every: int = Field(
+        50,
+        gt=0,
+        description="Steps between lines of metrics; an epoch has one at least.",
+        json_schema_extra=MAY_CHANGE,
+    )
     log_gradient_share: bool = Field(
         False,
         description="Also log each loss part's share of the gradient norms, at some cost per line.",

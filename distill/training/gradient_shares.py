@@ -19,15 +19,11 @@ class GradientShares:
     """
 
     def __init__(self, train: Train, accelerator: Accelerator, student: nn.Module) -> None:
-        self._every = train.log_every if train.log_gradient_share else 0
+        self.enabled = train.log_gradient_share
         self._accelerator = accelerator
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.latest: dict[str, Tensor] = {}
         """Scalars from 0 to 1 by part, on the device."""
-
-    def due(self, step: int, micro_batch: int) -> bool:
-        """Whether to measure at this micro-batch of step `step`, both from 0."""
-        return bool(self._every) and micro_batch == 0 and (step + 1) % self._every == 0
 
     @staticmethod
     def forward_pass(due: bool) -> AbstractContextManager[object]:
