@@ -318,6 +318,29 @@ def teachers(options: argparse.Namespace) -> None:
         console.print(*one_teacher(spec, recipe.data.resolution))
 
 
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument("--watch", action="store_true", help="go on, every two seconds, until Ctrl-C")
+
+
+def runs(options: argparse.Namespace) -> None:
+    """List the runs in a folder: state, age, epoch, accuracy, teacher and size."""
+    from distill.listing import show_runs
+
+    show_runs(options.folder, watch=options.watch)
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print what a run has recorded, and how to go on with it."""
+    from distill.listing import show_run
+
+    show_run(options.run)
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a recipe to copy to recipes/NAME.yaml")
 
@@ -384,6 +407,8 @@ COMMANDS: dict[
     "compare": ("compare runs in a report", _compare_arguments, compare),
     "export": ("write a run's student as a timm folder", _export_arguments, export),
     "predict": ("classify images with an exported student", _predict_arguments, predict),
+    "runs": ("list runs with their state and accuracy", _runs_arguments, runs),
+    "show": ("print what a run has recorded", _show_arguments, show),
     "recipes": ("list the recipes of this package, or copy one", _recipes_arguments, recipes),
     "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
     "teachers": ("list the known teachers, or one's feature maps", _teachers_arguments, teachers),

@@ -22,6 +22,7 @@ from distill.data import Dataset, open_dataset
 from distill.data.facts import facts
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
+from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.files.regular import reachable
 from distill.finishing import check_control, describe_export, finish, report_on
@@ -160,7 +161,7 @@ def _execute(
         trainer.evaluator.teacher_logits[preflight["split"]] = teacher_logits
     trainer.open_cache()
 
-    environment = run.describe_environment(
+    environment = describe_environment(
         num_processes=accelerator.num_processes,
         precision=recipe.train.precision,
         device=accelerator.device,

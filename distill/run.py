@@ -7,25 +7,17 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import re
-import shutil
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from distill import registry
 from distill.console import LogFile
-from distill.cores import cores
 from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.durable import clear, describe_failure
 from distill.files.metrics import MetricsFile, read_lines
@@ -33,10 +25,8 @@ from distill.files.plain_data import MOST_BYTES, parse_json, read_json, read_res
 from distill.files.records import Environment, Status, check
 from distill.files.regular import check_no_links, read_bytes, regular
 from distill.files.text import write_text
-from distill.launching.determinism import allowed_tf32
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping
 from distill.recipe.reading import short
-from distill.version import __version__
 
 RUNS = Path("runs")
 MOST_OF_LOCK = 1000
@@ -405,42 +395,3 @@ def new_path(recipe: Recipe) -> Path:
     while (path := RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}").exists():
         time.sleep(0.1)  # another run of this name started in this second
     return path
-
-
-def describe_environment(
-    *, num_processes: int, precision: str | None, device: torch.device, threads: int
-) -> dict[str, Any]:
-    """Content of `environment.json`: versions, machine, processes, precision, commit."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy")
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "versions": {"distill": __version__, **{name: metadata.version(name) for name in packages}},
-        "commit": _commit(),
-        "processes": num_processes,
-        "precision": precision,
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": threads,
-        "cores": cores(),
-        **({"tf32": allowed_tf32()} if device.type == "cuda" else {}),
-    }
-
-
-def _commit() -> str | None:
-    """Git commit of the checkout that this code runs from; None without a checkout or git."""
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / ".git").exists() or shutil.which("git") is None:
-        return None
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

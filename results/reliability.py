@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from distill.environment import describe_environment
 from distill.files.text import write_text
 from distill.launching.processes import set_threads
-from distill.run import describe_environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -20,10 +20,10 @@ import torch
 
 from distill.bench import arms
 from distill.bench.measure import Machine
+from distill.environment import describe_environment
 from distill.files.text import write_text
 from distill.flops import count_flops
 from distill.launching.processes import with_precision
-from distill.run import describe_environment
 from distill.trainer import Trainer
 from results.arms import HERE, PLAN, load_arm
 

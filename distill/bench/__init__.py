@@ -18,10 +18,10 @@ from rich.markdown import Markdown
 
 from distill.bench.measure import Machine, Row, table
 from distill.console import console, say
+from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.files.text import write_text
 from distill.launching.processes import set_threads, start_processes
-from distill.run import describe_environment
 
 SIZES = {"cpu": ("vit_nano", "vit_tiny"), "cuda": ("vit_tiny",)}
 BATCH_SIZE = {"cpu": 128, "cuda": 1024}
