@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +201,7 @@ def _resuming(command: list[str], path: Path) -> str:
     left_out = ("--resume", "--out")
     kept = [
         word
-        for before, word in zip(command, command[1:], strict=False)
+        for before, word in pairwise(command)
         if before not in left_out and word != "train" and word.partition("=")[0] not in left_out
     ]
     begun = ["accelerate", "launch", command[0]] if command and command[0].endswith(".py") else ["distill", "train"]
