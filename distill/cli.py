@@ -193,10 +193,17 @@ def _show(run: Path) -> None:
 
 
 def validate(options: argparse.Namespace) -> None:
-    """Check a recipe and print it fully resolved."""
+    """Check a recipe, and that what it names is there, and print it fully resolved."""
     from distill.recipe import load
+    from distill.recipe.loading import Problem, listed
+    from distill.validation import doubtful, missing
 
-    print(load(options.target, options.overrides).to_yaml(), end="")
+    recipe = load(options.target, options.overrides)
+    if problems := [Problem(found.keys[0], found.message) for found in missing(recipe, plugins=bool(options.plugin))]:
+        raise InputError(listed(problems, options.target))
+    for warning in doubtful(recipe):
+        print(f"warning: {visible(warning)}", file=sys.stderr)
+    print(recipe.to_yaml(), end="")
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     "distill.api",
     "distill.commands",
     "distill.shipped",
+    "distill.validation",
     "distill.listing",
     "distill.bench",
     "distill.dry_run",

@@ -46,10 +46,10 @@ def test_one_teacher_a_list_and_none_read_alike() -> None:
 
 def test_a_recipe_is_named_after_its_file(tmp_path: Path) -> None:
     (tmp_path / "my run.yaml").write_text("seed: 3\n")
-    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "other.yaml").write_text("seed: 0\n")
     (tmp_path / "named.yaml").write_text("name: other\n")
     assert load(tmp_path / "my run.yaml").name == "my-run"
-    assert load(tmp_path / "empty.yaml").name == "empty"
+    assert load(tmp_path / "other.yaml").name == "other"
     assert load(str(tmp_path / "named.yaml")).name == "other"
 
 

@@ -129,7 +129,7 @@ def test_a_missing_choice_among_shapes_is_said_in_words_of_the_recipe(raw: dict[
         ("control=1", ["boolean", "1"]),
         ("control='yes'", ["boolean", "'yes'"]),
         ("name=1", ["string"]),
-        ("name=a/b", ["pattern", "a/b"]),
+        ("name=a/b", ["letters, digits", "a/b"]),
         ("data.root=''", ["at least 1"]),
         ("data=3", ["3"]),
         ("data=null", ["None"]),

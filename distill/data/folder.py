@@ -97,6 +97,8 @@ def _scan(root: Path, skip: bool, test: bool) -> Folder:
 
 def _splits(root: Path, test: bool) -> dict[str, Path]:
     """The folder of each split; see `scan`."""
+    if not root.is_dir():
+        raise InputError(f"data.root: no such folder: {root}; {LAYOUT}")
     found = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
     if test and not found and root.is_dir():
         if split := [name for name in _class_folders(root) if name.casefold() in LIKE_SPLITS]:

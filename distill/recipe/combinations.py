@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from distill.options import Key, Problem
+from distill.recipe.installed import own_students, timm_models
 from distill.recipe.schema import Recipe
 
 
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
     """All problems, in the order of the recipe's keys; variants' options check their own."""
-    student = recipe.student.check(recipe, ("student",))
-    return [*_data(recipe), *_teacher(recipe), *student, *_losses(recipe), *_train(recipe)]
+    return [*_data(recipe), *_teacher(recipe), *_student(recipe), *_losses(recipe), *_train(recipe)]
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -71,6 +72,17 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(((*path, "cache"), ("distill",)), "without distillation there is nothing to store")
         if teacher.cache != recipe.teachers[0].cache:
             yield Problem(((*path, "cache"),), "the logits of an ensemble are stored as a whole: the same for all")
+
+
+def _student(recipe: Recipe) -> Iterator[Problem]:
+    student = recipe.student
+    problems = list(student.check(recipe, ("student",)))
+    if problems and student.model not in {*own_students(), *timm_models()}:  # one mistyped name, not each of its keys
+        meant = difflib.get_close_matches(student.model, own_students(), n=1)
+        if meant:
+            message = f"nothing is called '{student.model}'; did you mean '{meant[0]}'?"
+            problems = [Problem((("student", "model"),), message)]
+    yield from problems
 
 
 def _losses(recipe: Recipe) -> Iterator[Problem]:

@@ -20,6 +20,8 @@ from distill.recipe.schema import Recipe
 from distill.recipe.variants import UNKNOWN_SOURCE, recipe_model
 
 MOST_PROBLEMS = 40
+KEY_OF_SECTION = {"teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind"}
+"""The key that a single word in place of a section probably means."""
 
 
 class Problem(NamedTuple):
@@ -37,7 +39,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: the file or its base is missing or no YAML mapping, or lists all problems of the recipe.
     """
     path = Path(path)
-    raw, bases = with_bases(read_mapping(path), path, path.parent)
+    given = read_mapping(path)
+    if not given and not overrides:
+        raise InputError(f"{path}: the recipe is empty. `distill recipes` lists some to begin with.")
+    raw, bases = with_bases(given, path, path.parent)
     source = f"{path} (base: {', '.join(map(short, bases))})" if bases else str(path)
     return from_mapping(raw, overrides, source=source, default_name=_name_from(path))
 
@@ -71,15 +76,20 @@ def from_mapping(
             if not any(key[: len(path)] == path for key in check.keys for path in broken)
         ]
     if problems or recipe is None:
-        distinct = list(dict.fromkeys(problems))
-        lines = [f"\n  {problem}" for problem in distinct[:MOST_PROBLEMS]]
-        if len(distinct) > MOST_PROBLEMS:
-            lines.append(f"\n  and {len(distinct) - MOST_PROBLEMS} more")
-        raise InputError(f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}")
+        raise InputError(listed(problems, source))
     label_weight = recipe.label_weight
     if label_weight is None:
         label_weight = 0.5 if any(objective.needs.logits for objective in recipe.distill) else 1.0
     return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
+
+
+def listed(problems: Sequence[Problem], source: str) -> str:
+    """The message of all problems of a recipe."""
+    distinct = list(dict.fromkeys(problems))
+    lines = [f"\n  {problem}" for problem in distinct[:MOST_PROBLEMS]]
+    if len(distinct) > MOST_PROBLEMS:
+        lines.append(f"\n  and {len(distinct) - MOST_PROBLEMS} more")
+    return f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}"
 
 
 def known_part(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,6 +190,10 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
         return [Problem(path, f"the key '{choice}' is missing; it selects the variant"), *unknown]
     if kind == UNKNOWN_SOURCE:
         return [Problem((*path, "source"), f"{item['msg']}; got {short(repr(value['source']))}")]
+    if isinstance(value, str) and (key := KEY_OF_SECTION.get(str(path[-1]) if path else "")):
+        return [Problem(path, f"a section of keys, such as {{{key}: {short(value)}}}, got {short(repr(value))}")]
+    if kind == "string_pattern_mismatch":
+        return [Problem(path, f"letters, digits, '.', '_' and '-' alone, got {short(repr(value))}")]
     shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
     text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
     return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]

@@ -287,7 +287,9 @@ def test_both_unicode_forms_of_a_name_are_one_class(make_folder: Any) -> None:
 
 
 def test_folders_that_are_none(make_folder: Any, tmp_path: Path) -> None:
-    assert "has no train folder" in problem(tmp_path / "nowhere")
+    assert "no such folder" in problem(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "has no train folder" in problem(tmp_path / "empty")
     root = make_folder()
     os.rename(root / "test", root / "tset")
     assert "has no test or val folder" in problem(root)

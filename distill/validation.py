@@ -1,0 +1,84 @@
+"""What a recipe names and is not there, as far as files and the source of installed packages tell without torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from distill.options import Key, Problem
+from distill.recipe import FROM_PYTHON, Recipe, Teacher, reader_names, reader_of
+from distill.recipe.installed import optimizers, own_students, timm_models, torchvision_models
+from teachers.zoo import ZOO
+
+SUGGESTED = 3
+FOLDERS = ("folder", "imagenet")
+"""Values of `data.name` whose images are in a folder, `data.root`."""
+
+
+def missing(recipe: Recipe, *, plugins: bool) -> Iterator[Problem]:
+    """Names that nothing has, and files that are not there.
+
+    Args:
+        plugins: whether plugins are loaded: they may register any model or optimizer.
+    """
+    yield from _data(recipe)
+    for index, teacher in enumerate(recipe.teachers):
+        at: Key = ("teacher", index) if isinstance(recipe.teacher, list) else ("teacher",)
+        yield from _teacher(teacher, at, plugins)
+    if recipe.student.family == "timm_model" and not plugins:
+        yield from _unknown(recipe.student.model, [*own_students(), *timm_models()], ("student", "model"))
+    if (weights := recipe.student.weights) is not None and not (Path(weights) / "config.json").is_file():
+        yield Problem((("student", "weights"),), f"no export there: {weights}")
+    if not plugins:
+        yield from _unknown(recipe.optim.name, optimizers(), ("optim", "name"))
+
+
+def doubtful(recipe: Recipe) -> Iterator[str]:
+    """What can be run and is rarely meant."""
+    if recipe.optim.warmup_epochs >= recipe.train.epochs:
+        yield (
+            f"optim.warmup_epochs: {recipe.optim.warmup_epochs:g} of train.epochs {recipe.train.epochs}: the learning "
+            "rate only rises"
+        )
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    name, root = recipe.data.name, Path(recipe.data.root)
+    if reader_of(name) is None:
+        yield from _unknown(name, reader_names(), ("data", "name"))
+    elif name in FOLDERS and not root.is_dir():
+        yield Problem((("data", "root"),), f"no such folder: {root}")
+    elif name.endswith((".safetensors", ".csv")) and not (root / name).is_file():
+        yield Problem((("data", "name"),), f"no such file: {root / name}")
+
+
+def _teacher(teacher: Teacher, at: Key, plugins: bool) -> Iterator[Problem]:
+    for key in ("weights", "recipe"):
+        path = getattr(teacher, key)
+        if path is not None and not Path(path).is_file():
+            yield Problem(((*at, key),), f"no such file: {path}")
+    name = teacher.model
+    if name is None or name == FROM_PYTHON or name in ZOO or name.startswith("hf_hub:"):
+        return
+    prefix, _, rest = name.partition(":" if name.startswith("local-dir:") else "/")
+    if prefix == "local-dir":
+        if not (Path(rest) / "config.json").is_file():
+            yield Problem(((*at, "model"),), f"no model of timm's layout there (no config.json): {rest}")
+    elif prefix == "torchvision" and rest:
+        yield from _unknown(rest, torchvision_models(), (*at, "model"))
+    elif not plugins:
+        yield from _unknown(name, [*ZOO, *timm_models()], (*at, "model"))
+
+
+def _unknown(name: str, known: Iterable[str], at: Key) -> Iterator[Problem]:
+    """A problem unless `name`, without timm's tag after the dot, is known."""
+    names = set(known)
+    plain = name.partition(".")[0].removeprefix("timm/").lower() if at[-1] == "model" else name
+    if not names or plain in names or name in names:
+        return
+    near = difflib.get_close_matches(plain, sorted(names), n=SUGGESTED, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(repr(one) for one in near)}?" if near else "see `distill teachers` and timm's list"
+    )
+    yield Problem((at,), f"nothing is called '{name}'; {hint}")
