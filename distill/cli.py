@@ -105,7 +105,8 @@ def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str, *, number: str = "+") -> None:
     """Add a target of that name and overrides, which `_take_target` separates."""
     parser.set_defaults(target_name=name)
-    parser.add_argument("arguments", nargs=number, metavar=f"{name} key=value", help=explanation)
+    parser.usage = f"{parser.prog} {name if number == '+' else f'[{name}]'} [key=value ...] [options]"
+    parser.add_argument("arguments", nargs=number, metavar=name, help=explanation)
 
 
 def _load_plugins(options: argparse.Namespace) -> None:
