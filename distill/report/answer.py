@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from distill.report.comparison import Comparison
 from distill.report.page import Column, Table
-from distill.report.statistics import SIGNIFICANT, PairedTest, p_text
+from distill.report.statistics import EQUAL, SIGNIFICANT, PairedTest, p_text
 
 COUNTED = (
     "GFLOPs: two operations for each multiply-add of matrix products and convolutions, by one algorithm on any device: "
@@ -41,16 +41,21 @@ def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
     test = comparison.test(student, control)
     told = f"The same network trained without the teacher reaches {control.metrics.top1:.2f} %: "
     if test.p >= SIGNIFICANT:
-        yield f"{told}no effect of distillation is shown ({test.points:+.2f} points, {p_text(test.p)})."
+        yield f"{told}no effect of distillation is shown ({test.points:+.2f} points, {_sure(test)})."
     else:
         what = "gains" if test.points > 0 else "costs"
-        yield f"{told}under this seed distillation {what} {abs(test.points):.2f} points ({p_text(test.p)})."
+        yield f"{told}under this seed distillation {what} {abs(test.points):.2f} points ({_sure(test)})."
 
 
 def _against(test: PairedTest) -> str:
     if test.p >= SIGNIFICANT:
-        return f"with no difference shown ({test.points:+.2f} points, {p_text(test.p)}) from"
-    return f"{abs(test.points):.2f} points {'above' if test.points > 0 else 'below'} ({p_text(test.p)})"
+        shown = f"equal within {EQUAL:g} point" if test.p_equal < SIGNIFICANT else "with no difference shown"
+        return f"{shown} ({test.points:+.2f} points, {_sure(test)}) from"
+    return f"{abs(test.points):.2f} points {'above' if test.points > 0 else 'below'} ({_sure(test)})"
+
+
+def _sure(test: PairedTest) -> str:
+    return f"95 % interval {test.low:+.2f} to {test.high:+.2f}, {p_text(test.p)}"
 
 
 def main_table(comparison: Comparison, *, narrow: bool = False) -> Table:
