@@ -253,6 +253,19 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=("fused", "cls", "dist"), default="fused", help="only one of the two heads (default: both)"
     )
+    parser.add_argument(
+        "--int8", action="store_true", help="with model.int8.onnx too, calibrated and measured on the run's data"
+    )
+    parser.add_argument(
+        "--max-drop", type=float, default=0.5, metavar="POINTS", help="of top-1 that int8 may lose; default: 0.5"
+    )
+    parser.add_argument(
+        "--keep-float",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="a layer, or all of a part such as blocks.5, that int8 leaves in float32; may be repeated",
+    )
     parser.add_argument("--license", default="unknown", metavar="ID", help="for the model card, such as apache-2.0")
 
 
@@ -261,6 +274,8 @@ def export(options: argparse.Namespace) -> None:
     from distill import api
     from distill.console import say
 
+    if options.keep_float and not options.int8:
+        raise InputError("--keep-float: without --int8 all layers are in floating point; leave it away, or add --int8.")
     say(
         str(
             api.export(
@@ -270,6 +285,9 @@ def export(options: argparse.Namespace) -> None:
                 half=options.fp16,
                 head=options.head,
                 license=options.license,
+                int8=options.int8,
+                max_drop=options.max_drop,
+                keep_float=options.keep_float,
             )
         )
     )

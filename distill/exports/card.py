@@ -61,6 +61,8 @@ class Card:
     license: str = "unknown"
     half: bool = False
     onnx: bool = False
+    int8: Any = None
+    """What its int8 file costs, an `int8.Cost`."""
 
     @property
     def metadata(self) -> dict[str, str]:
