@@ -65,8 +65,9 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """`status.json`: `state` ('running', 'finished', 'interrupted', 'failed', or 'killed' if no process was left to
-        write it), `reason`, `step`, `epoch`, the last `metrics`, and so on.
+        """`status.json`: `state` ('running', 'finished', 'trained' by a recipe without `train.test`, 'interrupted',
+        'failed', or 'killed' if no process was left to write it), `reason`, `step`, `epoch`, the last `metrics`, and
+        so on.
         """
         from distill import run
 

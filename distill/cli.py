@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distill.errors import InputError, Interrupted
 from distill.files.regular import reachable
@@ -182,8 +182,13 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _show(run: Path) -> None:
-    """Print the table of a finished run, and the paths of its files."""
+    """Print the table of a finished run, and the paths of its files; of one without a test, how to go on."""
     from distill.console import console, say
+    from distill.run import is_finished
+
+    if not is_finished(run):
+        say(f"trained  {run} (train.test is false: no test, control or report; --resume with true does them)")
+        return
     from distill.report.comparison import compare
     from distill.report.tables import render_console
 
@@ -416,6 +421,52 @@ def bench(options: argparse.Namespace) -> None:
     )
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    explanation = "a YAML file of a sweep, or with --teachers or --seeds a recipe; and overrides of the recipe"
+    _target_arguments(parser, "SWEEP", explanation)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the sweep is, and goes on")
+    parser.add_argument(
+        "--max-trials", type=_count, default=100, metavar="N", help="refuse a sweep of more runs; default: 100"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--seeds", type=_count, metavar="N", help="the recipe itself, under so many seeds")
+    instead.add_argument(
+        "--teachers", metavar="A,B,...", help="short pilots of the recipe with each of these teachers: names or recipes"
+    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="training of each pilot of --teachers; default: 10")
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Run a recipe under other keys, methods, teachers and seeds, ranked on validation; the best one is tested. The
+    same command goes on with a sweep that was stopped or killed."""
+    from distill.errors import RunFailed
+    from distill.launching.exit_messages import EXIT_FAILED, EXIT_INTERRUPTED
+
+    limits: dict[str, Any] = {"max_trials": options.max_trials, "plugins": options.plugin}
+    target = Path(options.target)
+    if options.minutes is not None and (options.teachers is None or options.minutes <= 0):
+        raise InputError("--minutes: how long each pilot of --teachers trains; above 0, and only with them.")
+    try:
+        from distill.sweep.command import PILOT_MINUTES, pilots, run_sweep, seeds_of
+        from distill.sweep.schema import read_sweep
+
+        if options.teachers is not None:
+            names = [name.strip() for name in options.teachers.split(",") if name.strip()]
+            planned = pilots(target, names, options.overrides, options.minutes or PILOT_MINUTES, **limits)
+        elif options.seeds is not None:
+            planned = seeds_of(target, options.seeds, options.overrides, **limits)
+        else:
+            planned = read_sweep(target, options.overrides, **limits)
+        run_sweep(planned, options.out)
+    except Interrupted as stopped:
+        print(f"interrupted: {stopped}; the same command goes on with {visible(str(options.out))}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except RunFailed as error:
+        print(f"failed: {visible(str(error))}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -436,6 +487,7 @@ COMMANDS: dict[
     "runs": ("list runs with their state and accuracy", _runs_arguments, runs),
     "show": ("print what a run has recorded", _show_arguments, show),
     "recipes": ("list the recipes of this package, or copy one", _recipes_arguments, recipes),
+    "sweep": ("run a recipe under other keys, teachers and seeds", _sweep_arguments, sweep),
     "bench": ("measure speed and memory on this machine", _bench_arguments, bench),
     "teachers": ("list the known teachers, or one's feature maps", _teachers_arguments, teachers),
 }

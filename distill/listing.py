@@ -192,7 +192,7 @@ def _facts(
     for name in ("report.html", "export", "predictions.safetensors", "metrics.jsonl"):
         if (path / name).exists():
             yield name.partition(".")[0], str(path / name)
-    if row.state in ("interrupted", "killed", "failed"):
+    if row.state in ("interrupted", "killed", "failed", "trained"):
         yield "go on", _resuming(environment.get("command") or [], path)
 
 

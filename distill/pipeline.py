@@ -104,7 +104,7 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
         shared.stop.limit(recipe.train.max_minutes)
         execute(recipe, location, shared, source=source)
         shared.stop.finish()
-        if PartialState().is_main_process:
+        if recipe.train.test and PartialState().is_main_process:
             report_on(location.directory)
         return location.directory
 
@@ -119,7 +119,7 @@ def execute(
     try:
         with reachable(lambda: not directory.opened):
             _execute(recipe, location, shared, directory, source=source, dataset=dataset)
-        directory.status("finished")
+        directory.status("finished" if recipe.train.test else "trained")
         if shared.stop.runs[0] is not directory:
             shared.stop.runs.remove(directory)
     except BaseException as error:
@@ -187,6 +187,8 @@ def _execute(
         directory.status(
             "running",
             data_digest=dataset.info.digest,
+            data_sizes=dict(dataset.info.sizes),
+            selected_by=trainer.evaluator.primary,
             data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},
             teacher_weights=weights,
             parameters=count_parameters(trainer.student, teacher),
@@ -195,7 +197,7 @@ def _execute(
             _log.info("run directory: %s", location.directory)
             _train(trainer, tracking, location, shared, preflight)
         tracking.close()  # a tracker has one run at a time, and the control's is next
-        if recipe.control:
+        if recipe.control and recipe.train.test:
             directory.status(phase="control")
             accelerator.free_memory()
             del trainer
@@ -241,6 +243,9 @@ def _train(
         trainer.cache.start()
     with advising(recipe, trainer.plan, trainer.dataset.augmenter.paired):
         trainer.fit(tracking, shared.stop)
+    if not recipe.train.test:
+        directory.status(seconds=trainer.seconds)
+        return
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := used(recipe):

@@ -196,7 +196,8 @@ class Run:
         lock.flush()
 
     def status(self, state: str | None = None, **values: Any) -> None:
-        """Merge `values` into `status.json`, atomically; `state` is running, finished, interrupted or failed.
+        """Merge `values` into `status.json`, atomically; `state` is running, finished, trained, interrupted or
+        failed.
 
         Raises:
             RunFailed: `finished`, or the metrics before it, cannot be written. Other failures are warnings.

@@ -54,7 +54,15 @@ class Launched:
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.dry_run", "distill.commands", "distill.report.document"])
+    context.set_forkserver_preload(
+        [
+            "distill.dry_run",
+            "distill.commands",
+            "distill.report.document",
+            "distill.sweep.command",
+            "distill.sweep.study",
+        ]
+    )
     return context
 
 

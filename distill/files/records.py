@@ -66,6 +66,8 @@ class Status(Record):
     epoch: Size = 0.0
     phase: Name | None = None
     data_digest: Name | None = None
+    data_sizes: dict[Name, Count] = {}
+    selected_by: Name | None = None
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
     exported: Exported | None = None

@@ -58,9 +58,18 @@ def from_mapping(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
 ) -> Recipe:
     """Validate a recipe given as plain data, whose `base` is relative to the working directory; see `load`."""
+    recipe, problems = resolve(raw, overrides, source=source, default_name=default_name)
+    if recipe is None:
+        raise InputError(listed(problems, source))
+    return recipe
+
+
+def resolve(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "recipe", default_name: str = "run"
+) -> tuple[Recipe | None, list[Problem]]:
+    """The resolved recipe, or None and its problems; see `from_mapping`."""
     raw, _ = with_bases(raw, Path(source), Path())
-    data = {str(key): _plain(value, f"{source}: {short(str(key))}") for key, value in raw.items()}
-    problems = [problem for text in overrides if (problem := _override(data, text))]
+    data, problems = overridden(raw, overrides, source=source)
     if "base" in data:
         problems.append(Problem(("base",), "cannot be overridden; name the base in the recipe itself"))
     recipe, invalid = _validate(data)
@@ -76,20 +85,28 @@ def from_mapping(
             if not any(key[: len(path)] == path for key in check.keys for path in broken)
         ]
     if problems or recipe is None:
-        raise InputError(listed(problems, source))
+        return None, problems
     label_weight = recipe.label_weight
     if label_weight is None:
         label_weight = 0.5 if any(objective.needs.logits for objective in recipe.distill) else 1.0
-    return recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
+    return recipe.replace(name=recipe.name or default_name, label_weight=label_weight), []
 
 
-def listed(problems: Sequence[Problem], source: str) -> str:
+def overridden(
+    raw: Mapping[str, Any], overrides: Sequence[str], *, source: str = "recipe"
+) -> tuple[dict[str, Any], list[Problem]]:
+    """A copy of plain data with `key=value` overrides, and what is wrong with these."""
+    data = {str(key): _plain(value, f"{source}: {short(str(key))}") for key, value in raw.items()}
+    return data, [problem for text in overrides if (problem := _override(data, text))]
+
+
+def listed(problems: Sequence[Problem], source: str, what: str = "recipe") -> str:
     """The message of all problems of a recipe."""
     distinct = list(dict.fromkeys(problems))
     lines = [f"\n  {problem}" for problem in distinct[:MOST_PROBLEMS]]
     if len(distinct) > MOST_PROBLEMS:
         lines.append(f"\n  and {len(distinct) - MOST_PROBLEMS} more")
-    return f"{source}: {len(distinct)} problem(s) in the recipe:{''.join(lines)}"
+    return f"{source}: {len(distinct)} problem(s) in the {what}:{''.join(lines)}"
 
 
 def known_part(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,9 +211,15 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
         return [Problem(path, f"a section of keys, such as {{{key}: {short(value)}}}, got {short(repr(value))}")]
     if kind == "string_pattern_mismatch":
         return [Problem(path, f"letters, digits, '.', '_' and '-' alone, got {short(repr(value))}")]
+    return [Problem(path, plain_message(item))]
+
+
+def plain_message(item: Any) -> str:
+    """What one of pydantic's errors says, in the words of this project."""
+    value = item["input"]
     shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
     text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
-    return [Problem(path, f"{text[0].lower()}{text[1:]}{shown}")]
+    return f"{text[0].lower()}{text[1:]}{shown}"
 
 
 def _nearest(wrong: Any, expected: str) -> str:

@@ -326,6 +326,12 @@ class Train(Section):
         description="Also log each loss part's share of the gradient norms, at some cost per line.",
         json_schema_extra=MAY_CHANGE,
     )
+    test: bool = Field(
+        True,
+        description="End with the test images, the control and the report. false: end before them, in the state "
+        "'trained', as a trial of `distill sweep` does; `--resume` with true does the rest.",
+        json_schema_extra=MAY_CHANGE,
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="Also log there, through accelerate.", json_schema_extra=MAY_CHANGE
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,16 +22,19 @@ from distill.report.tables import render_markdown
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(comparison: Comparison, html: Path) -> list[Path]:
+def write_report(comparison: Comparison, html: Path, before: Sequence[Section] = ()) -> list[Path]:
     """Write `html` and, beside it, the same as .md, .json and the learning curves as .svg; each appears whole or not at
     all.
+
+    Args:
+        before: sections that come before those on the runs.
 
     Raises:
         InputError: `html` does not end in .html or is a folder.
     """
     if html.suffix != ".html" or html.is_dir():
         raise InputError(f"{html}: give the report a file name that ends in .html.")
-    shown = sections(comparison)
+    shown = [*before, *sections(comparison)]
     filed = [part for section in shown for part in section.parts if isinstance(part, Plot) and part.filed]
     images = {plot.name: html.with_name(f"{html.stem}-{plot.name}.svg") for plot in filed}
     addresses = {name: quote(path.name) for name, path in images.items()}

@@ -37,7 +37,7 @@ _log = logging.getLogger("distill")
 
 
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """The recipe that trains this teacher, with the data root of the student's recipe.
+    """The recipe that trains this teacher to its end, with the data root of the student's recipe.
 
     Raises:
         InputError: it cannot be read, has other data, or itself needs a teacher that a recipe trains.
@@ -56,7 +56,8 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
             f"teacher.recipe: {spec.recipe} needs a teacher that a recipe trains. Launch it on its own, then give "
             "teacher.model=local-dir:ITS_EXPORT."
         )
-    return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
+    data = teacher.data.model_copy(update={"root": recipe.data.root})
+    return teacher.replace(data=data, train=teacher.train.model_copy(update={"test": True}))
 
 
 def teacher_directory(recipe: Recipe, spec: TeacherSpec) -> Path:
