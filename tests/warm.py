@@ -54,15 +54,8 @@ class Launched:
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "distill.dry_run",
-            "distill.commands",
-            "distill.report.document",
-            "distill.sweep.command",
-            "distill.sweep.study",
-        ]
-    )
+    commands = ["distill.dry_run", "distill.commands", "distill.sweep.command", "distill.sweep.study"]
+    context.set_forkserver_preload([*commands, "distill.report.document"])
     return context
 
 

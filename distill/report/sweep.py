@@ -36,8 +36,8 @@ def summary(record: Record) -> str:
     sentences = [f"{', '.join(told)}."]
     if ranking:
         best = ranking[0]
-        sentences.append(f"The best on validation, {best['mean']:.2f} %, has {described(best['labels'])}." if record["keys"]
-                         else f"On validation: {best['mean']:.2f} %.")  # fmt: skip
+        with_what = f" has {described(best['labels'])}" if record["keys"] else " is that of the recipe as it is"
+        sentences.append(f"The best on validation, {best['mean']:.2f} %,{with_what}.")
         if len(ranking) > 1:
             sentences.append("As the best of several it is flattered by that figure.")
         if "test" in record["chosen"]:

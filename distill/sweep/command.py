@@ -31,6 +31,7 @@ from distill.validation import missing
 
 BEGAN = "sweep.yaml"
 RECIPE = "recipe.yaml"
+JOBS = "jobs"
 PILOT_MINUTES = 10.0
 OF_TEACHERS = (
     "A teacher's own accuracy does not tell how much a student learns from it: a stronger one may be too far ahead of "
@@ -49,25 +50,20 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
     from distill.sweep.study import Study  # Optuna may be missing
 
     with _held(out):
+        options = sweep.options
+        executor = executor_of(options.executor, options.parallel, out / JOBS, options.options)
         _begin(sweep, out)
         study = Study(sweep, out)
-        options = sweep.options
-        executor = executor_of(options.executor, options.parallel, out / "jobs", options.options)
         scheduler = Scheduler(sweep, study, executor, out, out / RECIPE)
-        found: dict[str, Any] = {}
-        try:
-            scheduler.search()
-            groups = ranked(study.trials())
-            if not groups:
-                raise RunFailed(f"{out}: no trial is complete; {_first_failure(scheduler)}")
-            if sweep.tested:
-                say(f"testing {', '.join(trial.name for trial in groups[0])}, and the controls")
-                scheduler.finish(groups[0])
-        finally:
-            found = record(sweep, study, out)
-            if "teacher" in found["keys"]:
-                found["told"].append(_of_teachers(found))
-            write_text(out / "sweep.json", json.dumps(found, indent=1) + "\n")
+        scheduler.search()
+        groups = ranked(study.trials())
+        _write(record(sweep, study, out), out)
+        if not groups:
+            raise RunFailed(f"{out}: no trial is complete; {_first_failure(scheduler)}")
+        if sweep.tested:
+            say(f"testing {', '.join(trial.name for trial in groups[0])}, and the controls")
+            scheduler.finish(groups[0])
+        found = _write(record(sweep, study, out), out)
         console.print(render_sweep(found))
         say(f"{summary(found)}\n{ranking_table(found).caption}")
         if sweep.tested:
@@ -77,6 +73,13 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
             say(f"report   {out / 'report.html'}")
         say(f"sweep    {out / 'sweep.json'}")
         return found
+
+
+def _write(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    if "teacher" in found["keys"]:
+        found["told"].append(_of_teachers(found))
+    write_text(out / "sweep.json", json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def pilots(
@@ -140,7 +143,7 @@ def _begin(sweep: Sweep, out: Path) -> None:
     """Write what the sweep is, once; a sweep that goes on must be the same."""
     began, identity = out / BEGAN, sweep.identity()
     if not began.exists():
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in (".lock", RECIPE))
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in (".lock", RECIPE, JOBS))
         if foreign:
             raise InputError(f"{out}: exists and is no sweep (it has {foreign[0]}). Choose another --out.")
         absent = [
@@ -187,11 +190,11 @@ def _held(out: Path) -> Iterator[None]:
         yield
     except InputError:
         if not (out / BEGAN).exists():  # nothing half-written is left
-            for name in (".lock", RECIPE):
-                (out / name).unlink(missing_ok=True)
-            if created:
+            (out / RECIPE).unlink(missing_ok=True)
+            (out / ".lock").unlink()
+            for folder in (out / JOBS, *([out] if created else [])):
                 with suppress(OSError):
-                    out.rmdir()
+                    folder.rmdir()
         raise
     finally:
         os.close(lock)

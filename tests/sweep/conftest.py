@@ -42,8 +42,9 @@ def status(**values):
     (path / "status.tmp").rename(path / "status.json")
 
 def line(event, epoch, **values):
+    values |= {"event": event, "step": 10 * epoch, "epoch": epoch, "time": time.time()}
     with (path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"event": event, "step": 10 * epoch, "epoch": epoch, "time": time.time(), **values}) + "\\n")
+        file.write(json.dumps(values) + "\\n")
 
 path.mkdir(parents=True, exist_ok=True)
 lock = open(path / ".lock", "a")

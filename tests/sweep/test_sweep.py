@@ -71,19 +71,17 @@ def test_each_drawn_configuration_has_all_seeds_and_a_sweep_that_goes_on_repeats
     drawn = [group[0]["values"] for group in by_configuration.values()]
     assert all(group[0]["values"] == group[1]["values"] for group in by_configuration.values())
     assert len({values["optim.lr"] for values in drawn}) == 4
-    assert all(
-        1.0e-4 <= values["optim.lr"] <= 5.0e-3 and isinstance(values["train.batch_size"], int) for values in drawn
-    )
+    assert all(1.0e-4 <= values["optim.lr"] <= 5.0e-3 for values in drawn)
+    assert all(8 <= values["train.batch_size"] <= 64 for values in drawn)
     assert Counter(note["trial"] for note in sweeps.notes("trained")) == dict.fromkeys(
         (trial["name"] for trial in found["trials"]), 1
     )
 
 
 def test_hyperband_stops_what_falls_behind_and_does_not_rank_it(sweeps: Sweeps) -> None:
-    sweeps.write(
-        keys={"optim.lr": [3.0e-3, 1.0e-3, 1.1e-3, 1.2e-3]}, stop={"method": "hyperband", "factor": 2}, minutes=5
-    )
-    sweeps.trainer = {"seconds": 0.5}
+    keys = {"optim.lr": [3.0e-3, 1.0e-3, 1.1e-3, 1.2e-3]}
+    sweeps.write(keys=keys, stop={"method": "hyperband", "factor": 2}, minutes=5)
+    sweeps.trainer = {"seconds": 0.4}
     found = sweeps.search()
     pruned = [trial for trial in found["trials"] if trial["state"] == "pruned"]
     assert pruned
@@ -99,7 +97,7 @@ def test_minutes_stop_every_trial_and_rank_it_by_what_it_reached(sweeps: Sweeps)
     sweeps.trainer = {"seconds": 0.8}
     found = sweeps.search()
     assert [trial["note"] for trial in found["trials"]] == ["after 0.02 minutes"] * 2
-    assert all(0.02 <= trial["minutes"] < 0.05 for trial in found["trials"])
+    assert all(1 <= trial["epoch"] < 4 for trial in found["trials"])
     assert [rank["values"]["optim.lr"] for rank in found["ranking"]] == [3.0e-3, 1.0e-3]
     assert sweeps.notes("trained") == []
 
@@ -191,9 +189,8 @@ def test_trials_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_study_opens_in_optuna(sweeps: Sweeps) -> None:
     optuna = pytest.importorskip("optuna")
     sweeps.write(keys={"distill": [[], [{"method": "hard"}]], "optim.lr": [1.0e-3]}, minutes=5)
-    (sweeps.folder / "recipe.yaml").write_text(
-        "data: {name: digits}\nteacher: {model: resnet18}\nstudent: {model: vit_nano, patch_size: 4}\n"
-    )
+    recipe = sweeps.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "teacher: {model: resnet18}\n")
     found = sweeps.search()
     assert [trial["labels"]["distill"] for trial in found["trials"]] == ["none", "hard"]
     assert [note["given"]["control"] for note in sweeps.notes("begun")] == ["false", "true"]
