@@ -17,7 +17,6 @@ import argparse
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from distill.errors import InputError
 from distill.run import holder_of, is_finished, read_recipe, read_status
+from distill.sweep.jobs import Process
 from results.arms import ARMS, HERE, PLAN, cells, identity, load_arm, overrides
 
 COLLECTED = HERE / "runs"
@@ -43,7 +43,7 @@ class Campaign:
         self.stopping = False
         self._minutes = float("inf") if minutes is None else minutes
         self._deadline = float("inf") if hours is None else time.monotonic() + 3600 * hours
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     def path(self, arm: str, seed: int) -> Path:
         return self.runs / f"{arm}-{seed}"
@@ -76,11 +76,8 @@ class Campaign:
     def _launch(self, path: Path, command: Sequence[str]) -> None:
         log = self.runs / f"{path.name}.log"
         print(f"{time.strftime('%H:%M:%S')} {path.name}: {'goes on' if path.exists() else 'begun'}", flush=True)
-        with log.open("ab") as file:  # a session of its own: Ctrl-C comes to it through the campaign, once
-            self._process = subprocess.Popen(
-                [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-            )
-            code = self._process.wait()
+        self._process = Process([sys.executable, *command], log)
+        code = self._process.wait()
         if code == 0:
             result = read_status(path).get("metrics", {}).get("student/top1")
             said = "finished" + ("" if result is None else f", {result:.2f} %")
@@ -96,7 +93,7 @@ class Campaign:
     def _stop(self, number: int, frame: object) -> None:
         self.stopping = True
         if self._process is not None:
-            self._process.terminate()
+            self._process.stop()
 
 
 def finished_identities(folders: Sequence[Path]) -> Iterator[str]:

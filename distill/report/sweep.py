@@ -39,7 +39,7 @@ def summary(record: Record) -> str:
         with_what = f" has {described(best['labels'])}" if record["keys"] else " is that of the recipe as it is"
         sentences.append(f"The best on validation, {best['mean']:.2f} %,{with_what}.")
         if len(ranking) > 1:
-            sentences.append("As the best of several it is flattered by that figure.")
+            sentences.append("That figure is optimistic, being the largest of several.")
         if "test" in record["chosen"]:
             sentences.append("No other trial has seen the test images.")
     return " ".join([*sentences, *record["told"]])

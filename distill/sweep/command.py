@@ -23,10 +23,11 @@ from distill.report.comparison import compare
 from distill.report.document import write_report
 from distill.report.sweep import ranking_table, render_sweep, summary, sweep_section
 from distill.report.tables import render_console
-from distill.sweep.jobs import executor_of
+from distill.sweep.jobs import Executor, Processes, Submitit
 from distill.sweep.ranking import ranked, record
 from distill.sweep.scheduler import Scheduler
 from distill.sweep.schema import Sweep, check_sweep
+from distill.sweep.study import Study
 from distill.validation import missing
 
 BEGAN = "sweep.yaml"
@@ -47,11 +48,13 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
         Interrupted: by a signal; the same command goes on.
         RunFailed: no trial is complete, or the chosen one cannot be finished.
     """
-    from distill.sweep.study import Study  # Optuna may be missing
-
     with _held(out):
         options = sweep.options
-        executor = executor_of(options.executor, options.parallel, out / JOBS, options.options)
+        executor: Executor
+        if options.executor == "processes":
+            executor = Processes(options.parallel, launched=options.command is not None)
+        else:
+            executor = Submitit(options.executor, options.parallel, out / JOBS, options.options)
         _begin(sweep, out)
         study = Study(sweep, out)
         scheduler = Scheduler(sweep, study, executor, out, out / RECIPE)

@@ -117,8 +117,9 @@ class Elsewhere:
 class Processes:
     """Runs as processes of this machine: one on each GPU, or with a share of the cores each."""
 
-    def __init__(self, parallel: int | None) -> None:
-        self._devices = visible_gpus()
+    def __init__(self, parallel: int | None, *, launched: bool = False) -> None:
+        """`launched`: by a launcher of the user's, which has the GPUs to itself."""
+        self._devices = [] if launched else visible_gpus()
         self.parallel = parallel or len(self._devices) or 1
         self.threads = None if self._devices or self.parallel == 1 else max(1, cores() // self.parallel)
         self._running: list[tuple[Process, str | None]] = []
@@ -206,10 +207,6 @@ class SubmittedJob:
             self._job.cancel(check=False)
 
     kill = stop
-
-
-def executor_of(kind: str, parallel: int | None, folder: Path, options: dict[str, Any]) -> Executor:
-    return Processes(parallel) if kind == "processes" else Submitit(kind, parallel, folder, options)
 
 
 def training_command(given: Sequence[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ from distill.files.metrics import read_lines
 from distill.run import read_status
 from tests import warm
 from tests.conftest import Toy
+from tests.sweep.forked import trials_are_forks
 
 RATES = (3.0e-3, 1.0e-6)
 STUDENT = {"model": "vit_nano", "patch_size": 4}
@@ -29,7 +30,7 @@ def swept(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     sweep = {"base": "recipe.yaml", "keys": {"optim.lr": list(RATES), "seed": [0, 1]}, "parallel": 2}
     for name, content in (("recipe", recipe), ("teacher", teacher), ("sweep", sweep)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    launched = warm.launch(["sweep", "sweep.yaml", "--out", "out"], cwd=folder)
+    launched = warm.launch(["sweep", "sweep.yaml", "--out", "out"], cwd=folder, before=trials_are_forks)
     assert launched.wait(280) == [0], launched.output
     return folder, launched.output
 
@@ -47,14 +48,13 @@ def test_the_test_images_are_read_for_the_chosen_one_and_its_control_alone(swept
     assert len(chosen) == 2
     for trial in record["trials"]:
         path = folder / "out" / trial["path"]
-        splits = [line["split"] for line in read_lines(path / "metrics.jsonl") if line["event"] == "eval"]
+        lines = [line for line in read_lines(path / "metrics.jsonl") if line["event"] == "eval"]
+        splits = [line["split"] for line in lines]
         tested = trial["path"] in chosen
         assert splits.count("test") == int(tested)
         assert read_status(path)["state"] == ("finished" if tested else "trained")
         assert [(path / name).exists() for name in ("export", "predictions.safetensors", "control")] == [tested] * 3
-        best = max(
-            line["student/top1"] for line in read_lines(path / "metrics.jsonl") if line.get("split") == "validation"
-        )
+        best = max(line["student/top1"] for line in lines if line["split"] == "validation")
         assert trial["validation"] == best
 
 
@@ -86,15 +86,15 @@ def test_the_teacher_is_trained_once_while_the_others_wait(swept: tuple[Path, st
     assert read_status(teacher)["state"] == "finished"
     starts = [line for line in read_lines(teacher / "metrics.jsonl") if line["event"] in ("start", "resume")]
     assert [line["event"] for line in starts] == ["start"]
-    digests = {read_status(path)["teacher_weights"][key] for path in (folder / "out" / "trials").iterdir()
-               for key in read_status(path)["teacher_weights"]}  # fmt: skip
-    assert len(digests) == 1
+    weights = [read_status(path)["teacher_weights"] for path in (folder / "out" / "trials").iterdir()]
+    assert len(weights) == 4
+    assert weights == weights[:1] * 4
 
 
 def test_a_finished_sweep_runs_nothing_again(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     before = {path: path.stat().st_mtime_ns for path in folder.glob("out/trials/*/metrics.jsonl")}
-    launched = warm.launch(["sweep", "sweep.yaml", "--out", "out"], cwd=folder)
+    launched = warm.launch(["sweep", "sweep.yaml", "--out", "out"], cwd=folder, before=trials_are_forks)
     assert launched.wait() == [0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "begins" not in launched.output
@@ -105,20 +105,17 @@ def test_pilots_of_teachers_are_ranked_with_their_own_accuracy(toy: Toy, tmp_pat
     (tmp_path / "work").mkdir()
     path = tmp_path / "work" / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    words = ["sweep", path, "--teachers", "cifar_resnet20,local-dir:net", "--minutes", "0.05", "--out", "out"]
+    words = ["sweep", path, "--teachers", "cifar_resnet20,local-dir:net", "--minutes", "0.1", "--out", "out"]
     launched = warm.launch([*words, "train.checkpoint_every=10000"], cwd=path.parent)
     assert launched.wait(200) == [2]  # no such folder
     assert "net" in launched.output
-    (path.parent / "other.yaml").write_text(
-        yaml.safe_dump(
-            {"data": recipe["data"], "student": {"model": "cifar_resnet20"}, "train": TRAIN, "report": recipe["report"]}
-        )
-    )
+    other = {"data": recipe["data"], "student": {"model": "cifar_resnet20"}, "train": TRAIN, "report": recipe["report"]}
+    (path.parent / "other.yaml").write_text(yaml.safe_dump(other))
     words[3] = "cifar_resnet20,other.yaml"
-    launched = warm.launch(words, cwd=path.parent)
+    launched = warm.launch(words, cwd=path.parent, before=trials_are_forks)
     assert launched.wait(200) == [0], launched.output
     record = found(path.parent)
-    assert [trial["note"] for trial in record["trials"]] == ["after 0.05 minutes"] * 2
+    assert [trial["note"] for trial in record["trials"]] == ["after 0.1 minutes"] * 2
     assert all(isinstance(trial["teacher"], float) for trial in record["trials"])
     assert all(rank["interval"][0] < rank["mean"] < rank["interval"][1] for rank in record["ranking"])
     assert "A teacher's own accuracy does not tell how much a student learns from it" in launched.output
