@@ -145,12 +145,19 @@ def _coordinates(record: Record, trials: list[Record]) -> Chart:
 def _value(trial: Record, name: str, record: Record) -> Any:
     if name == record["metric"]:
         return trial["validation"]
-    return trial["seed"] if name == "seed" else trial["values"][name]
+    if name == "seed":
+        return trial["seed"]
+    value = trial["values"][name]
+    return value if _is_number(value) else trial["labels"][name]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _positions(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     """Heights from 0 to 1 of the values on one axis, and its ticks: numbers in scale, others evenly, in their order."""
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = [value for value in values if _is_number(value)]
     if len(numbers) == len(values) and min(numbers) < max(numbers):
         logarithmic = min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
         scaled = [math.log(number) if logarithmic else float(number) for number in numbers]

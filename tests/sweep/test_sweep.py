@@ -81,7 +81,7 @@ def test_each_drawn_configuration_has_all_seeds_and_a_sweep_that_goes_on_repeats
 def test_hyperband_stops_what_falls_behind_and_does_not_rank_it(sweeps: Sweeps) -> None:
     keys = {"optim.lr": [3.0e-3, 1.0e-3, 1.1e-3, 1.2e-3]}
     sweeps.write(keys=keys, stop={"method": "hyperband", "factor": 2}, minutes=5)
-    sweeps.trainer = {"seconds": 0.4}
+    sweeps.trainer = {"seconds": 0.3}
     found = sweeps.search()
     pruned = [trial for trial in found["trials"] if trial["state"] == "pruned"]
     assert pruned
