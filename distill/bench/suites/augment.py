@@ -75,15 +75,15 @@ def _views_one_by_one(pixels: torch.Tensor) -> Arm:
 def _transform(group: View) -> transforms.Compose:
     """A view of the group as in DINO's code, with torchvision's blur."""
     assert group.color_jitter is not None
+    jitter = transforms.ColorJitter(**dict(group.color_jitter))
+    blur = transforms.GaussianBlur(2 * min(8, group.size - 1) + 1, tuple(group.blur_sigma))
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(group.size, group.scale, group.ratio, InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(**dict(group.color_jitter))], group.jitter_probability),
+            transforms.RandomApply([jitter], group.jitter_probability),
             transforms.RandomGrayscale(group.grey),
-            transforms.RandomApply(
-                [transforms.GaussianBlur(2 * min(8, group.size - 1) + 1, tuple(group.blur_sigma))], group.blur
-            ),
+            transforms.RandomApply([blur], group.blur),
             transforms.RandomSolarize(128, group.solarize),
             transforms.PILToTensor(),
         ]
