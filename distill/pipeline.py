@@ -22,6 +22,7 @@ from distill.data import Dataset, open_dataset
 from distill.data.facts import facts
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
+from distill.data.unlabelled import warn_of_leaks
 from distill.errors import InputError
 from distill.files.regular import reachable
 from distill.finishing import check_control, describe_export, finish, report_on
@@ -180,13 +181,17 @@ def _execute(
         status = on_main(lambda: run.read_status(location.directory))
         for key, value in facts(dataset.info, recipe.data):
             _log.info("%s: %s", key, value)
+        if recipe.distill and accelerator.is_main_process:
+            warn_of_leaks(dataset)
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])
         directory.status(
             "running",
             data_digest=dataset.info.digest,
+            unlabelled_digest=dataset.info.unlabelled_digest,
             data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},
+            training_images={"labelled": dataset.info.sizes["train"], "unlabelled": dataset.info.unlabelled},
             teacher_weights=weights,
             parameters=count_parameters(trainer.student, teacher),
         )

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from distill.methods.base import LogitsMethod
 from distill.methods.precision import at_least_float32
-from distill.options import LogitsOptions, NonNegative, Positive, Weight, WeightSchedule, weight
+from distill.options import LogitsOptions, Needs, NonNegative, Positive, Weight, WeightSchedule, weight
 from distill.registry import register
 
 
 class Options(LogitsOptions):
+    needs = Needs(logits=True, labels=True)
     method: Literal["dkd"] = Field("dkd", description="Decoupled distillation (Zhao et al. 2022).")
     weight: Weight = weight(WeightSchedule(start=0.0, end=1.0, until=0.08))
     alpha: NonNegative = Field(1.0, description="Weight of the part on the target class.")

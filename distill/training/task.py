@@ -65,6 +65,8 @@ class Task(nn.Module):
         self.weights, self.side, self.label_smoothing = weights, side, label_smoothing
         self.blocks = tuple(sorted({block for method in methods.values() for block in method.blocks}))
         self.views = max([1, *(method.options.needs.views for method in methods.values())])
+        self.labelled_images: float | None = None
+        """See `Dataset.labelled_images`."""
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
         self._kinds = [module for module in student.modules() if isinstance(module, AttentionKind)]
@@ -94,6 +96,8 @@ class Task(nn.Module):
                     batch.targets,
                     smoothing=self.label_smoothing,
                     all_heads=self._label_all_heads,
+                    labelled=None if self.labelled_images is None else batch.labels >= 0,
+                    number=self.labelled_images,
                 )
             }
             parts |= {name: method(step) for name, method in teaching.items()}
