@@ -42,6 +42,7 @@ from distill.resumption import RunLocation, check_data, check_teacher, check_var
 from distill.run import Run
 from distill.teaching.teachers import (
     build_teacher,
+    described_origins,
     is_trained,
     run_preflight,
     teacher_directory,
@@ -245,7 +246,9 @@ def _train(
         trainer.cache.start()
     with advising(recipe, trainer.plan, trainer.dataset.augmenter.paired):
         trainer.fit(tracking, shared.stop)
-    teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
+    teacher = {}
+    if (taught_by := trainer.teacher) is not None:
+        teacher = {"teacher": taught_by.name, "teacher_sha256": taught_by.digest, **described_origins(taught_by)}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
