@@ -68,7 +68,7 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     flops = count_flops(trainer.student, torch.zeros(1, info.channels, side, side))
     counts = count_parameters(trainer.student, teacher)
     say(original.to_yaml())
-    for key, value in facts(info, recipe.data):
+    for key, value in facts(info, recipe.data, methods=bool(original.distill)):
         say(f"{key:<12}{value}")
     warn_of_leaks(dataset)
     say(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))

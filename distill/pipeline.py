@@ -180,7 +180,7 @@ def _execute(
     )
     try:
         status = on_main(lambda: run.read_status(location.directory))
-        for key, value in facts(dataset.info, recipe.data):
+        for key, value in facts(dataset.info, recipe.data, methods=bool(recipe.distill)):
             _log.info("%s: %s", key, value)
         if recipe.distill and accelerator.is_main_process:
             warn_of_leaks(dataset)

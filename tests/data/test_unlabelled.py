@@ -227,6 +227,7 @@ def test_facts(root: Path) -> None:
     said = dict(facts(opened(spec).info, spec))
     assert said["labels"] == "20 of 80 training images"
     assert said["unlabelled"].startswith("60 images of the training split (data.labelled=0.25), 75 % of a batch")
+    assert "no method learns" in dict(facts(opened(spec).info, spec, methods=False))["unlabelled"]
 
 
 def test_images_of_the_held_out_splits_are_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
