@@ -148,7 +148,7 @@ class MixedDataset(Dataset):
 
     def training_batches(self, plan: BatchPlan, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         steps = self.steps_per_epoch(plan)
-        off = 0 < self.augmenter.spec.mix_off_epoch <= epoch
+        off = 0 < self.spec.augment.mix_off_epoch <= epoch
         at, number = epoch * steps + first_step, steps - first_step
         own = self._labelled_plan(plan)
         labelled = _passes(self.labelled, own, at, number, off)
@@ -216,7 +216,8 @@ def _passes(dataset: Dataset, plan: BatchPlan, at: int, number: int, unmixed: bo
     """`number` steps from step `at` of the run on, in one pass over the dataset after another."""
     in_pass = dataset.steps_per_epoch(plan)
     first_pass, first = divmod(at, in_pass)
-    dataset.augmenter.unmixed = unmixed  # by the run's epochs, not by these passes
+    if isinstance(dataset.augmenter, Augmenter):
+        dataset.augmenter.unmixed = unmixed  # by the run's epochs, not by these passes
     for index in count(first_pass):
         for step in dataset.training_batches(plan, index, first):
             if number <= 0:

@@ -39,7 +39,8 @@ def dkd(
 
     Args:
         student_logits, teacher_logits: [B, classes], two classes or more.
-        targets: [B, classes], rows summing to 1, of one label or two, not smoothed.
+        targets: [B, classes], rows summing to 1, of one label or two, not smoothed. Each image needs a label:
+            recipes with unlabelled images (`data.unlabelled`, `data.labelled`) are refused.
         alpha, beta: 0 or more.
         temperature: above 0.
 

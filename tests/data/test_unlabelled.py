@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.data import Batch, BatchPlan, Dataset, open_dataset
 from distill.data.facts import facts
+from distill.data.given import GivenData
 from distill.data.packed import write_packed
 from distill.data.unlabelled import Layout, MixedDataset, count_leaks, warn_of_leaks
 from distill.errors import InputError
@@ -134,6 +135,25 @@ def test_images_are_their_own_and_augmented_by_draws_of_their_own(root: Path) ->
         seen |= dict(zip(batch.indices.tolist(), batch.images, strict=True))
     equal = [torch.equal(seen[index], seen[index + 80]) for index in range(80)]
     assert 20 < sum(equal) < 60
+
+
+def test_labels_of_a_stream_and_of_python_objects(make_folder: Any) -> None:
+    """Kept by the same rule as in memory, and the images that lose theirs are the same ones."""
+    keys: dict[str, Any] = {"labelled": 6, "validation": 0.0, "resolution": 8}
+    root = str(make_folder(train=10))
+    found = []
+    for stream in (False, True):
+        dataset = opened(Data(name="folder", root=root, stream=stream, workers=0, **keys))
+        assert dataset.info.sizes == {"train": 6, "validation": 0, "test": 9}
+        assert dataset.info.unlabelled == 24
+        found.append([joined(step) for step in dataset.training_batches(BatchPlan(0, 10), 1)])
+    for one, other in zip(*found, strict=True):
+        assert_same(one, other)
+    pairs = {split: (pictures(size), torch.arange(size) % 4) for split, size in (("train", 80), ("test", 8))}
+    given = open_dataset(Data(name="python", **keys), seed=0, device=CPU, given=GivenData.of(pairs))
+    assert sorted(torch.bincount(given.labels("train")).tolist()) == [1, 1, 2, 2]
+    for (batch,) in given.training_batches(BatchPlan(0, 16), 0):
+        assert int((batch.labels >= 0).sum()) == 1
 
 
 def test_without_methods_all_of_a_batch_is_labelled(root: Path) -> None:
