@@ -250,6 +250,8 @@ def _train(
     if (taught_by := trainer.teacher) is not None:
         teacher = {"teacher": taught_by.name, "teacher_sha256": taught_by.digest, **described_origins(taught_by)}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
+    if (unlabelled := trainer.dataset.info.unlabelled) and recipe.distill and recipe.data.unlabelled_share != 0:
+        metadata["unlabelled_images"] = str(unlabelled)
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
     finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")

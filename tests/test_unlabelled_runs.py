@@ -89,6 +89,9 @@ def test_a_stopped_run_and_its_control_resume_bit_for_bit(toy: Toy, tmp_path: Pa
         assert exports[0] == exports[1]
     (check,) = run.read_metrics(whole, "control")
     assert check["equal_batches"] >= 1
+    card = (whole / "export" / "README.md").read_text()
+    assert "trained on the labelled images alone without the teacher" in card
+    assert "unlabelled\\_images: 72" in card or "unlabelled_images: 72" in card
     assert run.read_status(whole)["training_images"] == {"labelled": 24, "unlabelled": 72}
 
 
@@ -118,6 +121,10 @@ def test_two_processes_and_what_a_run_says(toy: Toy, more: Path, tmp_path: Path)
         assert two == pytest.approx(one, abs=2e-5)
     report = (tmp_path / "1" / "report.md").read_text()
     assert "96 labelled, 128 unlabelled" in report
+    resolved = tmp_path / "1" / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace(str(more), str(tmp_path / "moved.safetensors")))
+    evaluated = warm.launch(["evaluate", "1"], cwd=tmp_path)  # needs none of them
+    assert evaluated.wait() == [0], evaluated.output
 
 
 def test_other_images_than_a_run_began_with(toy: Toy, more: Path, tmp_path: Path, command: Command) -> None:

@@ -246,10 +246,12 @@ def open_dataset(
     num_processes: int = 1,
     process_index: int = 0,
     given: GivenData | None = None,
+    unlabelled: bool = True,
 ) -> Dataset:
     """The dataset of `spec` for one process, on its device; downloaded and packed first if needed.
 
-    `seed`: of the validation split; `given`: the data of the name 'python'. Several processes may open the same data at
+    `seed`: of the validation split; `given`: the data of the name 'python'; `unlabelled`: whether the images of
+    `data.unlabelled` are needed, as for training. Several processes may open the same data at
     once. Raises InputError naming the invalid key or file.
     """
     if (reader := reader_of(spec.name)) is None:
@@ -274,7 +276,11 @@ def open_dataset(
     dataset = implementation.open(spec, opening)
     if spec.labelled is not None:
         return MixedDataset(dataset, dataset.without_labels())
-    return dataset if spec.unlabelled is None else with_images(dataset, opening.cache, opening.streams, workers)
+    return (
+        dataset
+        if spec.unlabelled is None or not unlabelled
+        else with_images(dataset, opening.cache, opening.streams, workers)
+    )
 
 
 def _with_names(digest: str, names: Sequence[str]) -> str:
