@@ -337,7 +337,7 @@ def teachers(options: argparse.Namespace) -> None:
     from teachers.listing import known_teachers, one_teacher
 
     if not options.arguments:
-        console.print(known_teachers())
+        console.print(*known_teachers())
         return
     recipe = load_teachers_recipe(options.target, options.overrides)
     for spec in recipe.teachers:

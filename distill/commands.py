@@ -82,7 +82,7 @@ def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher
             )
     set_threads(recipe.train.threads)
     accelerator = Accelerator(mixed_precision="no")
-    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data)
+    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data, unlabelled=False)
     return accelerator, dataset, build_teacher(recipe, dataset, accelerator, given.teacher)
 
 

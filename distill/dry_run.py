@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from distill.console import say
 from distill.data.facts import facts
+from distill.data.unlabelled import warn_of_leaks
 from distill.errors import RunFailed
 from distill.flops import count_flops
 from distill.given import Given
@@ -67,8 +68,9 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     flops = count_flops(trainer.student, torch.zeros(1, info.channels, side, side))
     counts = count_parameters(trainer.student, teacher)
     say(original.to_yaml())
-    for key, value in facts(info, recipe.data):
+    for key, value in facts(info, recipe.data, methods=bool(original.distill)):
         say(f"{key:<12}{value}")
+    warn_of_leaks(dataset)
     say(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
     say(f"FLOPs       {flops / 1e9:.4f} G for the student's forward pass of one image")
     say(f"memory      {memory / 2**20:,.0f} MiB at its peak in this process")

@@ -198,6 +198,8 @@ class Needs(NamedTuple):
     """
     compares_samples: bool = False
     """Whether samples of a micro-batch are compared, so that its size matters."""
+    labels: bool = False
+    """Whether it needs the label of each image, and so cannot learn from images without one."""
 
 
 class MethodOptions(Options):

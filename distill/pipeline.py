@@ -22,6 +22,7 @@ from distill.data import Dataset, open_dataset
 from distill.data.facts import facts
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
+from distill.data.unlabelled import warn_of_leaks
 from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.files.regular import reachable
@@ -42,6 +43,7 @@ from distill.resumption import RunLocation, check_data, check_teacher, check_var
 from distill.run import Run
 from distill.teaching.teachers import (
     build_teacher,
+    described_origins,
     is_trained,
     run_preflight,
     teacher_directory,
@@ -179,15 +181,19 @@ def _execute(
     )
     try:
         status = on_main(lambda: run.read_status(location.directory))
-        for key, value in facts(dataset.info, recipe.data):
+        for key, value in facts(dataset.info, recipe.data, methods=bool(recipe.distill)):
             _log.info("%s: %s", key, value)
+        if recipe.distill and accelerator.is_main_process:
+            warn_of_leaks(dataset)
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])
         directory.status(
             "running",
             data_digest=dataset.info.digest,
+            unlabelled_digest=dataset.info.unlabelled_digest,
             data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},
+            training_images={"labelled": dataset.info.sizes["train"], "unlabelled": dataset.info.unlabelled},
             teacher_weights=weights,
             parameters=count_parameters(trainer.student, teacher),
         )
@@ -241,8 +247,12 @@ def _train(
         trainer.cache.start()
     with advising(recipe, trainer.plan, trainer.dataset.augmenter.paired):
         trainer.fit(tracking, shared.stop)
-    teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
+    teacher = {}
+    if (taught_by := trainer.teacher) is not None:
+        teacher = {"teacher": taught_by.name, "teacher_sha256": taught_by.digest, **described_origins(taught_by)}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
+    if (unlabelled := trainer.dataset.info.unlabelled) and recipe.distill and recipe.data.unlabelled_share != 0:
+        metadata["unlabelled_images"] = str(unlabelled)
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
     finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")

@@ -84,11 +84,13 @@ def check_given(directory: Path | None, given: Given) -> None:
 
 def check_data(location: RunLocation, dataset: Dataset) -> None:
     """Raise InputError if a resumed run began on other data."""
-    digest = on_main(lambda: run.read_status(location.directory).get("data_digest"))
-    if location.resumed and digest not in (None, dataset.info.digest):
+    status = on_main(lambda: run.read_status(location.directory))
+    if location.resumed and status.get("data_digest") not in (None, dataset.info.digest):
         raise InputError(
             f"{location.directory}: this run began on other data than those of data.root and data.name now."
         )
+    if location.resumed and status.get("unlabelled_digest") not in (None, dataset.info.unlabelled_digest):
+        raise InputError(f"{location.directory}: this run began with other images than those of data.unlabelled now.")
 
 
 def check_variants(location: RunLocation, variants: dict[str, str]) -> None:

@@ -19,7 +19,6 @@ from torch import nn
 from distill import registry
 from distill.cores import CoreContention
 from distill.data import Batch, BatchPlan, Dataset, Split
-from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
 from distill.evaluation import Classification
 from distill.files.digests import state_digest
@@ -66,8 +65,8 @@ class Trainer:
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
         )
-        self.plan.check(info.sizes["train"], dataset.augmenter.paired)
-        self.steps_per_epoch = self.plan.steps_per_epoch(info.sizes["train"])
+        dataset.use_unlabelled(bool(recipe.distill))  # nothing else learns from them
+        self.steps_per_epoch = dataset.steps_per_epoch(self.plan)
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         warn_of_long_warmup(recipe.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
@@ -91,9 +90,11 @@ class Trainer:
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
         self.compilation = Compilation(train, accelerator.device)
         self.compilation.apply(self.student)
-        self.compilation.apply_to_augmentation(dataset.augmenter)
+        for augmenter in dataset.augmenters:
+            self.compilation.apply_to_augmentation(augmenter)
         self.source = self._source() if recipe.distill else None
         self.task = build_task(recipe, self.student, self.source, num_classes=info.num_classes)
+        self.task.labelled_images = dataset.labelled_images(self.plan)
         self.task.methods.to(accelerator.device)
         dataset.set_views(self.task.views)
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, self.task.methods))
@@ -339,8 +340,7 @@ class Trainer:
             cache.flush()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
         tracking.training(self.progress.step, self.epoch, values | {"lr": rate})
-        streamed = not isinstance(self.dataset, ResidentDataset)
-        if streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
+        if self.dataset.streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
             self.loader_bound = True
             _log.warning(
                 "step %d: %.0f %% of the time since the last line was spent waiting for data; raise data.workers if "

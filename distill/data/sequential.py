@@ -77,6 +77,8 @@ def _collate(batch: list[tuple[Any, ...] | InputError]) -> Any:
 class SequentialDataset(Dataset):
     """`sources`: split -> timm's name of it."""
 
+    in_order = True
+
     def __init__(
         self, info: DatasetInfo, spec: Data, device: torch.device, sources: dict[Split, str], *, workers: int
     ) -> None:

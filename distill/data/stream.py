@@ -35,6 +35,19 @@ class Reader(Protocol):
         ...
 
 
+class WithoutLabels(NamedTuple):
+    """The images of a reader with labels -1."""
+
+    reader: Reader
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.full_like(self.reader.labels, -1)
+
+    def source(self, row: int) -> tuple[Source, str]:
+        return self.reader.source(row)
+
+
 class StreamSplit(NamedTuple):
     """A reader, and its rows that make up the split (None: all)."""
 
@@ -150,17 +163,24 @@ class StreamDataset(Dataset):
         info: DatasetInfo,
         spec: Data,
         device: torch.device,
-        splits: Mapping[Split, StreamSplit],
+        splits: Mapping[str, StreamSplit],
         *,
         rules: ImageRules,
         workers: int,
     ) -> None:
+        """`splits`: also 'unlabelled', the training images whose labels `data.labelled` removes."""
         super().__init__(info, spec, device, cropped=has_crops(spec))
         self._splits = dict(splits)
-        self._workers = workers
+        self._rules, self._workers = rules, workers
         self._decoders = {name: _Decoder(split, spec, rules) for name, split in splits.items()}
         self._requests = _Requests()
         self._train_loader = self._loader("train", self._requests, workers, persistent=True)
+
+    def without_labels(self) -> StreamDataset:
+        reader, rows = self._splits["unlabelled"]
+        split = StreamSplit(WithoutLabels(reader), rows)
+        info = self.info.of_training(len(split.labels))
+        return StreamDataset(info, self.spec, self.device, {"train": split}, rules=self._rules, workers=self._workers)
 
     def _loader(self, split: Split, requests: object, workers: int, persistent: bool) -> torch_data.DataLoader:
         return worker_loader(  # each request is a batch

@@ -134,16 +134,19 @@ def render(card: Card, student: Student) -> str:
         # Whether timm alone knows the architecture.
         stock=type(student.model).__module__.startswith("timm.") and "stem" not in student.model_args,
         teacher=card.origin.get("teacher"),
+        teacher_license=card.origin.get("teacher_license", "unknown"),
     )
     return text.rstrip() + "\n"
 
 
 def _front_matter(card: Card) -> dict[str, Any]:
     distilled = "teacher" in card.origin
+    models = list(dict.fromkeys(filter(None, card.origin.get("base_model", "").split(", "))))
     content: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "license": card.license,
+        **({"base_model": models if len(models) > 1 else models[0]} if models else {}),
         "datasets": [_hub_name(card.data)],
         "metrics": ["accuracy"],
         "tags": ["image-classification", "timm", *(["knowledge-distillation"] if distilled else [])],

@@ -91,7 +91,7 @@ def _test_set(path: Path) -> Dataset | None:
     try:
         if not at_hand(recipe.data):
             return None
-        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"))
+        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"), unlabelled=False)
     except InputError:
         return None
     return dataset if dataset.info.digest == run.read_status(path).get("data_digest") else None

@@ -66,6 +66,8 @@ class Status(Record):
     epoch: Size = 0.0
     phase: Name | None = None
     data_digest: Name | None = None
+    unlabelled_digest: Name | None = None
+    training_images: dict[Name, Count] = {}
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
     exported: Exported | None = None

@@ -22,7 +22,9 @@ class StepInputs(NamedTuple):
     teacher: Sequence[Features]
     """By view, without gradients; empty without a teacher."""
     targets: Tensor
-    """[B, classes], rows summing to 1 (soft where images were mixed), not smoothed."""
+    """[B, classes], rows summing to 1 (soft where images were mixed), not smoothed; zeros for an image without a label.
+    A method that cannot do without says so by `needs.labels`.
+    """
     indices: Tensor
     """int64 [B], positions of the samples in the training split."""
     progress: float

@@ -19,9 +19,10 @@ def impossible_combinations(recipe: Recipe) -> list[Problem]:
 def _data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
     yield from data.check(recipe, ("data",))
-    for key, amount in (("validation", data.validation), ("test", data.test or 0)):
+    for key, amount in (("validation", data.validation), ("test", data.test or 0), ("labelled", data.labelled or 0)):
         if amount >= 1 and amount != int(amount):
             yield Problem((("data", key),), f"a share below 1 or a whole count, got {amount}")
+    yield from _unlabelled(recipe)
     if data.growth is not None and data.growth.start >= data.resolution:
         yield Problem(
             (("data", "growth", "start"), ("data", "resolution")),
@@ -50,6 +51,36 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         )
     if data.views is not None:
         yield from views.check(data)
+
+
+def _unlabelled(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    given = [key for key in ("unlabelled", "labelled") if getattr(data, key) is not None]
+    if len(given) > 1:
+        yield Problem(
+            tuple(("data", key) for key in given), "images without labels come from one of the two; set one to null"
+        )
+    if not given:
+        if data.unlabelled_share is not None:
+            yield Problem(
+                (("data", "unlabelled_share"), ("data", "unlabelled"), ("data", "labelled")),
+                "no images are without labels; give data.unlabelled or data.labelled, or set it to null",
+            )
+        return
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.cache:
+            path: Key = ("teacher", index) if isinstance(recipe.teacher, list) else ("teacher",)
+            yield Problem(
+                ((*path, "cache"), ("data", given[0])),
+                f"logits are stored for labelled images only; set it to false, or data.{given[0]} to null",
+            )
+    for index, method in enumerate(recipe.distill):
+        if method.needs.labels and data.unlabelled_share != 0:
+            yield Problem(
+                (("distill", index), ("data", given[0])),
+                f"{method.method} needs the label of each image, and data.{given[0]} brings some without; leave the "
+                "method out (soft and hard need no labels), or set data.unlabelled_share to 0",
+            )
 
 
 def _teacher(recipe: Recipe) -> Iterator[Problem]:

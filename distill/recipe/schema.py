@@ -89,6 +89,27 @@ class Data(Options):
         description="Seed of what `test` holds out; not the run's seed, so that runs of several seeds have one test "
         "set.",
     )
+    unlabelled: Text | None = Field(
+        None,
+        description="Further training images without labels, for methods alone: a folder, at any depth, or a "
+        "NAME.safetensors with a uint8 tensor `images` [N, C, H, W].",
+    )
+    labelled: float | None = Field(
+        None,
+        gt=0,
+        description="Fraction (below 1) or count of the training images that keep their label, stratified, after "
+        "validation; the others are without labels, as in `unlabelled`. null: all.",
+    )
+    labelled_seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of which labels `labelled` keeps; not the run's seed."
+    )
+    unlabelled_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of each batch without labels; null: that of the training images; 0: they are left out, and "
+        "an epoch has as many steps as with them.",
+    )
     image_column: Text | None = Field(
         None,
         description="Column of the images in a Hugging Face set or a .csv file, feature in tfds/, ending in wds/; "

@@ -24,6 +24,7 @@ from distill.recipe import Teacher as TeacherSpec
 from distill.teaching.contracts import candidates, check_contract
 from teachers import Ensemble, Teacher, check_accuracy, check_class_order, check_features, load_teacher
 from teachers.classes import class_order
+from teachers.licences import is_free, remark
 from teachers.sources import contract_is_assumed, parse
 
 PREFLIGHT_IMAGES = 5000
@@ -95,14 +96,34 @@ def build_teacher(
                 "away to train it again."
             )
     specs, classes, names = _trained(recipe), dataset.info.num_classes, dataset.info.class_names
+    maps_alone = bool(recipe.distill) and not any(section.needs.logits for section in recipe.distill)
     if isinstance(recipe.teacher, list):
         teacher = load_teacher(specs, classes, names)
     elif specs[0].model == FROM_PYTHON:
         teacher = _from_python(given, classes, class_order(specs[0], None, names))
     else:
-        teacher = load_teacher(specs[0], classes, names)
+        teacher = load_teacher(specs[0], classes, names, any_classifier=maps_alone)
     _log.info("teacher: %s", teacher.describe())
+    if not teacher.num_classes:
+        _check_without_classifier(recipe, teacher)
+    for member, origin in zip(_members(teacher), teacher.origins, strict=True):
+        _log.log(
+            logging.INFO if origin.license is None or is_free(origin.license) else logging.WARNING,
+            "%s", remark(member.name, origin.license),
+        )  # fmt: skip
     return teacher.to(accelerator.device)
+
+
+def _check_without_classifier(recipe: Recipe, teacher: Teacher) -> None:
+    """Raise InputError if the recipe sets what only a teacher with a classifier has."""
+    for key, what in (("min_accuracy", "accuracy"), ("classes", "order of classes"), ("cache", "logits to store")):
+        values = [getattr(spec, key) for spec in recipe.teachers]
+        if any(value is not None and value is not False for value in values):
+            raise InputError(f"teacher.{key}: {teacher.name} has no classifier, so it has no {what}; leave {key} out.")
+
+
+def _members(teacher: Teacher) -> Sequence[Teacher]:
+    return teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
 
 
 def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int, order: list[int] | None) -> Teacher:
@@ -130,11 +151,18 @@ def _trained(recipe: Recipe) -> list[TeacherSpec]:
     ]
 
 
+def described_origins(teacher: Teacher) -> dict[str, str]:
+    """Licence and base model of a teacher, of an ensemble those of its members in their order; for metadata."""
+    models = [origin.base_model for origin in teacher.origins if origin.base_model]
+    licences = ", ".join(origin.license or "unknown" for origin in teacher.origins)
+    return {"teacher_license": licences, **({"base_model": ", ".join(models)} if models else {})}
+
+
 def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
     """SHA-256 (hex) of the teachers' local files, and of downloaded weights under the model's name."""
     if teacher is None:
         return {}
-    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    members = _members(teacher)
     digests: dict[str, str] = {}
     for spec, member in zip(_trained(recipe), members, strict=True):
         assert spec.model is not None
@@ -165,10 +193,6 @@ def run_preflight(
         InputError: a teacher is worse than its `min_accuracy`, or its outputs are unusable; the message names the
             likely causes.
     """
-    if not teacher.num_classes and any(spec.min_accuracy is not None for spec in recipe.teachers):
-        raise InputError(
-            f"teacher.min_accuracy: {teacher.name} has no classifier, so it has no accuracy; leave min_accuracy out."
-        )
     check_contracts(recipe, teacher, dataset, accelerator)
     split, members, keys = _asked(recipe, teacher, dataset)
     models = list(dict.fromkeys([*members, teacher]))  # the last output is the ensemble's
@@ -180,6 +204,7 @@ def run_preflight(
         "samples": len(outputs[-1]),
         "teacher": teacher.describe(),
         "teacher_sha256": teacher.digest,
+        **described_origins(teacher),
     }
     if not teacher.num_classes:
         check_features(teacher, outputs[-1])
@@ -221,7 +246,7 @@ def _asked(recipe: Recipe, teacher: Teacher, dataset: Dataset) -> tuple[Split, S
     its key in the recipe.
     """
     split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
-    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    members = _members(teacher)
     keys = [f"teacher.{index}" if isinstance(recipe.teacher, list) else "teacher" for index in range(len(members))]
     return split, members, keys
 

@@ -71,6 +71,8 @@ class Task(nn.Module):
         self.compared = max([1, *(views for views in needed if views != "all")])
         """Number of views that the teacher answers for, and of those with feature maps of the student."""
         self.views: int | Literal["all"] = "all" if "all" in needed else self.compared
+        self.labelled_images: float | None = None
+        """See `Dataset.labelled_images`."""
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
         self._kinds = [module for module in student.modules() if isinstance(module, AttentionKind)]
@@ -99,6 +101,8 @@ class Task(nn.Module):
                     batch.targets,
                     smoothing=self.label_smoothing,
                     all_heads=self._label_all_heads,
+                    labelled=None if self.labelled_images is None else batch.labels >= 0,
+                    number=self.labelled_images,
                 )
             }
             parts |= {name: method(step) for name, method in teaching.items()}
