@@ -36,6 +36,11 @@ Positive = Annotated[float, Field(gt=0.0)]
 Key = tuple[str | int, ...]
 
 
+def dotted(key: Key) -> str:
+    """A recipe's path as users write it."""
+    return ".".join(map(str, key))
+
+
 class Problem(NamedTuple):
     """Values that do not fit together."""
 
@@ -192,8 +197,10 @@ class Needs(NamedTuple):
     """The teacher's logits; the method then trains the student's distillation head, else its only head."""
     maps: bool = False
     """Feature maps of the teacher."""
-    views: int = 1
-    """Augmented views of each image."""
+    views: int | Literal["all"] = 1
+    """Augmented views of each image; "all": those that `data.views` names. Then the frozen teacher answers for as many
+    as the other methods need, at least for the first one, and these views have the student's feature maps too.
+    """
     compares_samples: bool = False
     """Whether samples of a micro-batch are compared, so that its size matters."""
     embedding: bool = False

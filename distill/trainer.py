@@ -79,7 +79,7 @@ class Trainer:
             mean=info.mean,
             std=info.std,
             seed=recipe.seed,
-            smaller=recipe.training_side(0.0),
+            other_sides=recipe.other_sides,
         )
         # Faster for convolutions, on a CPU too.
         self.student.to(memory_format=torch.channels_last)

@@ -63,18 +63,26 @@ class Dataset(ABC):
     def __init__(self, info: DatasetInfo, spec: Data, device: torch.device, *, cropped: bool) -> None:
         self.info = info
         self.device = device
+        self._spec = spec
         self.views = 1
         self._cropped = cropped
         self.augmenter = Augmenter(
             spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
         )
 
-    def set_views(self, views: int) -> None:
-        """Set the number of augmented views of each training image.
+    def set_views(self, views: int | Literal["all"]) -> None:
+        """Set the number of augmented views of each training image; "all": those of `data.views`.
 
         Raises:
-            InputError: the images are cropped before, once for all views.
+            InputError: `data.views` has fewer, or none.
         """
+        named = len(self._spec.view_sizes)
+        if views == "all":
+            if not named:
+                raise InputError("data.views: a method compares several views of an image; name them there.")
+            views = named
+        elif 0 < named < views:
+            raise InputError(f"data.views: a method needs {views} views of each image, got {named}.")
         if views > 1 and self._cropped:
             raise InputError(
                 "data.augment.random_resized_crop: a stream crops each image once, and a method needs "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.data.affine import compose, fixed
 from distill.data.randomness import integers, normal_table, uniform
-from distill.recipe.schema import Augment, ColorJitter, RandAugment
+from distill.recipe.augment import Augment, ColorJitter, RandAugment
 
 MAGNITUDE_BITS = 10
 FACTOR_BITS = 12

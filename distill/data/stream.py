@@ -21,7 +21,7 @@ from distill.data.loading import items, worker_loader
 from distill.data.randomness import hashes, keys, permutation
 from distill.errors import InputError
 from distill.recipe import Data
-from distill.recipe.schema import RandomResizedCrop
+from distill.recipe.augment import RandomResizedCrop
 
 
 class Reader(Protocol):

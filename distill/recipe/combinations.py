@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distill.options import Key, Problem
+from distill.recipe import views
 from distill.recipe.schema import Recipe
 
 
@@ -46,6 +47,8 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             (("data", "augment", "rand_augment"), ("data", "augment", "trivial_augment")),
             "rand_augment and trivial_augment exclude each other; set one of them to null or false",
         )
+    if data.views is not None:
+        yield from views.check(data)
 
 
 def _teacher(recipe: Recipe) -> Iterator[Problem]:

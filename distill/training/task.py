@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from distill import registry
 from distill.data import Batch
 from distill.errors import InputError
-from distill.features import Features
+from distill.features import Features, split
 from distill.methods.base import Method, Shapes, StepInputs
 from distill.methods.labels import labels
-from distill.options import MapsOptions
+from distill.options import MapsOptions, dotted
 from distill.recipe import Recipe
 from distill.students import Student
 from distill.students.attention import AttentionKind
@@ -49,12 +49,14 @@ class Task(nn.Module):
         label_smoothing: float,
         weights: Callable[[float], Mapping[str, float]],
         side: Callable[[float], int | None] = lambda progress: None,
+        multi_crop: bool = False,
     ) -> None:
         """Functions of the progress of the run, 0 to 1.
 
         Args:
             weights: weight of each part.
             side: in pixels, that the student's images are resized to; None: its own.
+            multi_crop: the student sees each view at the view's size, and those of one size in one forward pass.
         """
         super().__init__()
         self.student, self.methods = student, nn.ModuleDict(dict(methods))
@@ -62,7 +64,11 @@ class Task(nn.Module):
         self.weights, self.side, self.label_smoothing = weights, side, label_smoothing
         self.blocks = tuple(sorted({block for method in methods.values() for block in method.blocks}))
         self.embeds = not student.heads or any(method.options.needs.embedding for method in methods.values())
-        self.views = max([1, *(method.options.needs.views for method in methods.values())])
+        self.multi_crop = multi_crop
+        needed = [method.options.needs.views for method in methods.values()]
+        self.compared = max([1, *(views for views in needed if views != "all")])
+        """Number of views that the teacher answers for, and of those with feature maps of the student."""
+        self.views: int | Literal["all"] = "all" if "all" in needed else self.compared
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
         self._kinds = [module for module in student.modules() if isinstance(module, AttentionKind)]
@@ -76,14 +82,13 @@ class Task(nn.Module):
         weights = self.weights(progress)
         teaching = {name: cast(Method, method) for name, method in self.methods.items() if name in weights}
         views = (batch.images, *batch.views)
+        compared = self.compared if self.views == "all" else len(views)
         teacher: Sequence[Features] = ()
         if self.source is not None and teaching:
-            teacher = self.source.ask(views, index)
+            teacher = self.source.ask(views[:compared], index)
         # Only the student's images are small: the teacher's answers and maps stay those that preflight measured and
         # that a cache holds, and they cost little beside the student's three passes.
-        side = self.side(progress)
-        student = [self.student(images, self.blocks, side=side, embed=self.embeds) for images in views]
-        self._passes += len(student)
+        student = self._ask_student(views, compared, self.side(progress))
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):
             parts = {}
@@ -107,6 +112,21 @@ class Task(nn.Module):
         if self._keeps_steps:
             self._steps.append((_detached(step), [*teaching.values()]))
         return Losses(total, parts)
+
+    def _ask_student(self, views: Sequence[Tensor], with_maps: int, side: int | None) -> list[Features]:
+        """The student's outputs by view; maps for the first `with_maps` views."""
+        groups = [[view] for view in range(len(views))]
+        if self.multi_crop and len(views) > 1:
+            sides = [images.shape[-1] for images in views]
+            groups = [[view for view, found in enumerate(sides) if found == own] for own in dict.fromkeys(sides)]
+        found: dict[int, Features] = {}
+        for group in groups:
+            images = torch.cat([views[view] for view in group]) if len(group) > 1 else views[group[0]]
+            own = images.shape[-1] if self.multi_crop else side
+            features = self.student(images, self.blocks if group[0] < with_maps else (), side=own, embed=self.embeds)
+            found |= zip(group, split(features, len(group)), strict=True)
+        self._passes += len(groups)
+        return [found[view] for view in range(len(views))]
 
     @torch.no_grad()
     def after_step(self, step: int, skipped: Tensor) -> None:
@@ -143,7 +163,7 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
         InputError: a head has no loss, or a method needs logits or maps that student or teacher lack.
     """
     if (untaught := recipe.untaught_heads(len(student.heads))) is not None:
-        raise InputError(f"{'.'.join(map(str, untaught.keys[0]))}: {untaught.message}")
+        raise InputError(f"{dotted(untaught.keys[0])}: {untaught.message}")
     _check_logits(recipe, source)
     # Without a teacher, which may have to be trained first, only methods that need none are built.
     sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
@@ -175,17 +195,19 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
         label_smoothing=recipe.train.label_smoothing,
         weights=recipe.loss_weights,
         side=recipe.training_side,
+        multi_crop=recipe.data.views is not None,
     )
     student.check_maps(task.blocks)
     if task.embeds:
         student.check_embedding()
-    if (side := recipe.training_side(0.0)) is not None:
-        student.check_maps(task.blocks, side)
+    for side, key in recipe.other_sides.items():
+        if recipe.data.views is None or side in recipe.data.view_sizes[: task.compared]:
+            student.check_maps(task.blocks, side, key)
         resamples = getattr(student.model, "dynamic_img_size", False)  # its position embeddings, as timm does
         if resamples and recipe.train.deterministic and next(student.parameters()).is_cuda:
             raise InputError(
                 "train.deterministic: on a GPU torch has no deterministic gradient of position embeddings that are "
-                "resampled for data.growth. Set one of the two to its default."
+                f"resampled for {dotted(key[:2])}. Set one of the two to its default."
             )
     return task
 
