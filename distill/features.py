@@ -43,6 +43,12 @@ def split(features: Features, parts: int) -> list[Features]:
     return [Features(*(part(values, index) for values in features)) for index in range(parts)]
 
 
+def by_size(views: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of views [B, C, H, W] of the same size, for one forward pass each, in the order of the first ones."""
+    sides = [images.shape[-1] for images in views]
+    return [[view for view, found in enumerate(sides) if found == side] for side in dict.fromkeys(sides)]
+
+
 class Stage(NamedTuple):
     """A network stage with a feature map."""
 

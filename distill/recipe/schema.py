@@ -150,6 +150,20 @@ class Data(Options):
         """Side in pixels of each view that `views` names."""
         return [group.size for group in self.views or () for _ in range(group.count)]
 
+    @property
+    def global_views(self) -> int:
+        """Number of global views that `views` names, the first ones."""
+        return sum(group.count for group in self.views or () if group.kind == "global")
+
+
+class AverageTeacher(Section):
+    """`teacher.ema`: the student's own moving average."""
+
+    momentum: float = Field(
+        0.996, ge=0.0, le=1.0, description="At the first step; 0.996 is for batches of 1,024 images, 0.9995 for 256."
+    )
+    momentum_end: float = Field(1.0, ge=0.0, le=1.0, description="At the end of the run; a cosine leads to it.")
+
 
 class Teacher(Section):
     model: Text | None = Field(
@@ -186,6 +200,16 @@ class Teacher(Section):
         description="Store its logits (float16, under runs/teacher-cache) and train with the stored ones; in an "
         "ensemble the same for all.",
     )
+    ema: AverageTeacher | None = Field(
+        None,
+        description="The student's own moving average as a teacher, alone or beside a model or recipe, for methods "
+        "such as dino; {} has the published momentum. Evaluated and exported as the weights 'ema'.",
+    )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there is a frozen network, beside the moving average or alone."""
+        return self.ema is None or self.model is not None or self.recipe is not None
 
 
 class Optim(Section):
@@ -199,12 +223,18 @@ class Optim(Section):
     weight_decay: float = Field(
         0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none."
     )
+    weight_decay_end: float | None = Field(
+        None, ge=0.0, description="Weight decay at the end of the run, to which a cosine leads; null: it is constant."
+    )
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="For optimizers that have one; 0.95 for Muon.")
     warmup_epochs: float = Field(10.0, ge=0.0, description="Epochs of linear warm-up from 0.")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
     )
-    clip_grad: float | None = Field(1.0, gt=0.0, description="Largest global gradient norm; null: no clipping.")
+    clip_grad: float | None = Field(1.0, gt=0.0, description="Largest gradient norm; null: no clipping.")
+    clip_mode: Literal["global", "tensor"] = Field(
+        "global", description="The norm that clip_grad limits: of all gradients together, or of each parameter's."
+    )
     layer_decay: float | None = Field(
         None, gt=0.0, le=1.0, description="Factor on the learning rate per layer below the head; null: none."
     )
@@ -327,7 +357,12 @@ class Recipe(Section):
         """The frozen teachers as a list, which may be empty."""
         if isinstance(self.teacher, list):
             return self.teacher
-        return [self.teacher] if isinstance(self.teacher, Teacher) else []
+        return [self.teacher] if isinstance(self.teacher, Teacher) and self.teacher.is_frozen else []
+
+    @property
+    def average_teacher(self) -> AverageTeacher | None:
+        """The student's own moving average, if it is a teacher."""
+        return self.teacher.ema if isinstance(self.teacher, Teacher) else None
 
     @property
     def source(self) -> SourceOptions | None:
