@@ -57,7 +57,8 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
     yield from _average_teacher(recipe)
     for index, teacher in enumerate(recipe.teachers):
         path: Key = ("teacher", index) if isinstance(recipe.teacher, list) else ("teacher",)
-        if (teacher.model is None) == (teacher.recipe is None):
+        named = [given for given in (teacher.model, teacher.recipe) if given is not None]
+        if len(named) > 1 or not (named or teacher.ema):
             yield Problem(
                 ((*path, "model"), (*path, "recipe"), (*path, "source")),
                 "give either a model or a recipe that trains it, and not both",
@@ -90,7 +91,8 @@ def _average_teacher(recipe: Recipe) -> Iterator[Problem]:
                 needed = f"{section.method} learns from the student's own moving average"
                 yield Problem((("distill", index), at), f"{needed}; set teacher.ema to {{}}")
         return
-    if not users:
+    others = [index for index, section in enumerate(recipe.distill) if section.needs.logits or section.needs.maps]
+    if not users and (recipe.teachers or not others):
         yield Problem((at, ("distill",)), "no method of 'distill' learns from it, such as dino; leave it out")
     if recipe.train.ema is not None:
         yield Problem((("train", "ema"), at), "teacher.ema is the moving average that is evaluated; set this to null")
@@ -100,13 +102,13 @@ def _average_teacher(recipe: Recipe) -> Iterator[Problem]:
     for key in sorted(recipe.teacher.model_fields_set - {"ema", "model", "recipe"}):
         if getattr(recipe.teacher, key) != Teacher.model_fields[key].default:
             yield Problem((("teacher", key),), "is of a frozen teacher; name its model, or leave this out")
-    for index, section in enumerate(recipe.distill):
-        if section.needs.logits or section.needs.maps:
-            what = "logits" if section.needs.logits else "feature maps"
-            yield Problem(
-                (("distill", index), ("teacher", "model")),
-                f"{section.method} learns from {what} of a frozen teacher, and teacher.ema has none; name a model too",
-            )
+    for index in others:
+        section = recipe.distill[index]
+        what = "logits" if section.needs.logits else "feature maps"
+        yield Problem(
+            (("distill", index), ("teacher", "model")),
+            f"{section.method} learns from {what} of a frozen teacher, and teacher.ema has none; name a model too",
+        )
 
 
 def _losses(recipe: Recipe) -> Iterator[Problem]:

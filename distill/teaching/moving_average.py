@@ -42,7 +42,9 @@ class MovingAverage(TeacherSource):
                 module.p = 0.0
         copied = named_in(student, AttentionKind, "not_averaged")
         averages, values = self.student.state_dict(), student.state_dict()
-        self._copied = [(averages[name], values[name]) for name in copied if name in averages]
+        counts = {name for name, value in values.items() if not value.is_floating_point()}
+        counts = {name for name in counts if not name.endswith("num_batches_tracked")}
+        self._copied = [(averages[name], values[name]) for name in sorted(copied | counts)]
         self._averages: list[nn.Parameter] = []
         self._values: list[nn.Parameter] = []
         self._average(self.student, student)

@@ -123,9 +123,14 @@ def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
     """The recipe's teachers, with the exports of those that recipes train."""
     return [
-        spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_directory(recipe, spec) / 'export'}"})
-        if spec.recipe
-        else spec
+        spec.model_copy(
+            update={"ema": None}
+            | (
+                {"recipe": None, "model": f"local-dir:{teacher_directory(recipe, spec) / 'export'}"}
+                if spec.recipe
+                else {}
+            )
+        )
         for spec in recipe.teachers
     ]
 
