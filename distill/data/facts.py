@@ -25,6 +25,9 @@ def facts(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
     if (growth := spec.growth) is not None:
         sides = f"{growth.start} x {growth.start} pixels, from {100 * growth.until:g} % of the run on at full size"
         yield "growth", f"the student trains on images of {sides}"
+    if spec.views is not None:
+        crops = (f"{group.count} of {group.size} x {group.size} pixels ({group.kind})" for group in spec.views)
+        yield "views", ", ".join(crops)
     if info.pack is not None:
         yield "pack", f"{info.pack}, {Path(info.pack).stat().st_size / 1e6:,.1f} MB"
 

@@ -65,5 +65,8 @@ def _blurring(sigma: Tensor, radius: int, pixels: int) -> Tensor:
 
 def _filtered(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
     """uint8 [B, C, H, W], weights of columns [B, w, W] and rows [B, h, H] -> uint8 [B, C, h, w]."""
-    sums = down[:, None] @ (images.double() @ across[:, None].mT)
-    return (sums * 2.0 ** (-2 * WEIGHT_BITS) + 0.5).floor().clamp(0.0, 255.0).to(torch.uint8)
+    batch, channels, height, _ = images.shape
+    # One product a sample, not one a channel.
+    columns = (images.double().flatten(1, 2) @ across.mT).view(batch, channels, height, -1)
+    sums = (down @ columns.transpose(1, 2).flatten(2)).unflatten(2, (channels, -1)).transpose(1, 2)
+    return sums.mul_(2.0 ** (-2 * WEIGHT_BITS)).add_(0.5).floor_().clamp_(0.0, 255.0).to(torch.uint8)
