@@ -11,7 +11,7 @@ from distill.recipe.schema import Recipe
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
     """All problems, in the order of the recipe's keys; variants' options check their own."""
     student = recipe.student.check(recipe, ("student",))
-    return [*_data(recipe), *_teacher(recipe), *student, *_losses(recipe), *_train(recipe)]
+    return [*_data(recipe), *_teacher(recipe), *_start(recipe), *student, *_losses(recipe), *_train(recipe)]
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -71,6 +71,15 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(((*path, "cache"), ("distill",)), "without distillation there is nothing to store")
         if teacher.cache != recipe.teachers[0].cache:
             yield Problem(((*path, "cache"),), "the logits of an ensemble are stored as a whole: the same for all")
+
+
+def _start(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.pretrain is not None and (recipe.student.pretrained or recipe.student.weights is not None):
+        other = "pretrained" if recipe.student.pretrained else "weights"
+        yield Problem(
+            (("pretrain",), ("student", other)),
+            f"the student starts from the weights of this recipe, or from student.{other}; leave one of them out",
+        )
 
 
 def _losses(recipe: Recipe) -> Iterator[Problem]:
