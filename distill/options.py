@@ -120,7 +120,7 @@ class StudentOptions(Options):
     distillation_token: bool | None = Field(
         None,
         description="DeiT's second token and head, of a pyramid the second head on its features; null: yes for vit_* "
-        "and pyramids; cannot be set for other models.",
+        "and pyramids, except in a run without labels; cannot be set for other models.",
     )
     drop_path: float = Field(
         0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
@@ -136,6 +136,11 @@ class StudentOptions(Options):
         if self.pretrained and self.weights is not None:
             yield Problem(
                 ((*at, "pretrained"), (*at, "weights")), "start from timm's weights or from an export, not from both"
+            )
+        if self.distillation_token and recipe.label_free:
+            yield Problem(
+                ((*at, "distillation_token"), ("label_weight",), ("distill",)),
+                "without labels and methods on logits the student has no head to distil into; leave it out",
             )
 
 
@@ -191,6 +196,8 @@ class Needs(NamedTuple):
     """Augmented views of each image."""
     compares_samples: bool = False
     """Whether samples of a micro-batch are compared, so that its size matters."""
+    embedding: bool = False
+    """The student's `Features.embedding` and `Features.regions`."""
 
 
 class MethodOptions(Options):

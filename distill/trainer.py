@@ -74,7 +74,7 @@ class Trainer:
         self.student: Student = build_student(
             recipe.student,
             resolution=recipe.data.resolution,
-            num_classes=info.num_classes,
+            num_classes=0 if recipe.label_free else info.num_classes,
             channels=info.channels,
             mean=info.mean,
             std=info.std,

@@ -178,7 +178,7 @@ class Inputs(Record):
     """`pretrained_cfg` of an export: no other keys, since timm knows some that name files and addresses."""
 
     model_config = ConfigDict(extra="forbid")
-    num_classes: Annotated[Count, Field(gt=0)]
+    num_classes: Count
     input_size: Annotated[list[Side], Field(min_length=3, max_length=3)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0.0)]]
@@ -245,7 +245,8 @@ class ExportConfig(Record):
     """`config.json` of an export."""
 
     architecture: Name
-    num_classes: Annotated[Count, Field(gt=0)]
+    num_classes: Count
+    """0: without a head."""
     label_names: list[Name]
     model_args: Annotated[dict[str, Any], AfterValidator(_arguments)]
     pretrained_cfg: Inputs

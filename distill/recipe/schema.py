@@ -423,6 +423,11 @@ class Recipe(Section):
         return growth.start if growth is not None and progress < growth.until else None
 
     @property
+    def label_free(self) -> bool:
+        """Whether nothing trains a classifier: no label loss, and no method on logits. The student then has no head."""
+        return self.label_weight == 0 and not any(section.needs.logits for section in self.distill)
+
+    @property
     def scheduled(self) -> list[str]:
         """The parts of the loss whose weight changes over the run."""
         return [objective.method for objective in self.distill if isinstance(objective.weight, WeightSchedule)]

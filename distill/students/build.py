@@ -32,6 +32,7 @@ def build_student(
 
     Args:
         spec: the recipe's `student` section.
+        num_classes: 0: without a head.
         resolution: side in pixels that its inputs are resized to.
         channels, mean, std: of the training data, in [0, 1]. Weights from timm or an export have their own mean, std.
         smaller: side in pixels of smaller images that it has to take too.
@@ -64,7 +65,7 @@ def _check_forward(student: Student, images: Images) -> None:
             continue
         try:
             with torch.no_grad():
-                student(blank, side=side)
+                student(blank, side=side, embed=not student.heads)
         except (RuntimeError, AssertionError, ValueError) as error:
             advice = (
                 "another model or data.resolution" if side == images.resolution else "another start or student.model"
@@ -72,6 +73,8 @@ def _check_forward(student: Student, images: Images) -> None:
             raise InputError(
                 f"{key}: {student.architecture} cannot take images of {side} px ({error}). Choose {advice}."
             ) from error
+    if not student.heads:
+        student.check_embedding()
     student.train()
 
 

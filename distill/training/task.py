@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -23,8 +22,6 @@ from distill.students.attention import AttentionKind
 from distill.teaching.source import StepIndex, TeacherSource
 from distill.training.joined import joined
 
-_log = logging.getLogger("distill")
-
 
 class Losses(NamedTuple):
     """Scalars in float32."""
@@ -32,7 +29,7 @@ class Losses(NamedTuple):
     total: Tensor
     """label_weight * label + sum of weight * method (Touvron et al. 2021, arXiv 2012.12877, eqs. 2 and 3)."""
     parts: dict[str, Tensor]
-    """Unweighted, by name: 'label' and each method; NaN for one that has ended."""
+    """Unweighted, by name: each method, NaN for one that has ended, and 'label' if the student has heads."""
 
 
 class Task(nn.Module):
@@ -64,6 +61,7 @@ class Task(nn.Module):
         self.source = source
         self.weights, self.side, self.label_smoothing = weights, side, label_smoothing
         self.blocks = tuple(sorted({block for method in methods.values() for block in method.blocks}))
+        self.embeds = not student.heads or any(method.options.needs.embedding for method in methods.values())
         self.views = max([1, *(method.options.needs.views for method in methods.values())])
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
@@ -84,20 +82,23 @@ class Task(nn.Module):
         # Only the student's images are small: the teacher's answers and maps stay those that preflight measured and
         # that a cache holds, and they cost little beside the student's three passes.
         side = self.side(progress)
-        student = [self.student(images, self.blocks, side=side) for images in views]
+        student = [self.student(images, self.blocks, side=side, embed=self.embeds) for images in views]
         self._passes += len(student)
         step = StepInputs(student, teacher, batch.targets, batch.indices, progress)
         with torch.autocast(batch.targets.device.type, enabled=False):
-            parts = {
-                "label": labels(
+            parts = {}
+            if self.student.heads:
+                parts["label"] = labels(
                     student[0].logits,
                     batch.targets,
                     smoothing=self.label_smoothing,
                     all_heads=self._label_all_heads,
                 )
-            }
             parts |= {name: method(step) for name, method in teaching.items()}
-            total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+            terms = [weights[name] * part for name, part in parts.items()]
+            if (embedding := student[0].embedding) is not None and not self.student.heads:
+                terms.append(0.0 * embedding.float().sum())  # methods on maps leave the final norm out
+            total = torch.stack(terms).sum()
             for name, method in self.methods.items():
                 if name not in teaching:  # DistributedDataParallel waits for the gradients of all parameters
                     if parameters := [*method.parameters()]:
@@ -128,6 +129,7 @@ def _detached(step: StepInputs) -> StepInputs:
         Features(
             {name: tensor.detach() for name, tensor in view.logits.items()},
             {name: tensor.detach() for name, tensor in view.maps.items()},
+            *(None if tensor is None else tensor.detach() for tensor in (view.embedding, view.regions)),
         )
         for view in step.student
     ]
@@ -142,8 +144,6 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
     """
     if (untaught := recipe.untaught_heads(len(student.heads))) is not None:
         raise InputError(f"{'.'.join(map(str, untaught.keys[0]))}: {untaught.message}")
-    if recipe.distill and not recipe.label_weight and all(section.needs.maps for section in recipe.distill):
-        _log.warning("label_weight: 0, and only feature maps are learned: the prediction stays that of random weights")
     _check_logits(recipe, source)
     # Without a teacher, which may have to be trained first, only methods that need none are built.
     sections = [section for section in recipe.distill if source or not (section.needs.logits or section.needs.maps)]
@@ -177,6 +177,8 @@ def build_task(recipe: Recipe, student: Student, source: TeacherSource | None, *
         side=recipe.training_side,
     )
     student.check_maps(task.blocks)
+    if task.embeds:
+        student.check_embedding()
     if (side := recipe.training_side(0.0)) is not None:
         student.check_maps(task.blocks, side)
         resamples = getattr(student.model, "dynamic_img_size", False)  # its position embeddings, as timm does
