@@ -46,8 +46,7 @@ def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str
         for split in splits if teacher.num_classes else ():
             evaluator.predict_teacher(teacher, split)
     tested = evaluator.test(student)
-    has_both = isinstance(evaluator, Classification) and "validation" in splits
-    validation = evaluator.predict(student, "validation") if has_both else {}
+    validation = evaluator.predict_validation(student)
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
     described = earlier if earlier.exists() else path / "export" / WEIGHTS_FILE

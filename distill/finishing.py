@@ -15,7 +15,7 @@ from distill import checkpoint
 from distill.analysis import analyse
 from distill.data import Dataset
 from distill.errors import InputError, RunFailed
-from distill.evaluation import Classification, described_answers, save_predictions
+from distill.evaluation import described_answers, save_predictions
 from distill.exports.card import Card, card_of_run, data_name, render
 from distill.exports.folder import describe, load_export, write_export
 from distill.files.durable import indispensable
@@ -80,8 +80,7 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
     tracking.test(selected.step, epoch, selected.weights, tested.values)
     if analysed:
         began = time.perf_counter()
-        has_both = isinstance(evaluator, Classification) and dataset.info.sizes.get("validation")
-        validation = evaluator.predict(student, "validation") if has_both else {}
+        validation = evaluator.predict_validation(student)
         on_main(lambda: analyse(run.path, student, teacher, dataset, tested.predictions, validation, tested.found))
         run.status(seconds=trainer.seconds | {"analysis": round(time.perf_counter() - began, 2)})
 
@@ -110,7 +109,7 @@ def export_selected(
     data = recipe.data
     student.preparation = Preparation.of(images[0], data.resolution, rgb(data.background), data.fit)
     names = dataset.info.class_names
-    readme = render(Card(recipe.name, data_name(recipe.data), names, metadata), student)
+    readme = render(Card(recipe.name, data_name(recipe.data), names if student.heads else (), metadata), student)
     with indispensable(run.export, _size(student)):
         write_export(student, run.export, class_names=names, metadata=metadata, readme=readme)
 

@@ -165,8 +165,8 @@ def _execute(
     teacher = build_teacher(recipe, dataset, accelerator, shared.given.teacher)
     weights = on_main(lambda: weights_digests(recipe, teacher))
     check_teacher(location, weights)
-    if recipe.pretrain is not None:
-        on_main(lambda: check_trained_on(recipe, recipe.pretrain, dataset))
+    if (pretrain := recipe.pretrain) is not None:
+        on_main(lambda: check_trained_on(recipe, pretrain, dataset))
     initial_weights = on_main(lambda: initial_weights_digest(recipe))
     check_initial_weights(location, initial_weights)
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)

@@ -13,7 +13,6 @@ from distill.files.metrics import read_lines
 from distill.recipe import Recipe
 from distill.run import Run, read_status
 
-
 SHOWN = {"student/top1": "top-1", "student/knn": "k-NN", "student/linear": "linear probe"}
 """What the console says of an evaluation, by its name in metrics.jsonl."""
 

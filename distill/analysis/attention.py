@@ -63,7 +63,8 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
     count = calls[0][1][0].shape[1]
     side = math.isqrt(count)
     prefix = count - side**2
-    if prefix not in (0, max(1, len(student.heads))) or any(tokens.shape[:-1] != (len(images), count) for _, (tokens, *_), _ in calls):
+    expected = (0, max(1, len(student.heads)))  # the class token of a student without heads
+    if prefix not in expected or any(tokens.shape[:-1] != (len(images), count) for _, (tokens, *_), _ in calls):
         return None
     patches, areas = [], {}
     for index, (module, (tokens, *_), _) in enumerate(calls):

@@ -76,6 +76,6 @@ def _pixels(dataset: Dataset, split: Split, side: int) -> Tensor:
     parts = []
     for images, _ in dataset.evaluation_batches(split, 0, dataset.info.sizes[split], 256):
         if max(images.shape[-2:]) > side:
-            images = F.adaptive_avg_pool2d(images, [min(side, length) for length in images.shape[-2:]])
+            images = F.adaptive_avg_pool2d(images, (min(side, images.shape[-2]), min(side, images.shape[-1])))
         parts.append(((images - mean) / std).flatten(1).cpu())
     return torch.cat(parts)

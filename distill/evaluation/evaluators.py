@@ -53,6 +53,10 @@ class Evaluator(ABC):
     def __call__(self, student: Student, split: Split) -> dict[str, float]:
         """Values by name, the same on every process. Leaves the student in eval mode."""
 
+    def predict_validation(self, student: Student) -> dict[str, Tensor]:
+        """Logits [N, classes] by output on the validation split; empty without one, or without a classifier."""
+        return {}
+
     @abstractmethod
     def test(self, student: Student) -> Tested:
         """Everything that is measured on the test images at the end of a run."""
@@ -92,6 +96,9 @@ class Classification(Evaluator):
         student.eval()
         outputs = self._run(lambda images: list(student.logits(images).values()), split)
         return self._with_teacher(named_heads(dict(zip(student.heads, outputs, strict=True))), split)
+
+    def predict_validation(self, student: Student) -> dict[str, Tensor]:
+        return self.predict(student, "validation") if self.dataset.info.sizes.get("validation") else {}
 
     def __call__(self, student: Student, split: Split) -> dict[str, float]:
         values = accuracies(self.predict(student, split), self.dataset.labels(split))
@@ -142,7 +149,7 @@ class LabelFree(Evaluator):
 
 
 def described_answers(evaluator: Evaluator) -> dict[str, str]:
-    """For the metadata of `predictions.safetensors`: what they are, if they are no classifier's, and of which classes."""
+    """For the metadata of `predictions.safetensors`: what they are, and of which classes, if no classifier's."""
     if not isinstance(evaluator, LabelFree):
         return {}
     return {"answers": "knn", "class_names": json.dumps(evaluator.dataset.info.class_names, ensure_ascii=False)}

@@ -1,4 +1,4 @@
-"""What a student's frozen features tell of the classes: votes of nearest neighbours, a linear probe, and their spread."""
+"""What a student's frozen features tell of the classes: votes of neighbours, a linear probe, and their spread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours on frozen features (Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294)."""
+"""Weighted nearest neighbours on frozen features (Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, 2104.14294)."""
 
 from __future__ import annotations
 

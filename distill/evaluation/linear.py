@@ -97,7 +97,7 @@ def _fit(features: Tensor, targets: Tensor, start: Tensor, strength: float) -> T
         optimizer.zero_grad()
         logits = F.linear(features, parameters[:, :-1], parameters[:, -1])
         loss = F.cross_entropy(logits, targets) + 0.5 * strength * parameters[:, :-1].square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():

@@ -19,7 +19,7 @@ from distill.report.metrics import Metrics, measure, read_predictions
 from distill.students import Student
 from distill.students.saved import read_export
 
-HEADS = {"fused": "both heads", "cls": "class head", "dist": "distillation head"}
+HEADS = {"fused": "both heads", "cls": "class head", "dist": "distillation head", "knn": "k-NN"}
 HUB_NAMES = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
@@ -40,7 +40,7 @@ class Result(NamedTuple):
     model: str
     """'teacher', 'student' or 'control'."""
     head: str | None
-    """Of `HEADS`; None where the model has one only."""
+    """Of `HEADS`; None where the model has one only, 'knn' where it has none."""
     metrics: Metrics
     parameters: int | None
 
@@ -71,7 +71,8 @@ class Card:
     @property
     def own(self) -> Metrics | None:
         """The figures of what the student answers; None where it has not been measured."""
-        found = (line for line in self.results if line.model == "student" and line.head in (self.head, None))
+        whole = (self.head, None, "knn")
+        found = (line for line in self.results if line.model == "student" and line.head in whole)
         return next((line.metrics for line in found), None)
 
 
@@ -138,15 +139,16 @@ def render(card: Card, student: Student) -> str:
 
 def _front_matter(card: Card) -> dict[str, Any]:
     distilled = "teacher" in card.origin
+    task = "image-classification" if card.class_names else "image-feature-extraction"
     content: dict[str, Any] = {
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": task,
         "license": card.license,
         "datasets": [_hub_name(card.data)],
         "metrics": ["accuracy"],
-        "tags": ["image-classification", "timm", *(["knowledge-distillation"] if distilled else [])],
+        "tags": [task, "timm", *(["knowledge-distillation"] if distilled else [])],
     }
-    if (own := card.own) is not None:
+    if (own := card.own) is not None and card.class_names:
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": card.data, "type": _hub_name(card.data), "split": "test"},

@@ -74,6 +74,8 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _start(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.pretrain is not None and recipe.pretrain.recipe is None:
+        yield Problem((("pretrain", "recipe"),), "name the recipe that trains it first, or set pretrain to null")
     if recipe.pretrain is not None and (recipe.student.pretrained or recipe.student.weights is not None):
         other = "pretrained" if recipe.student.pretrained else "weights"
         yield Problem(
@@ -92,7 +94,13 @@ def _losses(recipe: Recipe) -> Iterator[Problem]:
         yield Problem((("distill",),), f"each method at most once, got {methods}")
     if recipe.label_weight == 0 and not any(objective.mean_weight for objective in recipe.distill):
         yield Problem((("label_weight",), ("distill",)), "all weights of the loss are 0: nothing would be learned")
-    if recipe.control and not recipe.distill:
+    if recipe.control and recipe.label_free:
+        yield Problem(
+            (("control",), ("label_weight",)),
+            "without labels and without the teacher nothing would be learned; launch a supervised run of its own, and "
+            "compare both with `distill compare`",
+        )
+    elif recipe.control and not recipe.distill:
         yield Problem((("control",), ("distill",)), "a control of plain training would be the same run again")
     for index, objective in enumerate(recipe.distill):
         yield from objective.check(recipe, ("distill", index))

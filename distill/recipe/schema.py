@@ -239,7 +239,8 @@ class Teacher(Section):
 
 
 class Pretrain(Section):
-    recipe: Text = Field(
+    recipe: Text | None = Field(
+        None,
         description="A recipe that trains the student's initial weights first, for example without labels; trained "
         "once, then found by its hash. Heads, and tokens that it has not, are new.",
     )

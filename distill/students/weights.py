@@ -79,8 +79,9 @@ def load_timm_weights(
 
 
 def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
-    """Load an export's weights; positions are resampled to the model's grid, heads for other classes stay random. To the
-    weights of a student without a classifier, the model adds its heads and its distillation token.
+    """Load an export's weights; positions are resampled to the model's grid, heads for other classes stay random.
+
+    To the weights of a student without a classifier the model adds its own heads and distillation token.
 
     Raises:
         InputError: lists keys that are missing, unknown or of another shape.

@@ -35,8 +35,6 @@ MODEL_FILES = (".json", ".safetensors", ".bin", ".pth")
 _log = logging.getLogger("distill")
 
 
-
-
 def build_teacher(
     recipe: Recipe,
     dataset: Dataset,

@@ -36,7 +36,8 @@ def sample(n: int, m: int, dim: int = 6, classes: int = 5) -> tuple[Tensor, Tens
 def test_votes(n: int, m: int, k: int, temperature: float) -> None:
     features, bank, labels = sample(n, m)
     votes = knn_votes(features, bank, labels, classes=5, k=k, temperature=temperature)
-    assert votes.dtype == torch.float64 and votes.shape == (n, 5)
+    assert votes.dtype == torch.float64
+    assert votes.shape == (n, 5)
     torch.testing.assert_close(votes, by_hand(features, bank, labels, 5, k, temperature), rtol=1e-9, atol=0)
 
 
@@ -57,8 +58,9 @@ def test_of_equal_neighbours_the_first_count() -> None:
     assert found.indices.tolist() == [[1, 2, 4, 5, 7, 0, 3]]
     votes = knn_votes(axes[:1], bank, labels, classes=4, k=3, temperature=1.0)
     torch.testing.assert_close(votes, torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64) * math.e)
+    # Its own, then the first two of cosine 0.
     votes = knn_votes(axes[3:], bank, labels, classes=4, k=3, temperature=1.0)
-    expected = torch.tensor([[1.0, 0.0, 0.0, math.e + 1]], dtype=torch.float64)  # its own, then the first two of cosine 0
+    expected = torch.tensor([[1.0, 0.0, 0.0, math.e + 1]], dtype=torch.float64)
     torch.testing.assert_close(votes, expected)
 
 
@@ -70,7 +72,10 @@ def test_votes_of_collapsed_features_are_those_of_the_first_samples() -> None:
 def test_scikit_learn_agrees() -> None:
     features, bank, labels = sample(60, 90)
     model = KNeighborsClassifier(
-        9, metric="cosine", algorithm="brute", weights=lambda distances: torch.tensor((1 - distances) / 0.07).exp().numpy()
+        9,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distances: torch.tensor((1 - distances) / 0.07).exp().numpy(),
     )
     expected = torch.from_numpy(model.fit(bank.numpy(), labels.numpy()).predict_proba(features.numpy()))
     votes = knn_votes(features, bank, labels, classes=5, k=9)

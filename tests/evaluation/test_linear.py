@@ -57,7 +57,8 @@ def test_without_validation_samples_a_tenth_of_the_training_samples_chooses() ->
     probe = fit_probe(features, labels, classes=4, strengths=strengths)
     assert probe.strength == expected.strength
     again = fit_probe(features, labels, classes=4, strengths=[probe.strength])
-    assert torch.equal(probe.weight, again.weight) and torch.equal(probe.bias, again.bias)
+    assert torch.equal(probe.weight, again.weight)
+    assert torch.equal(probe.bias, again.bias)
 
 
 def test_two_classes_missing_classes_and_constant_features() -> None:
