@@ -54,6 +54,8 @@ def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str
     metadata |= {"data": dataset.info.digest, **described_answers(evaluator)}
     save_predictions(earlier, tested.predictions, labels, metadata)
     analyse(path, student, teacher, dataset, tested.predictions, validation, tested.found)
+    if not student.heads:
+        say("The student has no classifier: its answers are the votes of the nearest training images.")
     for key, name in SHOWN.items():
         if tested.found is not None and key in tested.found.values:
             say(f"{name} on the student's features: {tested.found.values[key]:.2f} %")

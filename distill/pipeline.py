@@ -258,6 +258,8 @@ def _train(
         trainer.fit(tracking, shared.stop)
     teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
+    if recipe.pretrain is not None:
+        metadata["pretrained_by"] = str(recipe.pretrain.recipe)
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
     finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")

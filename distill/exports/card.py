@@ -30,7 +30,7 @@ HUB_NAMES = {
 }
 """What the Hugging Face Hub calls the data that recipes name."""
 MOST_LABELS = 20
-NOT_ORIGIN = ("format", "accuracy", "head", "dtype")
+NOT_ORIGIN = ("format", "accuracy", "knn_accuracy", "head", "dtype")
 """In the metadata of weights: what is true of one export only."""
 
 
@@ -65,7 +65,8 @@ class Card:
     @property
     def metadata(self) -> dict[str, str]:
         """For the weights: their origin, and what is known of them now."""
-        known = {} if self.own is None else {"accuracy": f"{self.own.top1:.2f}"}
+        name = "accuracy" if self.class_names else "knn_accuracy"
+        known = {} if self.own is None else {name: f"{self.own.top1:.2f}"}
         return {**self.origin, **known, "head": self.head, "dtype": "float16" if self.half else "float32"}
 
     @property
