@@ -30,6 +30,25 @@ class Features(NamedTuple):
         return mean_over_heads(self.logits)
 
 
+def split(features: Features, parts: int) -> list[Features]:
+    """Of the outputs for the images of `parts` batches of one size, one after another: those of each batch."""
+    if parts == 1:
+        return [features]
+
+    def part(values: Any, index: int) -> Any:
+        if isinstance(values, Mapping):
+            return {name: part(value, index) for name, value in values.items()}
+        return None if values is None else values.chunk(parts)[index]
+
+    return [Features(*(part(values, index) for values in features)) for index in range(parts)]
+
+
+def by_size(views: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of views [B, C, H, W] of the same size, for one forward pass each, in the order of the first ones."""
+    sides = [images.shape[-1] for images in views]
+    return [[view for view, found in enumerate(sides) if found == side] for side in dict.fromkeys(sides)]
+
+
 class Stage(NamedTuple):
     """A network stage with a feature map."""
 

@@ -57,7 +57,7 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
         RunFailed: the checkpoint of the selected weights is damaged, or there is no disk space.
     """
     run, dataset, evaluator, teacher = tracking.run, trainer.dataset, trainer.evaluator, trainer.teacher
-    selected = SelectedWeights.of(trainer.progress, averaged=trainer.ema is not None)
+    selected = SelectedWeights.of(trainer.progress, averaged=trainer.averaged is not None)
     described = dict(metadata) | {"step": str(selected.step), "weights": selected.weights}
     if trainer.selection_split is not None:
         value = evaluator.primary.removeprefix("student/")

@@ -23,7 +23,18 @@ from distill.data.geometry import (
 )
 from distill.data.mixing import PAIR_DRAWS, SAMPLE_DRAWS, mix_pairs, one_hot
 from distill.data.policies import Operations, around_moves
-from distill.data.randomness import GOLDEN, MASK, beta_table, hashes, integers, keys, mix, normal_table, uniform
+from distill.data.randomness import (
+    GOLDEN,
+    MASK,
+    beta_table,
+    hashes,
+    integers,
+    keys,
+    mix,
+    normal_table,
+    uniform,
+    view_suffix,
+)
 from distill.data.rows import update
 from distill.recipe import Augment
 
@@ -97,8 +108,8 @@ class Augmenter:
         if self._keys is None or self._keys[0] != (seed, epoch):
             self._keys = (seed, epoch), []
         of_views = self._keys[1]
-        while len(of_views) <= view:  # each view has its own draws; view 0 has the plain names
-            suffix = f"/view{len(of_views)}" if of_views else ""
+        while len(of_views) <= view:  # each view has its own draws
+            suffix = view_suffix(len(of_views))
             of_views.append(keys(seed, epoch, [name + suffix for name in self._names], self.device))
         return of_views[view]
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from distill.data.augment import Augmenter, to_float
 from distill.data.batches import Batch, BatchPlan
+from distill.data.mixing import one_hot
 from distill.data.randomness import permutation
+from distill.data.views import MultiCrop
 from distill.errors import InputError
 from distill.recipe import Data
 
@@ -50,36 +52,47 @@ class DatasetInfo:
 
 
 class RawBatch(NamedTuple):
-    """uint8 [B, C, H, W], int64 [B], int64 [B] (positions in the training split), on the device."""
+    """On the device."""
 
     images: Tensor
+    """uint8 [B, C, H, W]: the whole images or, of a stream with random crops, those of view 0."""
     labels: Tensor
+    """int64 [B]"""
     indices: Tensor
+    """int64 [B], positions in the training split."""
+    crops: tuple[Tensor, ...] = ()
+    """Random crops of views 1, 2, ..., uint8 [B, C, size, size] each."""
 
 
 class Dataset(ABC):
     """Batches of one dataset for one process, on its device."""
 
     def __init__(self, info: DatasetInfo, spec: Data, device: torch.device, *, cropped: bool) -> None:
-        self.info = info
+        """`cropped`: random crops have been cut from the images when they were decoded, one for each view."""
+        self.info, self.spec = info, spec
         self.device = device
         self.views = 1
-        self._cropped = cropped
-        self.augmenter = Augmenter(
-            spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
-        )
+        self.augmenter: Augmenter | MultiCrop
+        if spec.views is not None:
+            self.augmenter = MultiCrop(spec.views, device, cropped=cropped)
+        else:
+            self.augmenter = Augmenter(
+                spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
+            )
 
-    def set_views(self, views: int) -> None:
-        """Set the number of augmented views of each training image.
+    def set_views(self, views: int | Literal["all"]) -> None:
+        """Set the number of augmented views of each training image; "all": those that `data.views` names.
 
         Raises:
-            InputError: the images are cropped before, once for all views.
+            InputError: it names fewer, or none.
         """
-        if views > 1 and self._cropped:
-            raise InputError(
-                "data.augment.random_resized_crop: a stream crops each image once, and a method needs "
-                f"{views} views of it. Set data.stream=false, or use data.augment.crop_padding."
-            )
+        named = len(self.spec.view_sizes)
+        if views == "all":
+            if not named:
+                raise InputError("data.views: a method compares several views of an image; name them there.")
+            views = named
+        elif 0 < named < views:
+            raise InputError(f"data.views: a method needs {views} views of each image, got {named}.")
         self.views = views
 
     def training_batches(self, plan: BatchPlan, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
@@ -95,13 +108,21 @@ class Dataset(ABC):
         for step in self._raw_steps(plan, epoch, first_step):
             micro_batches = []
             for raw in step:
-                (images, targets), *others = (
-                    self.augmenter(raw.images, raw.labels, raw.indices, seed=plan.seed, epoch=epoch, view=view)
-                    for view in range(self.views)
-                )
-                views = tuple(of_view for of_view, _ in others)
-                micro_batches.append(Batch(images, targets, raw.labels, raw.indices, views))
+                (images, *views), targets = self._views(raw, plan.seed, epoch)
+                micro_batches.append(Batch(images, targets, raw.labels, raw.indices, tuple(views)))
             yield micro_batches
+
+    def _views(self, raw: RawBatch, seed: int, epoch: int) -> tuple[list[Tensor], Tensor]:
+        """The images by view, and the targets of the first."""
+        given = (raw.images, *raw.crops)
+        if isinstance(self.augmenter, MultiCrop):
+            views = self.augmenter(given, raw.indices, seed=seed, epoch=epoch, views=self.views)
+            return views, one_hot(raw.labels, self.info.num_classes)
+        made = [
+            self.augmenter(given[view if raw.crops else 0], raw.labels, raw.indices, seed=seed, epoch=epoch, view=view)
+            for view in range(self.views)
+        ]
+        return [images for images, _ in made], made[0][1]
 
     @abstractmethod
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:

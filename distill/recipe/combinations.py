@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distill.options import Key, Problem
-from distill.recipe.schema import Recipe
+from distill.recipe import views
+from distill.recipe.schema import Recipe, Teacher
 
 
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
@@ -46,11 +47,14 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             (("data", "augment", "rand_augment"), ("data", "augment", "trivial_augment")),
             "rand_augment and trivial_augment exclude each other; set one of them to null or false",
         )
+    if data.views is not None:
+        yield from views.check(data)
 
 
 def _teacher(recipe: Recipe) -> Iterator[Problem]:
     if recipe.source is not None:
         yield from recipe.source.check(recipe, ("teacher",))
+    yield from _average_teacher(recipe)
     for index, teacher in enumerate(recipe.teachers):
         path: Key = ("teacher", index) if isinstance(recipe.teacher, list) else ("teacher",)
         if (teacher.model is None) == (teacher.recipe is None):
@@ -84,8 +88,40 @@ def _start(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _average_teacher(recipe: Recipe) -> Iterator[Problem]:
+    at: Key = ("teacher", "ema")
+    if isinstance(recipe.teacher, list):
+        for index, teacher in enumerate(recipe.teacher):
+            if teacher.ema is not None:
+                yield Problem((("teacher", index, "ema"),), "goes beside a single teacher, which is no list")
+    users = [section for section in recipe.distill if section.needs.average]
+    if recipe.average_teacher is None:
+        for index, section in enumerate(recipe.distill):
+            if section.needs.average and not isinstance(recipe.teacher, list):
+                needed = f"{section.method} learns from the student's own moving average"
+                yield Problem((("distill", index), at), f"{needed}; set teacher.ema to {{}}")
+        return
+    if not users:
+        yield Problem((at, ("distill",)), "no method of 'distill' learns from it, such as dino; leave it out")
+    if recipe.train.ema is not None:
+        yield Problem((("train", "ema"), at), "teacher.ema is the moving average that is evaluated; set this to null")
+    if recipe.teachers:
+        return
+    assert isinstance(recipe.teacher, Teacher)
+    for key in sorted(recipe.teacher.model_fields_set - {"ema", "model", "recipe"}):
+        if getattr(recipe.teacher, key) != Teacher.model_fields[key].default:
+            yield Problem((("teacher", key),), "is of a frozen teacher; name its model, or leave this out")
+    for index, section in enumerate(recipe.distill):
+        if section.needs.logits or section.needs.maps:
+            what = "logits" if section.needs.logits else "feature maps"
+            yield Problem(
+                (("distill", index), ("teacher", "model")),
+                f"{section.method} learns from {what} of a frozen teacher, and teacher.ema has none; name a model too",
+            )
+
+
 def _losses(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.distill and recipe.teacher is None:
+    if recipe.teacher is None and not all(objective.needs.average for objective in recipe.distill):
         yield Problem(
             (("distill",), ("teacher",)), "distillation needs a teacher; name one under 'teacher' or set distill to []"
         )

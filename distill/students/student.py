@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distill.errors import InputError
 from distill.features import Features, Stage, example_image, final_and_maps, problem_of_maps, with_maps
 from distill.inputs import InputAdapter, InputContract, Preparation
+from distill.options import Key, dotted
 from distill.students.embedding import embedding_of, regions_of
 
 CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}
@@ -180,12 +181,16 @@ class Student(nn.Module):
         strides = [round(image.shape[2] / found.shape[2]) for found in maps]
         return tuple(map(Stage, names, (found.shape[1] for found in maps), strides))
 
-    def check_maps(self, want: tuple[int, ...], side: int | None = None) -> None:
-        """Raise InputError unless `forward` returns these maps along with the same logits as without them."""
+    def check_maps(self, want: tuple[int, ...], side: int | None = None, key: Key = ("student", "model")) -> None:
+        """Raise InputError, which begins with the key, unless `forward` returns these maps, and the same logits as
+        without them.
+        """
         if want:
-            self._try_maps(want, side)
+            self._try_maps(want, side, key)
 
-    def _try_maps(self, want: tuple[int, ...] | None, side: int | None = None) -> list[Tensor]:
+    def _try_maps(
+        self, want: tuple[int, ...] | None, side: int | None = None, at: Key = ("student", "model")
+    ) -> list[Tensor]:
         """Maps of an example image, in evaluation; `want` None: all of them."""
         was_training = self.training
         try:
@@ -200,10 +205,10 @@ class Student(nn.Module):
             self.train(was_training)
         if problem is None:
             return maps
-        key, which = ("data.growth.start", f" of {side} px images") if side else ("student.model", "")
+        which = f" of {side} px images" if side else ""
         raise InputError(
-            f"{key}: {self.architecture} does not give its feature maps{which} ({problem}). Take another model, or "
-            "distillation methods on logits."
+            f"{dotted(at)}: {self.architecture} does not give its feature maps{which} ({problem}). Take another "
+            "model, or distillation methods on logits."
         )
 
     def _example(self) -> Tensor:

@@ -48,11 +48,9 @@ class Options(StudentOptions):
             most = MOST_PATCHES_A_SIDE
             side = grid.side
             yield Problem(involved, f"{side}x{side} patches need too much memory; at most {most}x{most}")
-        if (growth := recipe.data.growth) is not None and growth.start % patch:
-            yield Problem(
-                (("data", "growth", "start"), *involved),
-                f"{growth.start} is not divisible by the patch size {patch}",
-            )
+        for side, key in recipe.other_sides.items():
+            if side % patch:
+                yield Problem((key, *involved), f"{side} is not divisible by the patch size {patch}")
         if self.stem == "conv" and patch & (patch - 1):
             yield Problem(
                 ((*at, "stem"), (*at, "patch_size")),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from distill.data.augment import Augmenter
+from distill.data.views import MultiCrop
 from distill.recipe.schema import Train
 
 _log = logging.getLogger("distill")
@@ -76,7 +77,7 @@ class Compilation:
         if self.enabled:
             module.compile(dynamic=False, mode="reduce-overhead" if self.graphs else None)
 
-    def apply_to_augmentation(self, augmenter: Augmenter) -> None:
+    def apply_to_augmentation(self, augmenter: Augmenter | MultiCrop) -> None:
         """Compile it on CUDA if the networks are; on a CPU eager code is faster, since it skips unaffected images."""
         if self.enabled and self.on_cuda:
             augmenter.compile()
