@@ -19,10 +19,12 @@ from distill.evaluation import described_answers, save_predictions
 from distill.exports.card import Card, card_of_run, data_name, render
 from distill.exports.folder import describe, load_export, write_export
 from distill.files.durable import indispensable
+from distill.files.metrics import read_lines
 from distill.inputs import Preparation
 from distill.launching.processes import on_main
 from distill.recipe import Recipe
 from distill.recipe.images import rgb
+from distill.report.collapse import collapse
 from distill.run import Run, read_metrics
 from distill.students import Student
 from distill.tracking import Tracking
@@ -78,6 +80,8 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
     run.status(exported=asdict(selected), seconds=trainer.seconds)
     epoch = selected.step / trainer.steps_per_epoch
     tracking.test(selected.step, epoch, selected.weights, tested.values)
+    if run.is_main and (problem := collapse(trainer.recipe.model_dump(), read_lines(run.metrics.path))) is not None:
+        _log.warning("%s", problem)
     if analysed:
         began = time.perf_counter()
         validation = evaluator.predict_validation(student)

@@ -21,6 +21,7 @@ import distill
 import distill.exports.folder
 from distill import run
 from distill.data import Dataset, open_dataset
+from distill.data.packed import write_packed
 from distill.errors import InputError, Interrupted
 from distill.exports.folder import load_export
 from distill.recipe import Recipe, from_mapping
@@ -41,6 +42,12 @@ WITHOUT_LABELS: dict[str, Any] = {
     "student": {"drop_path": 0.0},  # which depends on the number of processes
     "train": {"epochs": 2, "gradient_accumulation": 1},
     "evaluation": {"knn": {"k": K, "temperature": TEMPERATURE}},
+}
+DINO: dict[str, Any] = {
+    "label_weight": 0.0,
+    "distill": [{"method": "dino", "prototypes": 16, "hidden": 16, "bottleneck": 8}],
+    "train": {"epochs": 1, "gradient_accumulation": 1, "ema": None},
+    "evaluation": {"knn": {"k": K}},
 }
 
 
@@ -278,9 +285,40 @@ def test_which_evaluation_a_recipe_has(toy: Toy) -> None:
 # Students that start from such a run
 
 
+def self_distilled(toy: Toy, **data: Any) -> dict[str, Any]:
+    """The toy recipe with DINO alone."""
+    recipe = toy.mapping(**DINO) | {"teacher": {"ema": {}}}
+    views = [
+        {"kind": "global", "count": 2, "size": 8, "scale": [0.5, 1.0]},
+        {"kind": "local", "count": 1, "size": 4, "scale": [0.2, 0.5]},
+    ]
+    recipe["data"] |= {"augment": {}, "views": views, **data}
+    return recipe
+
+
+def test_collapsed_features_are_called_so(toy: Toy, tmp_path: Path) -> None:
+    labels = {"train.labels": torch.arange(64) % 4, "test.labels": torch.arange(8) % 4}
+    picture = torch.randint(0, 256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tensors = labels | {
+        f"{split}.images": picture.repeat(size, 1, 1, 1) for split, size in (("train", 64), ("test", 8))
+    }
+    write_packed(tmp_path / "grey.safetensors", name="grey", class_names=("a", "b", "c", "d"), tensors=tensors)
+    recipe = self_distilled(toy, name="grey.safetensors", root=str(tmp_path))
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    done = launch(["train", "toy.yaml", "--out", "run", "train.max_steps=2"], cwd=tmp_path, report=True)
+    assert done.wait() == [0], done.output
+    assert "the features collapsed: all images have the same ones" in done.output
+    assert "Warning. run: the features collapsed" in " ".join(done.output.split())
+    assert "run: the features collapsed" in (tmp_path / "run" / "report.html").read_text()
+    (test,) = evaluations(tmp_path / "run", "test")
+    assert test["student/spread"] == pytest.approx(0, abs=1e-6)
+    assert test["student/knn"] == 25.0
+    assert {"dino/teacher_entropy", "dino/kl"} <= next(run.read_metrics(tmp_path / "run", "train")).keys()
+
+
 def pretraining(toy: Toy, tmp_path: Path, **changes: Any) -> Recipe:
-    """A recipe of a supervised run, one step long, after two steps without labels by pre.yaml."""
-    first = toy.mapping(**WITHOUT_LABELS)
+    """A recipe of a supervised run, one step long, after two steps of DINO by pre.yaml."""
+    first = self_distilled(toy)
     first["train"] |= {"max_steps": 2}
     (tmp_path / "pre.yaml").write_text(yaml.safe_dump(first))
     own = {"teacher": None, "distill": [], "label_weight": 1.0, "train": {"max_steps": 1}} | changes

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from distill.report.collapse import ENTROPY, KL
 from distill.report.runs import Record, RunFiles
 
 LARGEST = 1e12
@@ -59,9 +60,11 @@ def _measured(run: RunFiles) -> Iterator[tuple[str, str, list[Record], str]]:
     for kind in ("top1", "knn"):
         yield kind, split, raw, f"student/{kind}"
         yield kind, f"{split}, EMA", averaged, f"student/{kind}"
-    for kind, ending in (("entropy", "/teacher_entropy"), ("kl", "/kl")):
-        for key in dict.fromkeys(key for event in trained for key in event if key.endswith(ending)):
-            yield kind, key.removesuffix(ending), trained, key
+    for kind, ending in (("entropy", ENTROPY), ("kl", KL)):
+        for key in dict.fromkeys(
+            key for event in trained for key in event if key.endswith((f"/{ending}", f"_{ending}"))
+        ):
+            yield kind, key.removesuffix(ending).rstrip("/_").replace("/", ", "), trained, key
 
 
 def _points(events: Iterable[Record], key: str) -> Iterator[tuple[float, float]]:
