@@ -21,10 +21,11 @@ from distill.cores import CoreContention
 from distill.data import Batch, BatchPlan, Dataset, Split
 from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
-from distill.evaluation import Classification
+from distill.evaluation import build_evaluator
 from distill.files.digests import state_digest
 from distill.launching.processes import on_main, with_process_index
 from distill.launching.signals import StopRequest, deferred
+from distill.options import StudentOptions
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.students import Student, build_student
@@ -60,8 +61,18 @@ _log = logging.getLogger("distill")
 class Trainer:
     """Model, losses, optimizer and progress of one run, and its training loop."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, dataset: Dataset, teacher: Teacher | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        teacher: Teacher | None,
+        student: StudentOptions | None = None,
+    ) -> None:
         """Build student, losses, optimizer and schedule.
+
+        Args:
+            student: its options with the weights of its pretraining; None: the recipe's.
 
         Raises:
             InputError: the student cannot be built, or the batch size is not divisible by processes and accumulation.
@@ -81,7 +92,7 @@ class Trainer:
         self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         warn_of_long_warmup(recipe.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         self.student: Student = build_student(
-            recipe.student,
+            student or recipe.student,
             resolution=recipe.data.resolution,
             num_classes=0 if recipe.label_free else info.num_classes,
             channels=info.channels,
@@ -125,7 +136,7 @@ class Trainer:
         self.contention = CoreContention()
         self.contended = False
         self.gradient_shares = GradientShares(train, accelerator, self.student)
-        self.evaluator = Classification(dataset, accelerator, batch_size=self.plan.micro_batch)
+        self.evaluator = build_evaluator(recipe, dataset, accelerator, batch_size=self.plan.micro_batch)
 
     def _source(self) -> TeacherSource | None:
         if self.teacher is not None:

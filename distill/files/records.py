@@ -68,6 +68,7 @@ class Status(Record):
     data_digest: Name | None = None
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
+    initial_weights: dict[Name, Name] | None = None
     exported: Exported | None = None
     metrics: dict[Name, Annotated[float, Field(allow_inf_nan=True)]] | None = None
     seconds: dict[Name, Size] = {}
@@ -140,6 +141,13 @@ class Tokens(Record):
     token_cosines: list[Annotated[float, Field(ge=-2.0, le=2.0)]] | None = None
 
 
+class Pixels(Record):
+    """Right answers of votes on raw pixels."""
+
+    images: Annotated[Count, Field(gt=0)]
+    correct: Count
+
+
 class AnalysisValues(Record):
     """`analysis.json`."""
 
@@ -147,7 +155,9 @@ class AnalysisValues(Record):
     data: Name | None = None
     device: Name
     costs: CostsByModel
-    robustness: Robustness
+    robustness: Robustness | None = None
+    """None for a student without a classifier."""
+    pixels: Pixels | None = None
     tokens: Tokens | None = None
 
 

@@ -12,7 +12,7 @@ from distill.recipe.schema import Recipe, Teacher
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
     """All problems, in the order of the recipe's keys; variants' options check their own."""
     student = recipe.student.check(recipe, ("student",))
-    return [*_data(recipe), *_teacher(recipe), *student, *_losses(recipe), *_train(recipe)]
+    return [*_data(recipe), *_teacher(recipe), *_start(recipe), *student, *_losses(recipe), *_train(recipe)]
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -78,6 +78,17 @@ def _teacher(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(((*path, "cache"),), "the logits of an ensemble are stored as a whole: the same for all")
 
 
+def _start(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.pretrain is not None and recipe.pretrain.recipe is None:
+        yield Problem((("pretrain", "recipe"),), "name the recipe that trains it first, or set pretrain to null")
+    if recipe.pretrain is not None and (recipe.student.pretrained or recipe.student.weights is not None):
+        other = "pretrained" if recipe.student.pretrained else "weights"
+        yield Problem(
+            (("pretrain",), ("student", other)),
+            f"the student starts from the weights of this recipe, or from student.{other}; leave one of them out",
+        )
+
+
 def _average_teacher(recipe: Recipe) -> Iterator[Problem]:
     at: Key = ("teacher", "ema")
     if isinstance(recipe.teacher, list):
@@ -121,7 +132,13 @@ def _losses(recipe: Recipe) -> Iterator[Problem]:
         yield Problem((("distill",),), f"each method at most once, got {methods}")
     if recipe.label_weight == 0 and not any(objective.mean_weight for objective in recipe.distill):
         yield Problem((("label_weight",), ("distill",)), "all weights of the loss are 0: nothing would be learned")
-    if recipe.control and not recipe.distill:
+    if recipe.control and recipe.label_free:
+        yield Problem(
+            (("control",), ("label_weight",)),
+            "without labels and without the teacher nothing would be learned; launch a supervised run of its own, and "
+            "compare both with `distill compare`",
+        )
+    elif recipe.control and not recipe.distill:
         yield Problem((("control",), ("distill",)), "a control of plain training would be the same run again")
     for index, objective in enumerate(recipe.distill):
         yield from objective.check(recipe, ("distill", index))

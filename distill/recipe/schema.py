@@ -25,6 +25,7 @@ from distill.options import (
     WeightSchedule,
 )
 from distill.recipe.augment import Augment
+from distill.recipe.evaluation import Evaluation
 from distill.recipe.images import MAX_PIXELS, rgb
 from distill.recipe.views import View
 
@@ -212,6 +213,14 @@ class Teacher(Section):
         return self.ema is None or self.model is not None or self.recipe is not None
 
 
+class Pretrain(Section):
+    recipe: Text | None = Field(
+        None,
+        description="A recipe that trains the student's initial weights first, for example without labels; trained "
+        "once, then found by its hash. Heads, and tokens that it has not, are new.",
+    )
+
+
 class Optim(Section):
     name: Text = Field(
         "adamw",
@@ -336,6 +345,7 @@ class Recipe(Section):
     teacher: Teacher | list[Teacher] | SourceOptions | None = Field(
         None, description="One teacher, a list of them (an ensemble), another teacher source, or null."
     )
+    pretrain: Pretrain | None = Field(None, description="An earlier training of the student; null: none.")
     student: StudentOptions = Field(StudentOptions(), description="The model to train.")
     label_weight: float | None = Field(
         None,
@@ -347,6 +357,9 @@ class Recipe(Section):
     )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
     train: Train = Field(Train(), description="The training loop.")
+    evaluation: Evaluation = Field(
+        Evaluation(), description="Evaluation of the student's features, where the recipe asks for it."
+    )
     report: Report = Field(Report(), description="The report of a finished run.")
     control: bool = Field(
         False, description="Also train the same student without the teacher, same seed, for the report."

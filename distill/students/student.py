@@ -114,6 +114,7 @@ class Student(nn.Module):
             side: resize the images to that many pixels, not to the size of the contract.
             embed: embedding and regions too.
         """
+        embed = embed or not self._has_heads  # which is then its answer
         if not want and side is None and not embed:
             return Features(self.logits(images), {})
         inputs = self.adapter(images, side)
