@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
+import distill.exports.folder
 from distill import registry, run
 from distill.cli import main
 from distill.data import Batch
-from distill.errors import InputError
+from distill.errors import InputError, Interrupted
 from distill.teaching.source import Frozen
 from distill.trainer import Trainer
 from tests import warm
@@ -23,6 +23,7 @@ from tests.conftest import Toy
 from tests.students.helpers import KINDS
 from tests.test_growth import inputs_of
 from tests.test_recipe_problems import problems
+from tests.test_resume import go, same_end
 from tests.test_step_speed import batches_of, take_steps, toy_recipe, trainer_of
 
 PLUGIN = Path(__file__).parent / "plugins" / "all_views.py"
@@ -158,33 +159,31 @@ def test_a_dry_run_names_the_views(toy: Toy, capsys: pytest.CaptureFixture[str])
     assert line in capsys.readouterr().out
 
 
-# Launched
+# Whole runs
 
 
-def test_processes_and_a_stop_in_between_change_nothing(toy: Toy, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(mapping(toy)))
+@pytest.mark.usefixtures("plugin")
+def test_a_stop_and_two_processes_change_nothing(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill.exports.folder, "_compare_with_reloaded", lambda *_: None)
+    raw = mapping(toy, train={"threads": 1})
+    recipe = toy_recipe(toy, **raw)
+    whole, parts, two = (tmp_path / name for name in ("whole", "parts", "two"))
+    go(recipe, whole, None)
+    with pytest.raises(Interrupted):
+        go(recipe, parts, 7)
+    changed = mapping(toy, data={"views": [*VIEWS[:2], VIEWS[2] | {"size": 2}]})
+    with pytest.raises(InputError, match=r"data\.views\.2\.size: 4 -> 2"):
+        go(toy_recipe(toy, **changed), parts, None, resume="auto")
+    go(recipe, parts, None, resume="auto")
+    same_end(whole, parts)
 
-    def train(*arguments: object, processes: int = 1) -> tuple[list[int], str]:
-        command = ["train", recipe, "--plugin", PLUGIN, "train.max_steps=6", *arguments]
-        launched = warm.launch(command, cwd=tmp_path, processes=processes)
-        return launched.wait(), launched.output
-
-    for folder, processes in (("one", 1), ("two", 2)):
-        codes, output = train("--out", folder, f"train.gradient_accumulation={processes}", processes=processes)
-        assert codes == [0] * processes, output
-    losses = [[line["loss"] for line in run.read_metrics(tmp_path / name, "train")] for name in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-
-    codes, output = train("--out", "parts", "train.gradient_accumulation=1", "train.max_minutes=1.0e-4")
-    assert codes == [75], output
-    codes, output = train("--resume", "parts", "train.gradient_accumulation=1")
-    assert codes == [0], output
-    whole, parts = (load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in ("one", "parts"))
-    assert all(torch.equal(parts[key], value) for key, value in whole.items())
-    codes, output = train("--resume", "parts", "data.views.2.size=2")
-    assert codes == [2]
-    assert "data.views.2.size: 4 -> 2" in output
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    short = ("train.gradient_accumulation=1", "train.max_steps=4")
+    command = ["train", "recipe.yaml", "--plugin", PLUGIN, "--out", two, *short]
+    launched = warm.launch(command, cwd=tmp_path, processes=2)
+    assert launched.wait() == [0, 0], launched.output
+    losses = [[line["loss"] for line in run.read_metrics(folder, "train")] for folder in (whole, two)]
+    assert losses[1] == pytest.approx(losses[0][:4], abs=1e-5)
 
 
 # What does not fit
@@ -200,7 +199,7 @@ SECOND = {"kind": "local", "size": 16}
         ({"views": [SECOND, {"kind": "global", "size": 32}]}, "data.views", "all before the local ones"),
         ({"views": [{"kind": "middle", "size": 32}]}, "data.views.0.kind", "'global' or 'local'"),
         ({"views": [{"kind": "global", "size": 16}]}, "data.views.0.size", "has data.resolution 32, got 16"),
-        ({"views": [{"kind": "global"}]}, "data.views.0.size", "is missing"),
+        ({"views": [{}], "resolution": 64}, "data.views.0.size", "has data.resolution 64, got 32"),
         ({"views": [{"scale": [0.9, 0.5]}]}, "data.views.0.scale", "smallest, then largest"),
         ({"views": [{"scale": [0.0, 0.5]}]}, "data.views.0.scale", "both above 0"),
         ({"views": [{"ratio": [1.5, 0.5]}]}, "data.views.0.ratio", "smallest, then largest"),

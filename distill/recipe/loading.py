@@ -166,8 +166,6 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
     value, kind = item["input"], item["type"]
     if kind == "extra_forbidden":
         return [Problem(path, f"unknown key{_suggest(path)}")]
-    if kind == "missing":
-        return [Problem((*path, item["loc"][-1]), "is missing")]
     if kind.startswith("union_tag") and isinstance(value, dict):
         choice = item["ctx"]["discriminator"].strip("'")
         if choice in value:

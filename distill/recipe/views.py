@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from distill.options import Key, Positive, Probability, Problem, Side
 from distill.recipe.augment import Augment, ColorJitter, RandomResizedCrop
 
-LOCAL = {"scale": [0.05, 0.4], "blur": 0.5}
+LOCAL = {"size": 16, "scale": [0.05, 0.4], "blur": 0.5}
 """Defaults of local views, where they differ."""
 
 
@@ -21,10 +21,10 @@ class View(RandomResizedCrop):
     """
 
     kind: Literal["global", "local"] = Field(
-        description="global: seen by the student and by its moving average; local: by the student alone."
+        "global", description="global: seen by the student and by its moving average; local: by the student alone."
     )
     count: int = Field(1, ge=1, le=100, description="Number of such views.")
-    size: Side = Field(description="Side in pixels; of the first view it is data.resolution.")
+    size: Side = Field(32, description="Side in pixels; of the first view it is data.resolution; of local views 16.")
     scale: Annotated[list[Probability], Field(min_length=2, max_length=2)] = Field(
         [0.4, 1.0],
         description="Smallest and largest share of the image's area that a crop covers; of local views [0.05, 0.4].",
