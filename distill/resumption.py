@@ -106,6 +106,17 @@ def check_variants(location: RunLocation, variants: dict[str, str]) -> None:
             )
 
 
+def check_initial_weights(location: RunLocation, weights: dict[str, str]) -> None:
+    """Raise InputError if a resumed run's student began with other weights of its pretraining."""
+    began_with = on_main(lambda: run.read_status(location.directory).get("initial_weights"))
+    if location.resumed and began_with not in (None, weights):
+        where = next(iter({**weights, **began_with}))
+        raise InputError(
+            f"{where}: these weights are not those that the student of {location.directory} began with: their SHA-256 "
+            "differs. Put the earlier ones back, or start a new run with another --out."
+        )
+
+
 def check_teacher(location: RunLocation, weights: dict[str, str]) -> None:
     """Raise InputError if a resumed run began with other teacher weights, by the digests in its status."""
     began_with = on_main(lambda: run.read_status(location.directory).get("teacher_weights", {}))

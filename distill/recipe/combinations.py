@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from distill.options import Key, Problem
 from distill.recipe import views
 from distill.recipe.installed import own_students, timm_models
-from distill.recipe.schema import Recipe
+from distill.recipe.schema import Recipe, Teacher
 
 
 def impossible_combinations(recipe: Recipe) -> list[Problem]:
     """All problems, in the order of the recipe's keys; variants' options check their own."""
-    return [*_data(recipe), *_teacher(recipe), *_student(recipe), *_losses(recipe), *_train(recipe)]
+    student, start = _student(recipe), _start(recipe)
+    return [*_data(recipe), *_teacher(recipe), *start, *student, *_losses(recipe), *_train(recipe)]
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -86,9 +87,11 @@ def _unlabelled(recipe: Recipe) -> Iterator[Problem]:
 def _teacher(recipe: Recipe) -> Iterator[Problem]:
     if recipe.source is not None:
         yield from recipe.source.check(recipe, ("teacher",))
+    yield from _average_teacher(recipe)
     for index, teacher in enumerate(recipe.teachers):
         path: Key = ("teacher", index) if isinstance(recipe.teacher, list) else ("teacher",)
-        if (teacher.model is None) == (teacher.recipe is None):
+        named = [given for given in (teacher.model, teacher.recipe) if given is not None]
+        if len(named) > 1 or not (named or teacher.ema):
             yield Problem(
                 ((*path, "model"), (*path, "recipe"), (*path, "source")),
                 "give either a model or a recipe that trains it, and not both",
@@ -119,8 +122,52 @@ def _student(recipe: Recipe) -> Iterator[Problem]:
     yield from problems
 
 
+def _start(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.pretrain is not None and recipe.pretrain.recipe is None:
+        yield Problem((("pretrain", "recipe"),), "name the recipe that trains it first, or set pretrain to null")
+    if recipe.pretrain is not None and (recipe.student.pretrained or recipe.student.weights is not None):
+        other = "pretrained" if recipe.student.pretrained else "weights"
+        yield Problem(
+            (("pretrain",), ("student", other)),
+            f"the student starts from the weights of this recipe, or from student.{other}; leave one of them out",
+        )
+
+
+def _average_teacher(recipe: Recipe) -> Iterator[Problem]:
+    at: Key = ("teacher", "ema")
+    if isinstance(recipe.teacher, list):
+        for index, teacher in enumerate(recipe.teacher):
+            if teacher.ema is not None:
+                yield Problem((("teacher", index, "ema"),), "goes beside a single teacher, which is no list")
+    users = [section for section in recipe.distill if section.needs.average]
+    if recipe.average_teacher is None:
+        for index, section in enumerate(recipe.distill):
+            if section.needs.average and not isinstance(recipe.teacher, list):
+                needed = f"{section.method} learns from the student's own moving average"
+                yield Problem((("distill", index), at), f"{needed}; set teacher.ema to {{}}")
+        return
+    others = [index for index, section in enumerate(recipe.distill) if section.needs.logits or section.needs.maps]
+    if not users and (recipe.teachers or not others):
+        yield Problem((at, ("distill",)), "no method of 'distill' learns from it, such as dino; leave it out")
+    if recipe.train.ema is not None:
+        yield Problem((("train", "ema"), at), "teacher.ema is the moving average that is evaluated; set this to null")
+    if recipe.teachers:
+        return
+    assert isinstance(recipe.teacher, Teacher)
+    for key in sorted(recipe.teacher.model_fields_set - {"ema", "model", "recipe"}):
+        if getattr(recipe.teacher, key) != Teacher.model_fields[key].default:
+            yield Problem((("teacher", key),), "is of a frozen teacher; name its model, or leave this out")
+    for index in others:
+        section = recipe.distill[index]
+        what = "logits" if section.needs.logits else "feature maps"
+        yield Problem(
+            (("distill", index), ("teacher", "model")),
+            f"{section.method} learns from {what} of a frozen teacher, and teacher.ema has none; name a model too",
+        )
+
+
 def _losses(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.distill and recipe.teacher is None:
+    if recipe.teacher is None and not all(objective.needs.average for objective in recipe.distill):
         yield Problem(
             (("distill",), ("teacher",)), "distillation needs a teacher; name one under 'teacher' or set distill to []"
         )
@@ -129,7 +176,13 @@ def _losses(recipe: Recipe) -> Iterator[Problem]:
         yield Problem((("distill",),), f"each method at most once, got {methods}")
     if recipe.label_weight == 0 and not any(objective.mean_weight for objective in recipe.distill):
         yield Problem((("label_weight",), ("distill",)), "all weights of the loss are 0: nothing would be learned")
-    if recipe.control and not recipe.distill:
+    if recipe.control and recipe.label_free:
+        yield Problem(
+            (("control",), ("label_weight",)),
+            "without labels and without the teacher nothing would be learned; launch a supervised run of its own, and "
+            "compare both with `distill compare`",
+        )
+    elif recipe.control and not recipe.distill:
         yield Problem((("control",), ("distill",)), "a control of plain training would be the same run again")
     for index, objective in enumerate(recipe.distill):
         yield from objective.check(recipe, ("distill", index))

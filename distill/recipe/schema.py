@@ -25,6 +25,7 @@ from distill.options import (
     WeightSchedule,
 )
 from distill.recipe.augment import Augment
+from distill.recipe.evaluation import Evaluation
 from distill.recipe.images import MAX_PIXELS, rgb
 from distill.recipe.views import View
 
@@ -171,6 +172,20 @@ class Data(Options):
         """Side in pixels of each view that `views` names."""
         return [group.size for group in self.views or () for _ in range(group.count)]
 
+    @property
+    def global_views(self) -> int:
+        """Number of global views that `views` names, the first ones."""
+        return sum(group.count for group in self.views or () if group.kind == "global")
+
+
+class AverageTeacher(Section):
+    """`teacher.ema`: the student's own moving average."""
+
+    momentum: float = Field(
+        0.996, ge=0.0, le=1.0, description="At the first step; 0.996 is for batches of 1,024 images, 0.9995 for 256."
+    )
+    momentum_end: float = Field(1.0, ge=0.0, le=1.0, description="At the end of the run; a cosine leads to it.")
+
 
 class Teacher(Section):
     model: Text | None = Field(
@@ -207,6 +222,24 @@ class Teacher(Section):
         description="Store its logits (float16, under runs/teacher-cache) and train with the stored ones; in an "
         "ensemble the same for all.",
     )
+    ema: AverageTeacher | None = Field(
+        None,
+        description="The student's own moving average as a teacher, alone or beside a model or recipe, for methods "
+        "such as dino; {} has the published momentum. Evaluated and exported as the weights 'ema'.",
+    )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there is a frozen network, beside the moving average or alone."""
+        return self.ema is None or self.model is not None or self.recipe is not None
+
+
+class Pretrain(Section):
+    recipe: Text | None = Field(
+        None,
+        description="A recipe that trains the student's initial weights first, for example without labels; trained "
+        "once, then found by its hash. Heads, and tokens that it has not, are new.",
+    )
 
 
 class Optim(Section):
@@ -220,12 +253,18 @@ class Optim(Section):
     weight_decay: float = Field(
         0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none."
     )
+    weight_decay_end: float | None = Field(
+        None, ge=0.0, description="Weight decay at the end of the run, to which a cosine leads; null: it is constant."
+    )
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="For optimizers that have one; 0.95 for Muon.")
     warmup_epochs: float = Field(10.0, ge=0.0, description="Epochs of linear warm-up from 0.")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
     )
-    clip_grad: float | None = Field(1.0, gt=0.0, description="Largest global gradient norm; null: no clipping.")
+    clip_grad: float | None = Field(1.0, gt=0.0, description="Largest gradient norm; null: no clipping.")
+    clip_mode: Literal["global", "tensor"] = Field(
+        "global", description="The norm that clip_grad limits: of all gradients together, or of each parameter's."
+    )
     layer_decay: float | None = Field(
         None, gt=0.0, le=1.0, description="Factor on the learning rate per layer below the head; null: none."
     )
@@ -332,6 +371,7 @@ class Recipe(Section):
     teacher: Teacher | list[Teacher] | SourceOptions | None = Field(
         None, description="One teacher, a list of them (an ensemble), another teacher source, or null."
     )
+    pretrain: Pretrain | None = Field(None, description="An earlier training of the student; null: none.")
     student: StudentOptions = Field(StudentOptions(), description="The model to train.")
     label_weight: float | None = Field(
         None,
@@ -343,6 +383,9 @@ class Recipe(Section):
     )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
     train: Train = Field(Train(), description="The training loop.")
+    evaluation: Evaluation = Field(
+        Evaluation(), description="Evaluation of the student's features, where the recipe asks for it."
+    )
     report: Report = Field(Report(), description="The report of a finished run.")
     control: bool = Field(
         False, description="Also train the same student without the teacher, same seed, for the report."
@@ -353,7 +396,12 @@ class Recipe(Section):
         """The frozen teachers as a list, which may be empty."""
         if isinstance(self.teacher, list):
             return self.teacher
-        return [self.teacher] if isinstance(self.teacher, Teacher) else []
+        return [self.teacher] if isinstance(self.teacher, Teacher) and self.teacher.is_frozen else []
+
+    @property
+    def average_teacher(self) -> AverageTeacher | None:
+        """The student's own moving average, if it is a teacher."""
+        return self.teacher.ema if isinstance(self.teacher, Teacher) else None
 
     @property
     def source(self) -> SourceOptions | None:
@@ -386,6 +434,11 @@ class Recipe(Section):
         """Side in pixels that the student's images are resized to at `progress`, 0 to 1, of the run; None: its own."""
         growth = self.data.growth
         return growth.start if growth is not None and progress < growth.until else None
+
+    @property
+    def label_free(self) -> bool:
+        """Whether nothing trains a classifier: no label loss, and no method on logits. The student then has no head."""
+        return self.label_weight == 0 and not any(section.needs.logits for section in self.distill)
 
     @property
     def other_sides(self) -> dict[int, Key]:

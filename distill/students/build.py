@@ -33,6 +33,7 @@ def build_student(
 
     Args:
         spec: the recipe's `student` section.
+        num_classes: 0: without a head.
         resolution: side in pixels that its inputs are resized to.
         channels, mean, std: of the training data, in [0, 1]. Weights from timm or an export have their own mean, std.
         other_sides: sides in pixels of other images that it has to take too, and the recipe's key of each.
@@ -62,13 +63,15 @@ def _check_forward(student: Student, images: Images, other_sides: Mapping[int, K
     for side, key in {images.resolution: ("student", "model"), **other_sides}.items():
         try:
             with torch.no_grad():
-                student(blank, side=side)
+                student(blank, side=side, embed=not student.heads)
         except (RuntimeError, AssertionError, ValueError) as error:
             other = "model or data.resolution" if side == images.resolution else f"{key[-1]} or student.model"
             raise InputError(
                 f"{dotted(key)}: {student.architecture} cannot take images of {side} px ({error}). "
                 f"Choose another {other}."
             ) from error
+    if not student.heads:
+        student.check_embedding()
     student.train()
 
 

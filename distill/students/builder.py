@@ -19,6 +19,7 @@ class Images(NamedTuple):
     resolution: int
     """Side in pixels that its inputs are resized to."""
     num_classes: int
+    """0: a model without a head, which answers with its features, and without a distillation token."""
     channels: int
     mean: tuple[float, ...]
     """Of the training data, in [0, 1], as `std`."""

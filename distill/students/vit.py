@@ -264,7 +264,7 @@ class Vit(Builder):
     @staticmethod
     def build(options: Options, images: Images) -> Built:
         size = VIT_SIZES[options.model]
-        distilled = options.distillation_token is not False
+        distilled = options.distillation_token is not False and images.num_classes > 0
         patch_size = options.patch_size or DEFAULT_PATCH_SIZE
         model_args: dict[str, Any] = {"img_size": images.resolution, "patch_size": patch_size}
         attention = options.attention

@@ -1,4 +1,4 @@
-"""Builds the frozen teachers of a run, finds their own training runs, and runs preflight."""
+"""Builds the frozen teachers of a run, and runs preflight."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH, accuracies, predict
 from distill.files.digests import file_digest
 from distill.inputs import InputContract
-from distill.launching.processes import with_precision
-from distill.recipe import FROM_PYTHON, OPERATIONAL_KEYS, Recipe, load
+from distill.recipe import FROM_PYTHON, Recipe
 from distill.recipe import Teacher as TeacherSpec
 from distill.teaching.contracts import candidates, check_contract
+from distill.teaching.earlier import check_trained_on, directory_of
 from teachers import Ensemble, Teacher, check_accuracy, check_class_order, check_features, load_teacher
 from teachers.classes import class_order
 from teachers.licences import is_free, remark
@@ -35,40 +34,6 @@ ORDER_IMAGES = 30
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pth")
 """Model files in a folder of timm's layout."""
 _log = logging.getLogger("distill")
-
-
-def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """The recipe that trains this teacher, with the data root of the student's recipe.
-
-    Raises:
-        InputError: it cannot be read, has other data, or itself needs a teacher that a recipe trains.
-    """
-    assert spec.recipe is not None
-    teacher = with_precision(load(spec.recipe))
-    if recipe.data.name == FROM_PYTHON:
-        teacher = teacher.replace(data=teacher.data.model_copy(update={"name": FROM_PYTHON}))
-    if teacher.data.name != recipe.data.name:
-        raise InputError(
-            f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. "
-            "Make data.name the same."
-        )
-    if any(its_teacher.recipe for its_teacher in teacher.teachers):
-        raise InputError(
-            f"teacher.recipe: {spec.recipe} needs a teacher that a recipe trains. Launch it on its own, then give "
-            "teacher.model=local-dir:ITS_EXPORT."
-        )
-    return teacher.replace(data=teacher.data.model_copy(update={"root": recipe.data.root}))
-
-
-def teacher_directory(recipe: Recipe, spec: TeacherSpec) -> Path:
-    """The run directory of a teacher's recipe; its name has a digest of the recipe."""
-    teacher = teacher_recipe(recipe, spec)
-    return run.RUNS / "teachers" / f"{teacher.name}-{teacher.digest(OPERATIONAL_KEYS)[:12]}"
-
-
-def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
-    """Whether this teacher is ready: it is no recipe, or its recipe's run is finished."""
-    return spec.recipe is None or run.is_finished(teacher_directory(recipe, spec))
 
 
 def build_teacher(
@@ -88,13 +53,7 @@ def build_teacher(
     if not recipe.teachers:
         return None
     for spec in recipe.teachers:
-        directory = teacher_directory(recipe, spec) if spec.recipe else None
-        trained_on = run.read_status(directory).get("data_digest") if directory else None
-        if trained_on not in (None, dataset.info.digest):
-            raise InputError(
-                f"teacher.recipe: {spec.recipe} was trained in {directory} on other data than these. Move that folder "
-                "away to train it again."
-            )
+        check_trained_on(recipe, spec, dataset)
     specs, classes, names = _trained(recipe), dataset.info.num_classes, dataset.info.class_names
     maps_alone = bool(recipe.distill) and not any(section.needs.logits for section in recipe.distill)
     if isinstance(recipe.teacher, list):
@@ -144,9 +103,10 @@ def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
     """The recipe's teachers, with the exports of those that recipes train."""
     return [
-        spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_directory(recipe, spec) / 'export'}"})
-        if spec.recipe
-        else spec
+        spec.model_copy(
+            update={"ema": None}
+            | ({"recipe": None, "model": f"local-dir:{directory_of(recipe, spec) / 'export'}"} if spec.recipe else {})
+        )
         for spec in recipe.teachers
     ]
 
