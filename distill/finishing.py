@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.analysis import analyse
+from distill.console import busy
 from distill.data import Dataset
 from distill.errors import InputError, RunFailed
 from distill.evaluation import described_answers, save_predictions
@@ -49,11 +50,11 @@ class SelectedWeights:
         return cls(progress.step, "ema" if averaged else "raw")
 
 
-def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], analysed: bool) -> None:
+def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], analysis: str | None) -> None:
     """Export the selected weights, and evaluate the export on the test set, once.
 
     Args:
-        analysed: whether to write the analysis for the report.
+        analysis: what the console calls the analysis for the report; None: there is none.
 
     Raises:
         RunFailed: the checkpoint of the selected weights is damaged, or there is no disk space.
@@ -64,11 +65,12 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
     if trainer.selection_split is not None:
         value = evaluator.primary.removeprefix("student/")
         described[f"{trainer.selection_split}_{value}"] = f"{trainer.progress.best_top1:.2f}"
-    on_main(
-        lambda: export_selected(
-            selected, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described
+    with busy("export"):
+        on_main(
+            lambda: export_selected(
+                selected, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described
+            )
         )
-    )
     student, _ = load_export(run.export)
     student.to(trainer.accelerator.device)
     if teacher is not None and teacher.num_classes:
@@ -82,10 +84,14 @@ def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], an
     tracking.test(selected.step, epoch, selected.weights, tested.values)
     if run.is_main and (problem := collapse(trainer.recipe.model_dump(), read_lines(run.metrics.path))) is not None:
         _log.warning("%s", problem)
-    if analysed:
+    if analysis is not None:
         began = time.perf_counter()
         validation = evaluator.predict_validation(student)
-        on_main(lambda: analyse(run.path, student, teacher, dataset, tested.predictions, validation, tested.found))
+        on_main(
+            lambda: analyse(
+                run.path, student, teacher, dataset, tested.predictions, validation, tested.found, stage=analysis
+            )
+        )
         run.status(seconds=trainer.seconds | {"analysis": round(time.perf_counter() - began, 2)})
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 from distill import checkpoint, run
-from distill.console import set_up_logging
+from distill.console import Stages, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.facts import facts
 from distill.data.given import GivenData
@@ -38,7 +38,7 @@ from distill.launching.processes import (
 )
 from distill.launching.signals import StopRequest, exit_cause
 from distill.out_of_memory import advising
-from distill.recipe import OPERATIONAL_KEYS, Recipe, used
+from distill.recipe import OPERATIONAL_KEYS, Pretrain, Recipe, used
 from distill.recipe import Teacher as TeacherSpec
 from distill.resumption import (
     RunLocation,
@@ -76,6 +76,7 @@ class Launch:
     stop: StopRequest
     threads: int
     given: Given
+    stages: Stages = field(default_factory=Stages)
 
 
 @contextmanager
@@ -112,25 +113,44 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
         with reachable():
             location = on_main(lambda: locate(recipe, out, resume, given))
         earlier = on_main(lambda: run.read_environment(location.directory)) if location.resumed else {}
-        shared = Launch(stop, set_threads(recipe.train.threads, earlier.get("threads")), given)
+        stages = on_main(lambda: stages_of(recipe, location))
+        shared = Launch(stop, set_threads(recipe.train.threads, earlier.get("threads")), given, Stages(stages))
         shared.stop.limit(recipe.train.max_minutes)
-        execute(recipe, location, shared, source=source)
+        execute(recipe, location, shared, "student", source=source)
         shared.stop.finish()
         if PartialState().is_main_process:
             report_on(location.directory)
         return location.directory
 
 
+def stages_of(recipe: Recipe, location: RunLocation) -> list[str]:
+    """What the launch has to do, one after the other."""
+    earlier = [stage_of(spec) for spec in earlier_runs(recipe) if not is_trained(recipe, spec)]
+    analysis = ["analysis"] if location.analysed and recipe.report.analysis == "full" else []
+    return [*earlier, "student", *analysis, *(["control", *analysis] if recipe.control else [])]
+
+
+def stage_of(spec: TeacherSpec | Pretrain) -> str:
+    """The name of the stage that trains it."""
+    return "teacher" if isinstance(spec, TeacherSpec) else "pretraining"
+
+
 def execute(
-    recipe: Recipe, location: RunLocation, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
+    recipe: Recipe,
+    location: RunLocation,
+    shared: Launch,
+    stage: str,
+    *,
+    source: Path | None = None,
+    dataset: Dataset | None = None,
 ) -> None:
-    """Execute or continue one run to its end, its teacher's and control's runs included."""
+    """Execute or continue one run to its end, its teacher's and control's runs included; `stage`: its name."""
     directory = Run(location.directory, is_main=PartialState().is_main_process)
     on_main(directory.claim)
     shared.stop.runs.append(directory)
     try:
         with reachable(lambda: not directory.opened):
-            _execute(recipe, location, shared, directory, source=source, dataset=dataset)
+            _execute(recipe, location, shared, directory, stage, source=source, dataset=dataset)
         directory.status("finished")
         if shared.stop.runs[0] is not directory:
             shared.stop.runs.remove(directory)
@@ -149,6 +169,7 @@ def _execute(
     location: RunLocation,
     shared: Launch,
     directory: Run,
+    stage: str,
     *,
     source: Path | None,
     dataset: Dataset | None,
@@ -159,8 +180,10 @@ def _execute(
     check_data(location, dataset)
     if not on_main(lambda: all(is_trained(recipe, spec) for spec in earlier_runs(recipe))):
         # Report errors of the student before its teacher is trained, or its weights are.
-        Trainer(recipe, accelerator, dataset, None)
+        planned = Trainer(recipe, accelerator, dataset, None).total_steps * (1 + recipe.control)
+        shared.stages.later_steps += planned
         train_earlier(recipe, shared)
+        shared.stages.later_steps -= planned
         accelerator = build_accelerator(recipe.train, location.directory)
     variants = used(recipe)
     check_variants(location, variants)
@@ -192,6 +215,8 @@ def _execute(
         accelerator,
         total_steps=trainer.total_steps,
         steps_per_epoch=trainer.steps_per_epoch,
+        stage=shared.stages.label(stage),
+        later_steps=shared.stages.later_steps + trainer.total_steps * recipe.control,
     )
     try:
         status = on_main(lambda: run.read_status(location.directory))
@@ -234,7 +259,8 @@ def execute_control(recipe: Recipe, location: RunLocation, shared: Launch, datas
     """Execute the control's run under `control/`, unless it is finished."""
     control, directory = recipe.as_control(), location.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
-        execute(control, on_main(lambda: newest_location(directory, control, shared.given)), shared, dataset=dataset)
+        location = on_main(lambda: newest_location(directory, control, shared.given))
+        execute(control, location, shared, "control", dataset=dataset)
 
 
 def _train(
@@ -272,7 +298,10 @@ def _train(
         metadata["pretrained_by"] = str(recipe.pretrain.recipe)
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
-    finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")
+    shared.stages.done += 1
+    analysed = location.analysed and recipe.report.analysis == "full"
+    finish(trainer, tracking, metadata, shared.stages.label("analysis") if analysed else None)
+    shared.stages.done += analysed
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:
@@ -314,7 +343,7 @@ def train_earlier(recipe: Recipe, shared: Launch) -> None:
             try:
                 location = replace(on_main(partial(newest_location, directory, earlier, shared.given)), analysed=False)
                 _log.info("training the %s first: %s, in %s", what, earlier.name, directory)
-                execute(earlier, location, shared, source=Path(str(spec.recipe)))
+                execute(earlier, location, shared, stage_of(spec), source=Path(str(spec.recipe)))
             except run.InUse as holder:
                 _log.info("waiting for the %s, %s: %s", what, earlier.name, str(holder).partition(". ")[0])
                 while on_main(partial(run.holder_of, directory)) is not None:

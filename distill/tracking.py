@@ -25,11 +25,24 @@ class Tracking:
     """
 
     def __init__(
-        self, run: Run, recipe: Recipe, accelerator: Accelerator, *, total_steps: int, steps_per_epoch: int
+        self,
+        run: Run,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        stage: str,
+        later_steps: int,
     ) -> None:
+        """`stage` and `later_steps`: see `Stages`."""
         self.run, self._recipe, self._accelerator = run, recipe, accelerator
         self.display = TrainingDisplay(
-            recipe.name, total_steps=total_steps, steps_per_epoch=steps_per_epoch, is_main=run.is_main
+            stage,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            is_main=run.is_main,
+            later_steps=later_steps,
         )
         self._step, self._evaluated = 0, ""
 
@@ -98,7 +111,8 @@ class Tracking:
         self.run.log("eval", step=step, epoch=epoch, split=split, weights=weights, **values)
         self.run.status(metrics=dict(values))
         shown = [f"{name} {values[key]:.2f} %" for key, name in SHOWN.items() if key in values]
-        self.display.accuracy(f"epoch {epoch:.2f}  {split} {', '.join(shown)} ({weights} weights)")
+        newest = shown[0] if shown else ""
+        self.display.accuracy(f"epoch {epoch:.2f}  {split} {', '.join(shown)} ({weights} weights)", newest)
 
     def _track(self, line: Mapping[str, Any]) -> None:
         values = self._values(line)

@@ -20,6 +20,7 @@ from distill.analysis.attention import look
 from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from distill.analysis.costs import measure_costs
 from distill.analysis.neighbours import pixel_accuracy, shown_neighbours
+from distill.console import track
 from distill.data import Dataset, Split
 from distill.data.randomness import permutation
 from distill.evaluation import named_heads
@@ -60,6 +61,8 @@ def analyse(
     predictions: Mapping[str, Tensor],
     validation: Mapping[str, Tensor],
     found: Found | None = None,
+    *,
+    stage: str = "analysis",
 ) -> None:
     """Write the analysis into a run directory; too little disk or memory is a warning: the report does without. On one
     process.
@@ -69,6 +72,7 @@ def analyse(
         predictions: logits [N, classes] on the test set by name (`student.fused`, ..., `teacher`).
         validation: the same on the validation split; empty without one, and for a student without a classifier.
         found: what its features tell on the test set, where that was asked for.
+        stage: what the console calls this.
     """
     has_classes = teacher is not None and teacher.num_classes
     models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
@@ -108,7 +112,7 @@ def analyse(
         }
         if corrupted:
             numbers = torch.tensor(corrupted)
-            values["robustness"] = _robustness(answers, of(corrupted), labels[corrupted], numbers, device)
+            values["robustness"] = _robustness(answers, of(corrupted), labels[corrupted], numbers, device, stage)
         if found is not None and found.votes is not None:
             every = _stratified(labels, len(labels))
             values["pixels"] = pixel_accuracy(dataset, found, every)
@@ -205,7 +209,7 @@ def _take(dataset: Dataset, indices: list[int], split: Split = "test") -> Tensor
 
 
 def _robustness(
-    answers: Answers, images: Tensor, labels: Tensor, indices: Tensor, device: torch.device
+    answers: Answers, images: Tensor, labels: Tensor, indices: Tensor, device: torch.device, stage: str
 ) -> dict[str, Any]:
     """Correct answers by corruption and output: a list over severities, the first being that of the images as they
     are."""
@@ -220,7 +224,7 @@ def _robustness(
         return counts
 
     clean, correct = count(lambda as_they_are, _: as_they_are), {}
-    for name in CORRUPTIONS:
+    for name in track(CORRUPTIONS, stage, len(CORRUPTIONS)):
         levels = [clean, *(count(partial(corrupt, name, severity)) for severity in range(1, SEVERITIES + 1))]
         correct[name] = {key: [level[key] for level in levels] for key in clean}
     return {"images": len(images), "correct": correct}

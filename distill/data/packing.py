@@ -13,6 +13,7 @@ from typing import TypeVar
 from PIL import Image
 from torch import Tensor
 
+from distill.console import track
 from distill.data import cache
 from distill.data.facts import range_of
 from distill.data.image_files import Folder, ImageFiles
@@ -109,7 +110,7 @@ class Progress:
 
     def of(self, items: Iterable[T]) -> Iterator[T]:
         """The items, counted."""
-        for item in items:
+        for item in track(items, self.what, self.total):
             self.done += 1
             if (now := time.monotonic()) - self._last >= SECONDS:
                 self._last = now

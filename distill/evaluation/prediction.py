@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from distill.console import track
 from distill.data import Dataset, Split
 from distill.errors import RunFailed
 from distill.files.checksum import CHECKSUM
@@ -33,12 +34,14 @@ def predict(
     batch_size: int,
     start: int = 0,
     stop: int | None = None,
+    what: str = "evaluation",
 ) -> list[Tensor]:
     """Run `forward` over samples `start` to `stop` - 1 (None: to the end) of a split, each exactly once.
 
     Args:
         forward: images [B, C, H, W] in [0, 1] -> logits, one [B, classes] per output.
         batch_size: per process.
+        what: the console calls this.
 
     Returns:
         One float32 [N, classes] on the CPU per output, in file order, the same on every process.
@@ -50,7 +53,7 @@ def predict(
     batches = stoppable(with_process_index(batches), -(-share // batch_size))
     part = batch_size
     rows = []
-    for images, _ in batches:
+    for images, _ in track(batches, what, -(-min(share, max(0, size - first)) // batch_size)):
         before = part
         while (outputs_of_batch := _forward_in_parts(forward, images, part)) is None:
             if part == 1:

@@ -224,6 +224,7 @@ def _sample(
             batch_size=SMALLEST_BATCH,
             start=start,
             stop=stop,
+            what="preflight",
         )
         for start, stop in ranges
     ]
