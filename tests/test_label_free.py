@@ -30,7 +30,7 @@ from distill.run import read_recipe
 from distill.students import build_student
 from distill.students.saved import read_export
 from distill.teaching.earlier import directory_of
-from tests.conftest import Toy
+from tests.conftest import Command, Toy
 from tests.students.helpers import student_options
 from tests.test_resume import go
 from tests.warm import launch
@@ -132,7 +132,7 @@ def test_the_best_weights_by_neighbours_are_exported(finished: Path) -> None:
     assert metadata["validation_knn"] == f"{best['student/knn']:.2f}"
 
 
-def test_the_export_has_no_classifier_and_says_so(finished: Path, tmp_path: Path) -> None:
+def test_the_export_has_no_classifier_and_says_so(finished: Path, command: Command, tmp_path: Path) -> None:
     saved = read_export(finished / "export")
     assert (saved.config["num_classes"], saved.config["label_names"]) == (0, [])
     model = timm.create_model(f"local-dir:{finished / 'export'}", pretrained=True).eval()
@@ -146,6 +146,10 @@ def test_the_export_has_no_classifier_and_says_so(finished: Path, tmp_path: Path
     assert student.labels == []
     with pytest.raises(InputError, match="trained without labels and has no classifier"):
         distill.predict(student, [Image.new("RGB", (8, 8))])
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    told = command("predict", finished / "export", tmp_path / "image.png")
+    assert told.returncode == 2
+    assert told.stderr.count("trained without labels and has no classifier") == 1
     with pytest.raises(InputError, match="--head cls: this student was trained without labels"):
         distill.export(finished, tmp_path / "cls", head="cls")
 
