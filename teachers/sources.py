@@ -126,6 +126,30 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
     return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)), num_classes)
 
 
+def classes_of_weights(spec: recipe.Teacher) -> int | None:
+    """The number of classes of the weights that `spec.model` names, which are not loaded; 0: no classifier; None: it is
+    not recorded.
+
+    Raises:
+        InputError: no such model, or it has no weights.
+    """
+    assert spec.model is not None
+    scheme, name = parse(spec.model)
+    match scheme:
+        case "zoo":
+            return ZOO[name].num_classes
+        case "local-dir":
+            return int(_folder_network(spec, Path(name)).num_classes)
+        case "hf_hub":
+            return _hub_config(name).get("num_classes")
+        case "torchvision":
+            return len(_torchvision_preset(spec, name)[0].meta["categories"])
+        case "timm":
+            config = _timm_config(name)
+            _require_weights(name, config)
+            return int(config.num_classes)
+
+
 def _zoo_source(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     """The network of a zoo entry, without its weights."""
     entry = ZOO[name]
@@ -166,11 +190,15 @@ def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     if spec.weights is not None:
         network = timm.create_model(name, num_classes=num_classes, in_chans=len(contract.mean))
         return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
-    if not config.has_weights:
-        raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
+    _require_weights(name, config)
     known = _same_classes(f"timm's weights for {name}", config.num_classes, num_classes)
     url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
     return Source(_pretrained(name, url), contract, known)
+
+
+def _require_weights(name: str, config: timm.models.PretrainedCfg) -> None:
+    if not config.has_weights:
+        raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
 
 
 def _hub_config(name: str) -> Mapping[str, Any]:
