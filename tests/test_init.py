@@ -18,6 +18,7 @@ from distill.cli import main
 from distill.data import Dataset
 from distill.recipe import Teacher as Spec
 from distill.recipe import load
+from distill.scaffold import estimate
 from distill.scaffold.folder import look_at
 from distill.scaffold.teacher import of_spec
 from tests.conftest import Command, Toy, image_folder
@@ -199,6 +200,7 @@ def test_bad_input(
 def test_greyscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the images, and of the teacher's inputs."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "SECONDS", 0)
     image_folder(Path("good"), CLASSES, {"train": 6, "val": 2, "test": 2}, width=64, height=64)
     content = yaml.safe_load(
         distill.init("good", teacher=weights(Path("g.pt"), model="resnet10t", in_chans=1)).read_text()
@@ -216,6 +218,7 @@ def test_greyscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "SECONDS", 0)
     image_folder(Path("good"), CLASSES, {"train": 6, "val": 2, "test": 2}, width=64, height=64)
     file = weights(Path("own.pt"), model="resnet10t")
     path = distill.init("good", teacher=file, goal="accurate", out="a.yaml")

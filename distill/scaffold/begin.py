@@ -171,9 +171,9 @@ def _student_text(
     header = [
         f"A student for the images in {found.folder.root}; goal: {goal}. Written by `distill init`,",
         "whose rules are in docs/init.md; `distill schema` has all keys.",
+        f"Estimate, from {_steps(steps)} on {machine}: {_total(costs)}.",
         "",
         f"  {command}",
-        f"Estimate, from {_steps(steps)} on {machine}: {_total(costs)}.",
     ]
     comments = {
         "data.root": f"{len(counts)} classes, {min(counts):,} to {max(counts):,} training images each",

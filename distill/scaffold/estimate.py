@@ -20,6 +20,8 @@ from teachers import Teacher
 
 SECONDS = 4.0
 """After which no further step is measured."""
+MOST = 10
+"""Steps."""
 EVALUATION = 2 / 3
 """Cost of evaluating an image, raw and averaged weights, over that of training on it: forward passes alone."""
 
@@ -54,7 +56,7 @@ def estimate(recipe: Recipe, dataset: Dataset, teacher: Teacher | None, *, image
     began = time.monotonic()
     with advising(recipe, trainer.plan, dataset.augmenter.paired):
         epoch = 0
-        while len(times) < 2 or (time.monotonic() - began < SECONDS and len(times) < 20):
+        while len(times) < 2 or (time.monotonic() - began < SECONDS and len(times) < MOST):
             start = time.monotonic()
             trainer.train_step(next(trainer.dataset.training_batches(trainer.plan, epoch, 0)))
             trainer.read_skipped()  # waits for the device

@@ -157,8 +157,9 @@ def _best(
     # The library's inputs come first: they are taken unless others are markedly better; so are other architectures.
     logits = _logits(tried, dataset, rows.tolist())
     best = preferred(labels[rows], logits)
-    tried = [tried[best], *(other.to(device).under(tried[best].contract) for other in teachers[1:])]
-    logits = [logits[best], *_logits(tried[1:], dataset, rows.tolist())]
+    contracts = dict.fromkeys((teachers[0].contract, tried[best].contract))
+    others = [other.to(device).under(contract) for other in teachers[1:] for contract in contracts]
+    tried, logits = [tried[best], *others], [logits[best], *_logits(others, dataset, rows.tolist())]
     best = preferred(labels[rows], logits)
     rights = decisions(logits[best].numpy()) == labels[rows].numpy()
     required = well_above_chance(labels[rows], classes=logits[best].shape[1])
