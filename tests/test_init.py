@@ -94,7 +94,7 @@ def test_class_folders_and_a_file(command: Command, tmp_path: Path) -> None:
     weights(tmp_path / "own.pth")
     done = command("init", "birds/", "--teacher", "own.pth", "--goal", "fast", "--out", "fast.yaml")
     assert done.returncode == 0, done.stderr
-    assert "no better than chance" in done.stderr  # random weights on random images
+    assert "hardly more than by chance" in done.stderr  # random weights on random images
     content = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert not (tmp_path / "fast-teacher.yaml").exists()
     assert content["data"]["test"] == 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,6 @@ from distill.recipe import Teacher as Spec
 from distill.report.metrics import decisions
 from distill.teaching.contracts import candidates, preferred
 from teachers import Teacher, load_teacher
-from teachers.preflight import well_above_chance
 from teachers.recognition import recognise
 from teachers.sources import classes_of_weights, contract_is_assumed, untrained_source
 
@@ -26,7 +26,7 @@ SIZES = (32, 64, 128, 224)
 """In pixels, that are tried beside those of the library and the data."""
 SECONDS = 8.0
 """For measurements of inputs."""
-FEWEST, MOST = 50, 500
+FEWEST, MOST = 32, 500
 """Images that inputs are measured on."""
 BATCH = 32
 REMEDY = (
@@ -98,7 +98,7 @@ def of_spec(spec: Spec, alike: tuple[str, ...], dataset: Dataset, resolution: in
         contract = teachers[0].contract
         note = f"recognised by its tensors; inputs by its library: {contract.size} px"
         return _chosen(section, teachers[0], resolution, f"{said}, inputs {contract}", note)
-    best, right, images, required = _best(open_spec, teachers, dataset, resolution, device)
+    best, right, images, chance = _best(open_spec, teachers, dataset, resolution, device)
     contract = best.contract
     section = {"model": best.name, "weights": spec.weights, "size": contract.size}
     for key, values in (("mean", contract.mean), ("std", contract.std)):
@@ -108,11 +108,11 @@ def of_spec(spec: Spec, alike: tuple[str, ...], dataset: Dataset, resolution: in
         f"{right:.1%} right on {images} training images with inputs {contract}"
     )
     warning = None
-    if right < required:
+    if right < chance + 2 * math.sqrt(chance * (1 - chance) / images):
         warning = (
-            f"{spec.weights}: {right:.1%} right on {images} training images of the {classes} classes, which is no "
-            f"better than chance; preflight will stop the run below {required:.1%}. Is it trained on these classes, in "
-            "the order of the folders' names (teacher.classes)?"
+            f"{spec.weights}: {right:.1%} right on {images} training images of {classes} classes, hardly more than by "
+            "chance: preflight would stop the run. Is it trained on these classes, in the order of the folders' names "
+            "(else teacher.classes)?"
         )
     note = f"recognised by its tensors; {right:.1%} of {images} training images right with these inputs"
     return _chosen(section, best, resolution, said, note)._replace(warning=warning)
@@ -141,8 +141,8 @@ def _chosen(section: Mapping[str, Any], teacher: Teacher, resolution: int, said:
 def _best(
     spec: Spec, teachers: list[Teacher], dataset: Dataset, resolution: int, device: torch.device
 ) -> tuple[Teacher, float, int, float]:
-    """The teacher under the inputs that preflight prefers, its accuracy (0 to 1), on how many images, and what
-    preflight requires.
+    """The teacher under the inputs that preflight prefers, its accuracy (0 to 1), on how many images, and what chance
+    would give.
     """
     tried: list[Teacher] = []
     for size in (resolution, *SIZES):
@@ -162,8 +162,8 @@ def _best(
     tried, logits = [tried[best], *others], [logits[best], *_logits(others, dataset, rows.tolist())]
     best = preferred(labels[rows], logits)
     rights = decisions(logits[best].numpy()) == labels[rows].numpy()
-    required = well_above_chance(labels[rows], classes=logits[best].shape[1])
-    return tried[best], float(rights.mean()), number, required
+    chance = max(1 / logits[best].shape[1], int(labels[rows].bincount().max()) / number)
+    return tried[best], float(rights.mean()), number, chance
 
 
 @torch.inference_mode()
