@@ -269,6 +269,9 @@ def export(
     half: bool = False,
     head: Head = "fused",
     license: str = "unknown",
+    int8: bool = False,
+    max_drop: float = 0.5,
+    keep_float: Sequence[str] = (),
 ) -> Path:
     """Write the student of a run as a timm folder at `to`, which is returned.
 
@@ -277,14 +280,19 @@ def export(
         half: store the weights as float16.
         head: 'cls' or 'dist' keeps only that head.
         license: for the model card, such as 'apache-2.0'.
+        int8: with `model.onnx` and `model.int8.onnx`, quantized with training images and measured on the test images.
+        max_drop: points of top-1 that int8 may lose; nothing is written if it loses more.
+        keep_float: layers that are not quantized, such as 'blocks.5' or 'head'.
 
     Raises:
-        InputError: the run has no export, `to` exists, or the student does not support the options.
+        InputError: the run has no export, `to` exists, the student does not support the options, or int8 loses more.
     """
     with _alone():
         from distill.exports.command import export_run
+        from distill.exports.int8 import Int8
 
-        export_run(Path(run), Path(to), onnx=onnx, half=half, head=head, license=license)
+        quantized = Int8(max_drop, keep_float) if int8 else None
+        export_run(Path(run), Path(to), onnx=onnx, half=half, head=head, license=license, int8=quantized)
         return Path(to)
 
 

@@ -106,7 +106,8 @@ def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str, *, number: str = "+") -> None:
     """Add a target of that name and overrides, which `_take_target` separates."""
     parser.set_defaults(target_name=name)
-    parser.add_argument("arguments", nargs=number, metavar=f"{name} key=value", help=explanation)
+    parser.usage = f"{parser.prog} {name if number == '+' else f'[{name}]'} [key=value ...] [options]"
+    parser.add_argument("arguments", nargs=number, metavar=name, help=explanation)
 
 
 def _load_plugins(options: argparse.Namespace) -> None:
@@ -279,6 +280,19 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=("fused", "cls", "dist"), default="fused", help="only one of the two heads (default: both)"
     )
+    parser.add_argument(
+        "--int8", action="store_true", help="with model.int8.onnx too, calibrated and measured on the run's data"
+    )
+    parser.add_argument(
+        "--max-drop", type=float, default=0.5, metavar="POINTS", help="of top-1 that int8 may lose; default: 0.5"
+    )
+    parser.add_argument(
+        "--keep-float",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="a layer, or all of a part such as blocks.5, that int8 leaves in float32; may be repeated",
+    )
     parser.add_argument("--license", default="unknown", metavar="ID", help="for the model card, such as apache-2.0")
 
 
@@ -287,6 +301,8 @@ def export(options: argparse.Namespace) -> None:
     from distill import api
     from distill.console import say
 
+    if options.keep_float and not options.int8:
+        raise InputError("--keep-float: without --int8 all layers are in floating point; leave it away, or add --int8.")
     say(
         str(
             api.export(
@@ -296,6 +312,9 @@ def export(options: argparse.Namespace) -> None:
                 half=options.fp16,
                 head=options.head,
                 license=options.license,
+                int8=options.int8,
+                max_drop=options.max_drop,
+                keep_float=options.keep_float,
             )
         )
     )
@@ -345,7 +364,7 @@ def teachers(options: argparse.Namespace) -> None:
     from teachers.listing import known_teachers, one_teacher
 
     if not options.arguments:
-        console.print(known_teachers())
+        console.print(*known_teachers())
         return
     recipe = load_teachers_recipe(options.target, options.overrides)
     for spec in recipe.teachers:

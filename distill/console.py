@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from io import TextIOWrapper
@@ -15,7 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distill.files.regular import regular
 from distill.files.text import visible
 
+WIDTH = 200
+"""In characters, of what goes to a file or a pipe: there rich would take 80 and cut numbers."""
 console = Console(highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = WIDTH
 _log = logging.getLogger("distill")
 
 

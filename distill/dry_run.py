@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from distill.console import say
 from distill.data.facts import facts
+from distill.data.unlabelled import warn_of_leaks
 from distill.errors import RunFailed
 from distill.flops import count_flops
 from distill.given import Given
@@ -19,7 +20,8 @@ from distill.launching.processes import build_accelerator, set_threads, with_pre
 from distill.out_of_memory import advising
 from distill.pipeline import count_parameters, joined, open_data
 from distill.recipe import Recipe
-from distill.teaching.teachers import build_teacher, is_trained, run_preflight, teacher_recipe
+from distill.teaching.earlier import earlier_runs, initial_student, is_trained, recipe_of
+from distill.teaching.teachers import build_teacher, run_preflight
 from distill.trainer import Trainer
 
 
@@ -34,17 +36,18 @@ def dry_run(recipe: Recipe, given: Given) -> None:
 
 def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     dataset = open_data(recipe, accelerator, given.data)
-    untrained = [spec for spec in recipe.teachers if not is_trained(recipe, spec)]
+    untrained = [spec for spec in earlier_runs(recipe) if not is_trained(recipe, spec)]
     for spec in untrained:
-        say(f"teacher.recipe: {spec.recipe} is not trained yet: its own dry run, then that of the student without it.")
-        _dry_run(teacher_recipe(recipe, spec), accelerator, given)
+        say(f"{spec.recipe} is not trained yet: its own dry run, then that of the student without it.")
+        _dry_run(recipe_of(recipe, spec), accelerator, given)
     original = recipe
-    if untrained:
+    if any(spec is not recipe.pretrain for spec in untrained):
         recipe = recipe.as_control()
     teacher = build_teacher(recipe, dataset, accelerator, given.teacher)
     if teacher is not None:
         run_preflight(recipe, teacher, dataset, accelerator)
-    trainer = Trainer(recipe, accelerator, dataset, teacher)
+    initial = None if recipe.pretrain in untrained else initial_student(recipe)
+    trainer = Trainer(recipe, accelerator, dataset, teacher, initial)
     trainer.open_cache()
     trainer.model.train()
     with advising(recipe, trainer.plan, dataset.augmenter.paired):
@@ -67,8 +70,9 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     flops = count_flops(trainer.student, torch.zeros(1, info.channels, side, side))
     counts = count_parameters(trainer.student, teacher)
     say(original.to_yaml())
-    for key, value in facts(info, recipe.data):
+    for key, value in facts(info, recipe.data, methods=bool(original.distill)):
         say(f"{key:<12}{value}")
+    warn_of_leaks(dataset)
     say(f"parameters  student {counts['student']:,}" + (f", teacher {teacher.num_parameters:,}" if teacher else ""))
     say(f"FLOPs       {flops / 1e9:.4f} G for the student's forward pass of one image")
     say(f"memory      {memory / 2**20:,.0f} MiB at its peak in this process")

@@ -22,6 +22,7 @@ from distill.data import Dataset, open_dataset
 from distill.data.facts import facts
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
+from distill.data.unlabelled import warn_of_leaks
 from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.files.regular import reachable
@@ -38,16 +39,27 @@ from distill.launching.processes import (
 from distill.launching.signals import StopRequest, exit_cause
 from distill.out_of_memory import advising
 from distill.recipe import OPERATIONAL_KEYS, Recipe, used
-from distill.resumption import RunLocation, check_data, check_teacher, check_variants, locate, newest_location
-from distill.run import Run
-from distill.teaching.teachers import (
-    build_teacher,
-    is_trained,
-    run_preflight,
-    teacher_directory,
-    teacher_recipe,
-    weights_digests,
+from distill.recipe import Teacher as TeacherSpec
+from distill.resumption import (
+    RunLocation,
+    check_data,
+    check_initial_weights,
+    check_teacher,
+    check_variants,
+    locate,
+    newest_location,
 )
+from distill.run import Run
+from distill.teaching.earlier import (
+    check_trained_on,
+    directory_of,
+    earlier_runs,
+    initial_student,
+    initial_weights_digest,
+    is_trained,
+    recipe_of,
+)
+from distill.teaching.teachers import build_teacher, described_origins, run_preflight, weights_digests
 from distill.tracking import Tracking
 from distill.trainer import Trainer
 from teachers import Teacher
@@ -145,18 +157,22 @@ def _execute(
     if dataset is None:
         dataset = open_data(recipe, accelerator, shared.given.data)
     check_data(location, dataset)
-    if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
-        # Report errors of the student before its teacher is trained.
+    if not on_main(lambda: all(is_trained(recipe, spec) for spec in earlier_runs(recipe))):
+        # Report errors of the student before its teacher is trained, or its weights are.
         Trainer(recipe, accelerator, dataset, None)
-        train_teachers(recipe, shared)
+        train_earlier(recipe, shared)
         accelerator = build_accelerator(recipe.train, location.directory)
     variants = used(recipe)
     check_variants(location, variants)
     teacher = build_teacher(recipe, dataset, accelerator, shared.given.teacher)
     weights = on_main(lambda: weights_digests(recipe, teacher))
     check_teacher(location, weights)
+    if (pretrain := recipe.pretrain) is not None:
+        on_main(lambda: check_trained_on(recipe, pretrain, dataset))
+    initial_weights = on_main(lambda: initial_weights_digest(recipe))
+    check_initial_weights(location, initial_weights)
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
-    trainer = Trainer(recipe, accelerator, dataset, teacher)
+    trainer = Trainer(recipe, accelerator, dataset, teacher, initial_student(recipe))
     if preflight is not None and teacher_logits is not None:
         trainer.evaluator.teacher_logits[preflight["split"]] = teacher_logits
     trainer.open_cache()
@@ -179,16 +195,21 @@ def _execute(
     )
     try:
         status = on_main(lambda: run.read_status(location.directory))
-        for key, value in facts(dataset.info, recipe.data):
+        for key, value in facts(dataset.info, recipe.data, methods=bool(recipe.distill)):
             _log.info("%s: %s", key, value)
+        if recipe.distill and accelerator.is_main_process:
+            warn_of_leaks(dataset)
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])
         directory.status(
             "running",
             data_digest=dataset.info.digest,
+            unlabelled_digest=dataset.info.unlabelled_digest,
             data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},
+            training_images={"labelled": dataset.info.sizes["train"], "unlabelled": dataset.info.unlabelled},
             teacher_weights=weights,
+            initial_weights=initial_weights,
             parameters=count_parameters(trainer.student, teacher),
         )
         if status.get("phase") != "control" or location.named:
@@ -241,8 +262,14 @@ def _train(
         trainer.cache.start()
     with advising(recipe, trainer.plan, trainer.dataset.augmenter.paired):
         trainer.fit(tracking, shared.stop)
-    teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
+    teacher = {}
+    if (taught_by := trainer.teacher) is not None:
+        teacher = {"teacher": taught_by.name, "teacher_sha256": taught_by.digest, **described_origins(taught_by)}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
+    if (unlabelled := trainer.dataset.info.unlabelled) and recipe.distill and recipe.data.unlabelled_share != 0:
+        metadata["unlabelled_images"] = str(unlabelled)
+    if recipe.pretrain is not None:
+        metadata["pretrained_by"] = str(recipe.pretrain.recipe)
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
     finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")
@@ -278,18 +305,18 @@ def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None 
     return dataset
 
 
-def train_teachers(recipe: Recipe, shared: Launch) -> None:
-    """Train each unfinished teacher that a recipe trains, or wait for another run that trains it."""
-    for spec in recipe.teachers:
-        while spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
-            teacher = teacher_recipe(recipe, spec)
-            directory = teacher_directory(recipe, spec)
+def train_earlier(recipe: Recipe, shared: Launch) -> None:
+    """Execute each unfinished run that a recipe needs first, or wait for another process that does."""
+    for spec in earlier_runs(recipe):
+        what = "teacher" if isinstance(spec, TeacherSpec) else "student's initial weights"
+        while not on_main(partial(is_trained, recipe, spec)):
+            earlier, directory = recipe_of(recipe, spec), directory_of(recipe, spec)
             try:
-                location = replace(on_main(partial(newest_location, directory, teacher, shared.given)), analysed=False)
-                _log.info("training the teacher %s first, in %s", teacher.name, directory)
-                execute(teacher, location, shared, source=Path(spec.recipe))
+                location = replace(on_main(partial(newest_location, directory, earlier, shared.given)), analysed=False)
+                _log.info("training the %s first: %s, in %s", what, earlier.name, directory)
+                execute(earlier, location, shared, source=Path(str(spec.recipe)))
             except run.InUse as holder:
-                _log.info("waiting for the teacher %s: %s", teacher.name, str(holder).partition(". ")[0])
+                _log.info("waiting for the %s, %s: %s", what, earlier.name, str(holder).partition(". ")[0])
                 while on_main(partial(run.holder_of, directory)) is not None:
                     time.sleep(1)
             except InputError:

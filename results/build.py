@@ -9,7 +9,7 @@ the same bytes. What has not been run yet says so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from distill.recipe import Recipe
 from distill.report.charts import COLOURS, Chart
 from distill.report.curves import curves_of
 from distill.report.runs import RunFiles
-from distill.report.statistics import p_value
+from distill.report.statistics import holm, p_value
 from results.arms import HERE, PLAN, Block, Goal, Question, load_arm, says, seeds_of
 from results.cells import Cells, Difference, difference, read_cells
 
@@ -44,10 +44,10 @@ CIFAR-10. Top-1 accuracy is that of the 10,000 test images, which each run reads
 were chosen on its validation images: mean and standard deviation over the seeds. A difference is that of the answers
 under the seeds that both arms have; p is that of McNemar's exact test of all of them together, in which an image counts
 once a seed: it speaks of the networks that were trained. "p over seeds", a paired t-test of their accuracies, asks how
-far other seeds would agree, and over three seeds it shows only what is large. Neither is adjusted for the number of
-tests. "In common" says what the two arms share under each seed: the weights that they began from, and the batches that
-they saw. Minutes are those of a run from its first step to its test, without its pauses, whatever else the machine had
-to do."""
+far other seeds would agree, and over three seeds it shows only what is large. "p, Holm" is p adjusted for the tests of
+its table; the other two are not. The interval of a difference is that of a bootstrap over seeds and images. "In common"
+says what the two arms share under each seed: the weights that they began from, and the batches that they saw. Minutes
+are those of a run from its first step to its test, without its pauses, whatever else the machine had to do."""
 
 
 def main(*, runs: Path = HERE / "runs", to: Path = HERE) -> int:
@@ -101,26 +101,35 @@ def table(cells: Cells, block: Block) -> str:
         return f"None of these has been run: {', '.join(f'`{name}`' for name in names)}."
     if block.costs:
         return _table_with_costs(cells, block)
-    header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "p", "p over seeds", "in common",
-              "minutes"]  # fmt: skip
-    rows = [_row(cells, *row) for row in block.rows]
-    return lines(header, rows, words=(0, 1, 5, 9))
+    header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "95 % interval", "p", "p, Holm",
+              "p over seeds", "in common", "minutes"]  # fmt: skip
+    adjusted = _adjusted(cells, block)
+    rows = [_row(cells, adjusted, *row) for row in block.rows]
+    return lines(header, rows, words=(0, 1, 5, 11))
+
+
+def _adjusted(cells: Cells, block: Block) -> dict[tuple[str, str], float]:
+    """By arm and the arm that it is tested against: p after Holm's adjustment for the tests of the block."""
+    pairs = [(row[0], row[1]) for row in block.rows if len(row) > 1]
+    found = {pair: difference(cells.rights(pair[0]), cells.rights(pair[1])) for pair in pairs}
+    tested = {pair: test.p for pair, test in found.items() if test is not None}
+    return dict(zip(tested, holm(list(tested.values())), strict=True))
 
 
 def _table_with_costs(cells: Cells, block: Block) -> str:
     """The arms with what their students cost, on a quiet machine."""
     measured: dict[str, Any] = read_json(SPEED / f"{block.name}.json")
     header = ["arm", "", "parameters", "GFLOPs", "images/s", "epochs", "minutes", "seeds", "top-1 %", "agreement %",
-              "against", "points", "p", "p over seeds"]  # fmt: skip
-    rows = []
+              "against", "points", "95 % interval", "p", "p, Holm", "p over seeds"]  # fmt: skip
+    rows, adjusted = [], _adjusted(cells, block)
     for row in block.rows:
-        name, says, seeds, top1, _, against, points, p, over_seeds, *_ = _row(cells, *row)
+        name, says, seeds, top1, _, against, *tested, _, _ = _row(cells, adjusted, *row)
         cost, recipe = measured["arms"][row[0]], load_arm(row[0], 0)
         minutes = (1 - recipe.data.validation) * TRAINING_IMAGES * recipe.train.epochs / cost["images_per_second"] / 60
         agreement = _number(cells.agreement(row[0]), ".2f") if top1 != NOT_RUN else NOT_RUN
         costs = [f"{cost['parameters'] / 1e6:.2f} M", f"{cost['gflops']:.3f}", f"{cost['images_per_second']:.0f}"]
-        rows.append([name, says, *costs, str(recipe.train.epochs), f"{minutes:.0f}", seeds, top1, agreement, against,
-                     points, p, over_seeds])  # fmt: skip
+        epochs = str(recipe.train.epochs)
+        rows.append([name, says, *costs, epochs, f"{minutes:.0f}", seeds, top1, agreement, against, *tested])
     machine = measured["machine"]
     said = (
         f"GFLOPs of one image's forward pass; images a second of training, its teacher included, and the minutes that "
@@ -130,20 +139,23 @@ def _table_with_costs(cells: Cells, block: Block) -> str:
     return f"{lines(header, rows, words=(0, 1, 10))}\n\n{said}"
 
 
-def _row(cells: Cells, arm: str, against: str | None = None) -> list[str]:
+def _row(cells: Cells, adjusted: Mapping[tuple[str, str], float], arm: str, against: str | None = None) -> list[str]:
     values = cells.top1(arm)
-    tested = ["none", "", "", "", ""]
+    tested = ["none", "", "", "", "", "", ""]
     if against is not None:
         found = difference(cells.rights(arm), cells.rights(against))
-        tested = [f"`{against}`", *([NOT_RUN] * 4 if found is None else _tested(cells, arm, against, found))]
+        told = [NOT_RUN] * 6 if found is None else _tested(cells, arm, against, found, adjusted[arm, against])
+        tested = [f"`{against}`", *told]
     measured = [_spread(values), _number(cells.validation(arm), ".2f")] if values else [NOT_RUN, NOT_RUN]
     minutes = _number(cells.minutes(arm), ".1f") if values else NOT_RUN
     return [f"`{arm}`", markdown(says(arm)), f"{len(values)} of {len(seeds_of(arm))}", *measured, *tested, minutes]
 
 
-def _tested(cells: Cells, arm: str, against: str, found: Difference) -> list[str]:
+def _tested(cells: Cells, arm: str, against: str, found: Difference, adjusted: float) -> list[str]:
     over_seeds = "" if found.p_over_seeds is None else p_value(found.p_over_seeds)
-    return [f"{found.points:+.2f}", p_value(found.p), over_seeds, cells.matched(arm, against) or "neither"]
+    interval = "{:+.2f} to {:+.2f}".format(*found.interval)
+    ps = [p_value(found.p), p_value(adjusted), over_seeds]
+    return [f"{found.points:+.2f}", interval, *ps, cells.matched(arm, against) or "neither"]
 
 
 def _spread(values: Sequence[float]) -> str:

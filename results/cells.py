@@ -11,7 +11,7 @@ import numpy as np
 from distill.errors import InputError
 from distill.report.metrics import Predictions, decisions, read_predictions
 from distill.report.runs import Record, RunFiles, read_run
-from distill.report.statistics import Right, in_words, mcnemar, paired
+from distill.report.statistics import Right, bootstrap_over_seeds, mcnemar, paired
 from distill.run import read_recipe
 from results.arms import ARMS, identity, load_arm, seeds_of
 from results.collect import TEACHERS, is_chosen, teacher_of
@@ -28,12 +28,11 @@ class Difference:
     p: float
     """Of McNemar's exact test of all answers together."""
     seeds: int
+    interval: tuple[float, float]
+    """95 % interval of `points`: a bootstrap over seeds and images, over one seed of its images."""
+    words: str
     p_over_seeds: float | None = None
     """Of the paired t-test of the accuracies; None over one seed."""
-
-    @property
-    def words(self) -> str:
-        return in_words(self.points, self.p)
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ def difference(ours: Rights, theirs: Rights) -> Difference | None:
     a, b = ([rights[seed] for seed in common] for rights in (ours, theirs))
     pooled = mcnemar("", "", np.concatenate(a), np.concatenate(b))
     over_seeds = paired(list(map(_percent, a)), list(map(_percent, b))) if len(common) > 1 else None
-    return Difference(pooled.points, pooled.p, len(common), over_seeds)
+    interval = bootstrap_over_seeds(list(zip(a, b, strict=True)))
+    return Difference(pooled.points, pooled.p, len(common), interval, pooled.words, over_seeds)
 
 
 def _right(predictions: Predictions) -> Right:

@@ -21,6 +21,7 @@ from distill.errors import InputError
 from distill.files.digests import file_digest
 from distill.files.plain_data import MOST_BYTES, parse_json
 from distill.files.regular import read_bytes
+from teachers.heads import take_off_classifier, without_head_keys
 
 # Keys of the state dict in checkpoints; EMA weights first, which authors evaluate.
 _WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -130,11 +131,11 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
+def load_weights(network: Any, path: Path, *, num_classes: int, any_classifier: bool = False) -> int:
     """Load all parameters and buffers of `network`, whose head has `num_classes` outputs, from the file at `path`.
 
-    A prefix that all keys in the file share is removed if the rest then fits. If the file lacks just the head, a timm
-    model's head is removed.
+    A prefix that all keys in the file share is removed if the rest then fits. If the file lacks just the head, the
+    network's is taken off; so it is, with `any_classifier` or for a network without one, if the file has another head.
 
     Returns:
         The resulting number of classes: `num_classes` or 0.
@@ -149,6 +150,13 @@ def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
             if prefix:
                 _log.info("%s: the prefix '%s' of all keys was removed", path, prefix)
             return classes
+    if any_classifier or not num_classes:
+        for prefix in ("", *shared_prefixes(given)):
+            weights = {key.removeprefix(prefix): value for key, value in given.items()}
+            kept = without_head_keys(network, weights)
+            if len(kept) < len(weights) and _fill(network, kept, num_classes) == 0:
+                _log.info("%s: its classifier is not used: %s", path, _some([*(weights.keys() - kept.keys())]))
+                return 0
     raise InputError(f"{path}: these weights do not fit the model. {_misfit(network, given, path, num_classes)}")
 
 
@@ -167,13 +175,10 @@ def _fill(network: Any, weights: dict[str, Tensor], num_classes: int) -> int | N
     if weights.keys() - own.keys() or any(own[key].shape != value.shape for key, value in weights.items()):
         return None
     if weights.keys() != own.keys():
-        if not hasattr(network, "reset_classifier"):
-            return None
         without_head = copy.deepcopy(network)
-        without_head.reset_classifier(0)
-        if without_head.state_dict().keys() != weights.keys():
+        if not take_off_classifier(without_head) or without_head.state_dict().keys() != weights.keys():
             return None
-        network.reset_classifier(0)
+        take_off_classifier(network)
         num_classes = 0
     network.load_state_dict(weights)
     return num_classes

@@ -58,6 +58,26 @@ def tree(*folders: Path) -> dict[Path, int]:
 # Ways to start
 
 
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: distill {name} ")
+    assert "key=value [" not in printed
+
+
+def test_what_goes_into_a_pipe_is_wide(toy: Toy, tmp_path: Path) -> None:
+    """rich takes 80 columns there, and cuts what is longer."""
+    run = tmp_path / "runs" / f"a-name-of-some-{'sixty-' * 10}characters"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "finished", "metrics": {"student/top1": 12.25}}')
+    (run / "resolved.yaml").write_text(load(toy.recipe).to_yaml())
+    printed = start("-m", "distill.cli", "runs", cwd=tmp_path).stdout
+    assert any(run.name in line and "12.25" in line for line in printed.splitlines())
+
+
 def test_all_ways_to_start_lead_to_the_same_place(tmp_path: Path) -> None:
     """`python -i` goes on behind the script: nothing in distill/ may be importable by its file name."""
     look = "import importlib.util as u; print([n for n in ('inputs', 'run', 'trainer', 'optim') if u.find_spec(n)])\n"

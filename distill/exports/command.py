@@ -18,7 +18,9 @@ from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH
 from distill.exports.card import card_of_run, check_license, render
 from distill.exports.folder import Differs, load_export, write_export
+from distill.exports.int8 import Int8, add_int8
 from distill.exports.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
+from distill.files.text import write_text
 from distill.report.metrics import measure
 from distill.students import Student, one_head
 
@@ -27,7 +29,14 @@ MOST_COMPARED = 10_000
 
 
 def export_run(
-    path: Path, to: Path, *, onnx: bool, half: bool, head: Literal["fused", "cls", "dist"], license: str
+    path: Path,
+    to: Path,
+    *,
+    onnx: bool,
+    half: bool,
+    head: Literal["fused", "cls", "dist"],
+    license: str,
+    int8: Int8 | None = None,
 ) -> None:
     """Write the student of a run as a timm folder at `to`, and print what became of its logits where they changed.
 
@@ -37,6 +46,9 @@ def export_run(
     """
     if os.path.lexists(to):
         raise InputError(f"--to {to}: exists already. Choose another folder.")
+    if int8 is not None and not 0 <= int8.max_drop <= 100:
+        raise InputError(f"--max-drop {int8.max_drop:g}: from 0 to 100 points.")
+    onnx = onnx or int8 is not None
     if onnx:
         check_installed()
     student, class_names = load_export(path / "export")
@@ -45,8 +57,16 @@ def export_run(
         student = one_head(student, head)
 
     def inspect(folder: Path) -> None:
+        dataset = _test_set(path) if half or onnx else None
         if half or onnx:
-            _compare_on_test_set(student, folder, _test_set(path))
+            _compare_on_test_set(student, folder, dataset)
+        if int8 is None:
+            return
+        if dataset is None:
+            raise InputError("--int8: what it loses is measured on the run's data, and they are not at hand.")
+        cost = add_int8(load_export(folder)[0], folder, dataset, int8, run.read_recipe(path).seed)
+        say(f"int8: {cost.words}.")
+        write_text(folder / "README.md", render(replace(card, int8=cost), student))
 
     try:
         write_export(
@@ -71,10 +91,15 @@ def _test_set(path: Path) -> Dataset | None:
     try:
         if not at_hand(recipe.data):
             return None
-        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"))
+        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"), unlabelled=False)
     except InputError:
         return None
     return dataset if dataset.info.digest == run.read_status(path).get("data_digest") else None
+
+
+def _answer(student: Student, images: Tensor) -> Tensor:
+    """What its model answers: logits [B, classes], or features [B, D] without a classifier."""
+    return student(images).fused if student.heads else student.embedding(images)
 
 
 @torch.inference_mode()
@@ -88,13 +113,14 @@ def _compare_on_test_set(student: Student, folder: Path, dataset: Dataset | None
         say("The run's data are not at hand: compared on random images only.")
         return
     exported, _ = load_export(folder)
+    what = "logits" if student.heads else "features"
     before: list[Tensor] = []
     after: list[Tensor] = []
 
     def answered() -> Iterator[Tensor]:
         for images, _ in dataset.evaluation_batches("test", 0, MOST_COMPARED, SMALLEST_BATCH):
-            before.append(student(images).fused)
-            after.append(exported(images).fused)
+            before.append(_answer(student, images))
+            after.append(_answer(exported, images))
             yield exported.adapter.fit(images)
 
     has_onnx = (folder / ONNX_FILE).exists()
@@ -104,9 +130,11 @@ def _compare_on_test_set(student: Student, folder: Path, dataset: Dataset | None
         compared = compare_logits(by_onnx, logits)
         if compared.problem is not None:
             raise Differs(f"the ONNX file is another model than the student: {compared.problem}")
-        say(f"ONNX: logits within {compared.difference:.2g} of torch's on {len(logits):,} test images.")
+        say(f"ONNX: {what} within {compared.difference:.2g} of torch's on {len(logits):,} test images.")
     changed = compare_logits(logits, expected)
-    if changed.difference:
+    if changed.difference and not student.heads:
+        say(f"float16: features within {changed.difference:.2g} of float32's on {len(logits):,} test images.")
+    elif changed.difference:
         right = [measure(answer.numpy(), labels.numpy()).top1 for answer in (expected, logits)]
         say(
             f"float16: logits within {changed.difference:.2g} of float32's on {len(logits):,} test images, top-1 "

@@ -29,11 +29,12 @@ BATCH = 64
 class LoadedStudent(NamedTuple):
     model: nn.Module
     """What `transform` gives, in batches [B, C, size, size] -> logits [B, classes]: the mean of the two heads where
-    there are two, merged into one layer. In eval mode, on the CPU, without gradients.
+    there are two, merged into one layer; features [B, D] of a student without a classifier. In eval mode, on the CPU,
+    without gradients.
     """
     transform: Transform
     labels: list[str]
-    """Names of the classes, in the order of the logits."""
+    """Names of the classes, in the order of the logits; empty without a classifier."""
 
 
 class Transform:
@@ -129,6 +130,11 @@ def most_probable(
     Raises:
         InputError: a file is no image, or the student's logits for it are not numbers.
     """
+    if not student.labels:
+        raise InputError(
+            "predict: this student was trained without labels and has no classifier, only features. Train one from its "
+            "weights (student.weights), or use the features themselves (distill.load_student)."
+        )
     found = []
     for answer in answers(student, images, top=top):
         if answer.problem is not None:

@@ -66,8 +66,11 @@ class Status(Record):
     epoch: Size = 0.0
     phase: Name | None = None
     data_digest: Name | None = None
+    unlabelled_digest: Name | None = None
+    training_images: dict[Name, Count] = {}
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
+    initial_weights: dict[Name, Name] | None = None
     exported: Exported | None = None
     metrics: dict[Name, Annotated[float, Field(allow_inf_nan=True)]] | None = None
     seconds: dict[Name, Size] = {}
@@ -140,6 +143,13 @@ class Tokens(Record):
     token_cosines: list[Annotated[float, Field(ge=-2.0, le=2.0)]] | None = None
 
 
+class Pixels(Record):
+    """Right answers of votes on raw pixels."""
+
+    images: Annotated[Count, Field(gt=0)]
+    correct: Count
+
+
 class AnalysisValues(Record):
     """`analysis.json`."""
 
@@ -147,7 +157,9 @@ class AnalysisValues(Record):
     data: Name | None = None
     device: Name
     costs: CostsByModel
-    robustness: Robustness
+    robustness: Robustness | None = None
+    """None for a student without a classifier."""
+    pixels: Pixels | None = None
     tokens: Tokens | None = None
 
 
@@ -168,7 +180,7 @@ class Inputs(Record):
     """`pretrained_cfg` of an export: no other keys, since timm knows some that name files and addresses."""
 
     model_config = ConfigDict(extra="forbid")
-    num_classes: Annotated[Count, Field(gt=0)]
+    num_classes: Count
     input_size: Annotated[list[Side], Field(min_length=3, max_length=3)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0.0)]]
@@ -235,7 +247,8 @@ class ExportConfig(Record):
     """`config.json` of an export."""
 
     architecture: Name
-    num_classes: Annotated[Count, Field(gt=0)]
+    num_classes: Count
+    """0: without a head."""
     label_names: list[Name]
     model_args: Annotated[dict[str, Any], AfterValidator(_arguments)]
     pretrained_cfg: Inputs

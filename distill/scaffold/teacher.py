@@ -80,11 +80,7 @@ def of_spec(spec: Spec, alike: tuple[str, ...], dataset: Dataset, resolution: in
     classes = dataset.info.num_classes
     if spec.weights is None:
         source = untrained_source(spec, classes)
-        without = classes_of_weights(spec) == 0
-        if without:
-            network: Any = source.network
-            network.reset_classifier(0)
-        teacher = Teacher(spec.model, source.network, source.contract, 0 if without else classes)
+        teacher = Teacher(spec.model, source.network, source.contract, source.num_classes)
         contract = teacher.contract
         said = f"{spec.model}: {teacher.num_parameters / 1e6:.2f} M parameters, inputs {contract}"
         return _chosen({"model": spec.model}, teacher, resolution, said, f"inputs by its library: {contract.size} px")

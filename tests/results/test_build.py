@@ -42,7 +42,8 @@ def test_means_differences_and_tests_are_those_counted_by_hand(tmp_path: Path, m
     texts = build.build(read_cells(tmp_path / "kept"))
     found = rows(section(texts["README.md"], "Does distillation help?"))
     top1 = [100 * sum(right(run)) / SAMPLES for run in ours]
-    _, says, seeds, measured, validation, against, points, p, over_seeds, common, minutes = found["nano-hard-guide"]
+    _, says, seeds, measured, validation, against, points, interval, p, adjusted, *others = found["nano-hard-guide"]
+    over_seeds, common, minutes = others
     assert (seeds, against) == ("3 of 3", "nano-control")
     assert measured == f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}"
     assert validation == "44.00"  # 40 + 3 after the fourth epoch, and 1 for the moving average
@@ -55,6 +56,9 @@ def test_means_differences_and_tests_are_those_counted_by_hand(tmp_path: Path, m
     assert points == f"{100 * (only[0] - only[1]) / (2 * SAMPLES):+.2f}"
     exact = stats.binomtest(only[0], sum(only)).pvalue
     assert p == ("< 0.001" if exact < 0.001 else f"{exact:.3g}")
+    assert adjusted == p, "the only test of its table"
+    low, high = (float(bound) for bound in interval.split(" to "))
+    assert low < float(points) < high
     paired = stats.ttest_rel(top1[:2], [100 * sum(right(run)) / SAMPLES for run in theirs[:2]]).pvalue
     assert over_seeds == ("< 0.001" if paired < 0.001 else f"{paired:.3g}")
     assert common == "weights and batches"
@@ -79,7 +83,8 @@ def test_one_seed_has_no_deviation_and_its_own_test(tmp_path: Path, make_cell: M
     assert found.p == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
     row = rows(section(build.build(cells)["README.md"], "Does area attention help?"))["nano-area-4"]
     assert row[3] == f"{100 * sum(a) / SAMPLES:.2f}"
-    assert row[8:10] == ["", "neither"]
+    assert row[9] == row[8], "the only test of its table"
+    assert row[10:12] == ["", "neither"]
 
 
 def test_a_block_with_costs_has_what_was_measured_of_them(tmp_path: Path, make_cell: MakeCell) -> None:

@@ -12,7 +12,7 @@ from distill.recipe import OPERATIONAL_KEYS
 from distill.report.comparison import Comparison, Row
 from distill.report.metrics import Ints, decisions
 from distill.report.page import Section, Table
-from distill.report.statistics import mcnemar, p_value, paired
+from distill.report.statistics import bootstrap_over_seeds, mcnemar, p_value, paired
 
 BySeed = Mapping[int, Row]
 Groups = Mapping[str, Mapping[str, BySeed]]
@@ -46,12 +46,13 @@ def build(comparison: Comparison) -> Section | None:
     tested = Table.of(
         "seeds-tests",
         "Over the seeds that both have: McNemar's exact test of all their answers together (an image counts once a "
-        "seed), and a paired t-test of their accuracies.",
+        "seed), the interval of a bootstrap over seeds and images, and a paired t-test of their accuracies.",
         tests,
         [
             ("first", "first", ""),
             ("second", "second", ""),
             ("first against second", "words", ""),
+            ("95 % interval", "interval", "{0[0]:+.2f} to {0[1]:+.2f}".format),
             ("p of the t-test", "p_over_seeds", p_value),
             ("seeds", "seeds", "d"),
         ],
@@ -78,14 +79,15 @@ def _test(first: str, a: BySeed, second: str, b: BySeed, labels: Ints) -> Iterat
     """Of two models over the seeds that both have."""
     common = sorted(set(a) & set(b))
     if len(common) > 1:
-        rights = [np.concatenate([decisions(rows[seed].logits) == labels for seed in common]) for rows in (a, b)]
+        rights = [[decisions(rows[seed].logits) == labels for seed in common] for rows in (a, b)]
         accuracies = [[rows[seed].metrics.top1 for seed in common] for rows in (a, b)]
-        pooled = mcnemar(first, second, *rights)
+        pooled = mcnemar(first, second, *map(np.concatenate, rights))
         yield {
             "first": first,
             "second": second,
             "seeds": len(common),
             "points": pooled.points,
+            "interval": list(bootstrap_over_seeds(list(zip(*rights, strict=True)))),
             "p_over_seeds": paired(*accuracies),
             "p_pooled": pooled.p,
             "words": pooled.words,
