@@ -216,6 +216,17 @@ def test_greyscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert yaml.safe_load(Path("grey-teacher.yaml").read_text())["student"] == {"model": "resnet18"}
 
 
+def test_a_name_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inputs are the library's, and nothing is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "SECONDS", 0)
+    image_folder(Path("ten"), [*map(str, range(10))], {"train": 4, "val": 1, "test": 1}, width=32, height=32)
+    content = yaml.safe_load(distill.init("ten", teacher="cifar_resnet20").read_text())
+    assert content["teacher"] == {"model": "cifar_resnet20"}
+    assert [one["method"] for one in content["distill"]] == ["hard", "guide"]
+    assert main(["validate", "ten.yaml"]) == 0
+
+
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "SECONDS", 0)

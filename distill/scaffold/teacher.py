@@ -31,7 +31,8 @@ FEWEST, MOST = 32, 500
 BATCH = 32
 REMEDY = (
     "Fine-tune it on these classes, or leave --teacher out: the recipe then trains a teacher first"
-    " (student.pretrained=true in that recipe begins with timm's weights)."
+    " (student.pretrained=true in that recipe begins with timm's weights). Its feature maps alone can teach, too: in a"
+    " recipe with guide as the only method."
 )
 
 
