@@ -184,7 +184,7 @@ def _student_text(
         "data.skip_unreadable": "some files are no images",
         "teacher": chosen.note,
         "student.patch_size": _student(content).split(" on ")[1].partition(" of ")[0],
-        "student.attention": "standard: as in timm",
+        "student.attention": "kind: standard is that of timm",
         "distill": "guide: feature maps, which gained most in results/README.md",
         "train": "bf16: on a CPU without it, fp32",
         "control": "true: also train the same student without the teacher",
