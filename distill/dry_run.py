@@ -65,7 +65,7 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
         )
     if not accelerator.is_main_process:
         return
-    memory = _peak_memory(accelerator.device)
+    memory = peak_memory(accelerator.device)
     info, side = dataset.info, recipe.data.resolution
     flops = count_flops(trainer.student, torch.zeros(1, info.channels, side, side))
     counts = count_parameters(trainer.student, teacher)
@@ -83,7 +83,8 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
     say(f"first step  loss {values.get('loss', math.nan):.4f}")
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has used at most: of a GPU's memory, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -143,6 +143,30 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
     return Source(network, contract, network.num_classes, origin=origin)
 
 
+def classes_of_weights(spec: recipe.Teacher) -> int | None:
+    """The number of classes of the weights that `spec.model` names, which are not loaded; 0: no classifier; None: it is
+    not recorded.
+
+    Raises:
+        InputError: no such model, or it has no weights.
+    """
+    assert spec.model is not None
+    scheme, name = parse(spec.model)
+    match scheme:
+        case "zoo":
+            return ZOO[name].num_classes
+        case "local-dir":
+            return int(_folder_network(spec, Path(name)).num_classes)
+        case "hf_hub":
+            return _hub_config(name).get("num_classes")
+        case "torchvision":
+            return len(_torchvision_preset(spec, name)[0].meta["categories"])
+        case "timm":
+            config = _timm_config(name)
+            _require_weights(name, config)
+            return int(config.num_classes)
+
+
 def _zoo_source(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     """The network of a zoo entry, without its weights."""
     entry = ZOO[name]
@@ -188,8 +212,7 @@ def _from_timm(spec: recipe.Teacher, name: str, wanted: Wanted) -> Source:
         known = _load(network, spec.weights, wanted)
         # A name with a tag is one of certain weights; without it only the architecture is known.
         return Source(network, contract, known, origin=origin if "." in name else Origin())
-    if not config.has_weights:
-        raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
+    _require_weights(name, config)
     _same_classes(f"timm's weights for {name}", config.num_classes, wanted)
     url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
     return _fitted(Source(_pretrained(name, url), contract, config.num_classes, origin=origin), wanted)
@@ -214,6 +237,11 @@ def _fitted(source: Source, wanted: Wanted) -> Source:
         )
     _log.info("teacher: its classifier of %d classes is not used: only feature maps are", source.num_classes)
     return source._replace(num_classes=0, class_names=None)
+
+
+def _require_weights(name: str, config: timm.models.PretrainedCfg) -> None:
+    if not config.has_weights:
+        raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
 
 
 def _hub_config(name: str) -> Mapping[str, Any]:

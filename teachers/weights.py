@@ -144,14 +144,14 @@ def load_weights(network: Any, path: Path, *, num_classes: int, any_classifier: 
         InputError: see `read_state_dict`; or keys are missing, surplus or of another shape.
     """
     given = read_state_dict(path)
-    for prefix in ("", *_shared_prefixes(given)):
+    for prefix in ("", *shared_prefixes(given)):
         weights = {key.removeprefix(prefix): value for key, value in given.items()}
         if (classes := _fill(network, weights, num_classes)) is not None:
             if prefix:
                 _log.info("%s: the prefix '%s' of all keys was removed", path, prefix)
             return classes
     if any_classifier or not num_classes:
-        for prefix in ("", *_shared_prefixes(given)):
+        for prefix in ("", *shared_prefixes(given)):
             weights = {key.removeprefix(prefix): value for key, value in given.items()}
             kept = without_head_keys(network, weights)
             if len(kept) < len(weights) and _fill(network, kept, num_classes) == 0:
@@ -160,7 +160,7 @@ def load_weights(network: Any, path: Path, *, num_classes: int, any_classifier: 
     raise InputError(f"{path}: these weights do not fit the model. {_misfit(network, given, path, num_classes)}")
 
 
-def _shared_prefixes(weights: Mapping[str, Tensor]) -> Iterator[str]:
+def shared_prefixes(weights: Mapping[str, Tensor]) -> Iterator[str]:
     """What all keys begin with, up to each dot, the shortest first."""
     shared = os.path.commonprefix([*weights])  # noqa: RUF071 (by characters is meant)
     yield from (shared[: at + 1] for at, character in enumerate(shared) if character == ".")
@@ -187,15 +187,8 @@ def _fill(network: Any, weights: dict[str, Tensor], num_classes: int) -> int | N
 def _misfit(network: Any, weights: Mapping[str, Tensor], path: Path, num_classes: int) -> str:
     """Which keys do not fit, and what to do."""
     own = network.state_dict()
-    missing = [key for key in own if key not in weights and not key.endswith(".num_batches_tracked")]
-    surplus = [key for key in weights if key not in own]
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    named = (("missing", missing), ("surplus", surplus))
-    problems = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in named if keys]
-    if shapes:
-        described = [f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}" for key in shapes]
-        problems.append(f"{len(shapes)} of another shape: {_some(described)}")
-    message = f"Keys: {'; '.join(problems)}."
+    missing, surplus, shapes = differences(own, weights)
+    message = named_differences(own, weights)
     heads = [key for key in shapes if own[key].shape[:1] == (num_classes,)]
     only_heads = heads == shapes and all(own[key].shape[1:] == weights[key].shape[1:] for key in heads)
     if only_heads and not missing and not surplus:
@@ -223,6 +216,25 @@ def check_numbers(network: nn.Module, name: str) -> None:
             f"teacher {name}: its weights are not all numbers: {_some(found)}. Its training diverged, or a conversion "
             "to float16 overflowed; take an earlier checkpoint."
         )
+
+
+def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Keys of a model's state dict that `weights` lack, those that they have besides, and those of another shape."""
+    missing = [key for key in own if key not in weights and not key.endswith(".num_batches_tracked")]
+    surplus = [key for key in weights if key not in own]
+    return missing, surplus, [key for key in own if key in weights and own[key].shape != weights[key].shape]
+
+
+def named_differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """`differences` in words."""
+    missing, surplus, shapes = differences(own, weights)
+    problems = [
+        f"{len(keys)} {what}: {_some(keys)}" for what, keys in (("missing", missing), ("surplus", surplus)) if keys
+    ]
+    if shapes:
+        described = [f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}" for key in shapes]
+        problems.append(f"{len(shapes)} of another shape: {_some(described)}")
+    return f"Keys: {'; '.join(problems)}."
 
 
 def _some(keys: Sequence[str], limit: int = 5) -> str:

@@ -24,6 +24,7 @@ LAYERS = [
     "distill.validation",
     "distill.listing",
     "distill.bench",
+    "distill.scaffold",
     "distill.dry_run",
     "distill.pipeline",
     "distill.finishing",
@@ -143,6 +144,8 @@ NOT_THERE = {
     "distill.options": ("torch", "torchvision", "timm", "accelerate", "numpy"),
     "distill.report": ("torch", "torchvision", "timm", "accelerate", "distill.launching"),
     "distill.data": ("timm.models",),
+    "distill.scaffold.rules": ("torch", "numpy", "pydantic"),
+    "distill.scaffold.contents": ("torch", "numpy"),
 }
 """What would cost seconds of start, or a model where only files are to be read."""
 
