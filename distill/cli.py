@@ -359,16 +359,27 @@ def _teachers_arguments(parser: argparse.ArgumentParser) -> None:
 
 def teachers(options: argparse.Namespace) -> None:
     """List the known teachers; with NAME, its zoo entry and feature maps."""
-    from distill.console import console
-    from distill.recipe import load_teachers_recipe
+    from distill.console import console, say
+    from distill.recipe import load, load_teachers_recipe
     from teachers.listing import known_teachers, one_teacher
 
     if not options.arguments:
         console.print(*known_teachers())
         return
     recipe = load_teachers_recipe(options.target, options.overrides)
+    if not recipe.teachers:
+        raise InputError(
+            f"{options.target}: names no model as its teacher; name one under teacher.model, or ask by name."
+        )
     for spec in recipe.teachers:
-        console.print(*one_teacher(spec, recipe.data.resolution))
+        if spec.recipe is not None:
+            trained = load(spec.recipe)
+            say(f"{spec.recipe} trains it: {trained.student.model} at {trained.data.resolution} px")
+            changes = {"recipe": None, "model": trained.student.model, "size": spec.size or trained.data.resolution}
+            *_, maps = one_teacher(spec.model_copy(update=changes), recipe.data.resolution)
+            console.print(maps)  # what else is known is of other weights
+        else:
+            console.print(*one_teacher(spec, recipe.data.resolution))
 
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:

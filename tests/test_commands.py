@@ -295,6 +295,14 @@ def test_teachers_and_validate(toy: Toy, capsys: pytest.CaptureFixture[str]) -> 
     assert re.search("layer2 .* 128 .* 8 x 8", capsys.readouterr().out)
     assert main(["teachers", str(toy.recipe)]) == 0
     assert re.search("layer1 .* 16 .* 32 x 32", capsys.readouterr().out)
+    trained = ROOT / "recipes" / "teachers" / "digits_cnn.yaml"
+    assert main(["teachers", str(ROOT / "recipes" / "quickstart.yaml"), f"teacher.recipe={trained}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{trained} trains it: cifar_resnet20 at 16 px" in shown
+    assert re.search("layer3 .* 64 .* 4 x 4", shown)
+    assert "91.73" not in shown
+    assert main(["teachers", str(ROOT / "recipes" / "cifar10" / "dino.yaml")]) == 2
+    assert "names no model as its teacher" in capsys.readouterr().err
     assert main(["teachers", "resnet57"]) == 2
     assert "'resnet57' is neither in the zoo" in capsys.readouterr().err
     assert main(["validate", str(toy.recipe), "seed=4"]) == 0
