@@ -178,7 +178,8 @@ class TrainingDisplay:
         self._step, self._values = step, dict(values)
         parts = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if key.startswith("loss"))
         text = f"epoch {step / self._steps_per_epoch:.2f}  {parts}  {values['images_per_second']:.0f} img/s"
-        _log.info("step %d  %s", step, text, extra={"displayed": self._live})
+        left = self._time_left()
+        _log.info("step %d  %s%s", step, text, f"  {left} left" if left else "", extra={"displayed": self._live})
         self._draw()
 
     def accuracy(self, text: str, value: str) -> None:

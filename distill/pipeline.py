@@ -27,6 +27,7 @@ from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.files.regular import reachable
 from distill.finishing import check_control, describe_export, finish, report_on
+from distill.flops import count_flops
 from distill.given import Given
 from distill.launching.processes import (
     build_accelerator,
@@ -50,6 +51,7 @@ from distill.resumption import (
     newest_location,
 )
 from distill.run import Run
+from distill.students import Student
 from distill.teaching.earlier import (
     check_trained_on,
     directory_of,
@@ -224,6 +226,8 @@ def _execute(
             _log.info("%s: %s", key, value)
         if recipe.distill and accelerator.is_main_process:
             warn_of_leaks(dataset)
+        if accelerator.is_main_process:
+            _log.info("student: %s", described(trainer.student, dataset.info.channels, recipe))
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])
@@ -351,6 +355,14 @@ def train_earlier(recipe: Recipe, shared: Launch) -> None:
             except InputError:
                 if not on_main(partial(is_trained, recipe, spec)):  # the other run has just finished it
                     raise
+
+
+def described(student: Student, channels: int, recipe: Recipe) -> str:
+    """What the student is and costs."""
+    side = recipe.data.resolution
+    flops = count_flops(student, torch.zeros(1, channels, side, side))
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return f"{recipe.student.model}, {parameters / 1e6:.2f} M parameters, {flops / 1e9:.4f} GFLOPs an image"
 
 
 def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[str, int]:
