@@ -18,6 +18,7 @@ from distill.files.regular import reachable
 from distill.launching.signals import stopping
 from distill.recipe import Recipe, from_mapping, load, load_teachers_recipe
 from distill.registry import load_plugin
+from distill.scaffold.rules import Goal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from distill.inputs import InputContract
     from distill.report.comparison import Comparison
     from distill.report.metrics import Metrics
+    from distill.scaffold.begin import Begun
     from teachers import Teacher
 
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
@@ -101,6 +103,44 @@ class Run:
     def report(self) -> Report:
         """Teacher, student and control of this finished run side by side, written to `report.html` in its directory."""
         return compare([self], self.path / "report.html")
+
+
+def init(
+    folder: str | PathLike[str],
+    *,
+    teacher: str | PathLike[str] | None = None,
+    goal: Goal = "small",
+    out: str | PathLike[str] | None = None,
+) -> Path:
+    """Write a recipe for a folder of images, as `distill init`; returns its path.
+
+    Args:
+        folder: with train/CLASS and test/CLASS or val/CLASS, or with CLASS alone.
+        teacher: a model as in `teacher.model`, or a file with its weights; None: a second recipe trains one.
+        goal: what matters most of the student: few parameters, accuracy, or a short training.
+        out: the recipe; by default named after the folder, in the working directory.
+
+    Raises:
+        InputError: folder or teacher cannot be used, or a file is in the way; nothing is written then.
+    """
+    return begin(folder, teacher=teacher, goal=goal, out=out).recipe
+
+
+@reachable()
+def begin(
+    folder: str | PathLike[str],
+    *,
+    teacher: str | PathLike[str] | None = None,
+    goal: Goal = "small",
+    out: str | PathLike[str] | None = None,
+) -> Begun:
+    """As `init`, with what there is to say about the recipe."""
+    from distill.scaffold.begin import begin as write_recipes
+
+    with stopping(), _alone():
+        return write_recipes(
+            Path(folder), None if teacher is None else str(teacher), goal, None if out is None else Path(out)
+        )
 
 
 def train(

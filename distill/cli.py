@@ -20,6 +20,7 @@ from distill.files.text import visible
 from distill.launching.exit_messages import exit_code, exit_message, write_interruption
 from distill.launching.launcher import is_local_main_process, is_main_process
 from distill.launching.signals import StopRequest
+from distill.scaffold.rules import GOALS
 from distill.version import __version__
 
 
@@ -120,6 +121,32 @@ def _load_plugins(options: argparse.Namespace) -> None:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     explanation = "a YAML file, and overrides of single values, such as train.epochs=10; in any order"
     _target_arguments(parser, "RECIPE", explanation)
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="images: DIR/train/CLASS, DIR/test/CLASS or DIR/CLASS")
+    parser.add_argument(
+        "--teacher",
+        metavar="NAME|FILE",
+        help="a model as in teacher.model, or a file with its weights (default: the recipe trains one)",
+    )
+    parser.add_argument(
+        "--goal", choices=GOALS, default=GOALS[0], help=f"what matters most of the student; default: {GOALS[0]}"
+    )
+    parser.add_argument("--out", type=Path, metavar="RECIPE.yaml", help="default: named after the folder")
+
+
+def init(options: argparse.Namespace) -> None:
+    """Write a recipe for a folder of images, by what is in it, the teacher and this machine."""
+    from distill import api
+    from distill.console import say
+
+    begun = api.begin(options.folder, teacher=options.teacher, goal=options.goal, out=options.out)
+    for key, value in begun.facts:
+        say(f"{key:<9} {value}")
+    for warning in begun.warnings:
+        print(f"warning: {visible(warning)}", file=sys.stderr)
+    say(f"next: {begun.command}")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -337,16 +364,27 @@ def _teachers_arguments(parser: argparse.ArgumentParser) -> None:
 
 def teachers(options: argparse.Namespace) -> None:
     """List the known teachers; with NAME, its zoo entry and feature maps."""
-    from distill.console import console
-    from distill.recipe import load_teachers_recipe
+    from distill.console import console, say
+    from distill.recipe import load, load_teachers_recipe
     from teachers.listing import known_teachers, one_teacher
 
     if not options.arguments:
-        console.print(known_teachers())
+        console.print(*known_teachers())
         return
     recipe = load_teachers_recipe(options.target, options.overrides)
+    if not recipe.teachers:
+        raise InputError(
+            f"{options.target}: names no model as its teacher; name one under teacher.model, or ask by name."
+        )
     for spec in recipe.teachers:
-        console.print(*one_teacher(spec, recipe.data.resolution))
+        if spec.recipe is not None:
+            trained = load(spec.recipe)
+            say(f"{spec.recipe} trains it: {trained.student.model} at {trained.data.resolution} px")
+            changes = {"recipe": None, "model": trained.student.model, "size": spec.size or trained.data.resolution}
+            *_, maps = one_teacher(spec.model_copy(update=changes), recipe.data.resolution)
+            console.print(maps)  # what else is known is of other weights
+        else:
+            console.print(*one_teacher(spec, recipe.data.resolution))
 
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -477,6 +515,7 @@ SUITES = ("step", "pipeline", "teacher", "attention", "inference", "memory", "au
 COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]
 ] = {
+    "init": ("write a recipe for a folder of images", _init_arguments, init),
     "train": ("train the student of a recipe", _train_arguments, train),
     "validate": ("check a recipe and print it resolved", _recipe_arguments, validate),
     "schema": ("print the JSON schema of recipes", _no_arguments, schema),

@@ -14,7 +14,7 @@ from distill.analysis import analyse
 from distill.console import say
 from distill.data import Dataset, Split, open_dataset
 from distill.errors import InputError
-from distill.evaluation import Classification, save_predictions, warn_of_missing
+from distill.evaluation import Classification, build_evaluator, described_answers, save_predictions, warn_of_missing
 from distill.exports.folder import load_export
 from distill.files.safetensors_file import read_safetensors
 from distill.given import Given
@@ -22,7 +22,9 @@ from distill.launching.processes import set_threads, start_processes
 from distill.recipe import Recipe, from_mapping
 from distill.report.metrics import Metrics, measure
 from distill.students.saved import WEIGHTS_FILE
-from distill.teaching.teachers import build_teacher, check_contracts, is_trained
+from distill.teaching.earlier import is_trained
+from distill.teaching.teachers import build_teacher, check_contracts
+from distill.tracking import SHOWN
 from teachers import Teacher
 
 
@@ -37,22 +39,27 @@ def evaluate_run(path: Path, overrides: Sequence[str], given: Given) -> dict[str
     student, _ = load_export(path / "export")
     accelerator, dataset, teacher = _set_up(recipe, given)
     student.to(accelerator.device)
-    evaluator = Classification(dataset, accelerator)
+    evaluator = build_evaluator(recipe, dataset, accelerator)
     splits: list[Split] = [split for split in ("test", "validation") if dataset.info.sizes.get(split)]
     if teacher is not None:
         say(teacher.describe())
         for split in splits if teacher.num_classes else ():
             evaluator.predict_teacher(teacher, split)
-    outputs = {split: evaluator.predict(student, split) for split in splits}
-    predictions = outputs["test"]
+    tested = evaluator.test(student)
+    validation = evaluator.predict_validation(student)
     labels = dataset.labels("test")
     earlier = path / "predictions.safetensors"
     described = earlier if earlier.exists() else path / "export" / WEIGHTS_FILE
     _, metadata = read_safetensors(described, "pt", advice="Move it away.")
-    metadata |= {"data": dataset.info.digest}
-    save_predictions(earlier, predictions, labels, metadata)
-    analyse(path, student, teacher, dataset, predictions, outputs.get("validation", {}))
-    return _measured(predictions, labels)
+    metadata |= {"data": dataset.info.digest, **described_answers(evaluator)}
+    save_predictions(earlier, tested.predictions, labels, metadata)
+    analyse(path, student, teacher, dataset, tested.predictions, validation, tested.found)
+    if not student.heads:
+        say("The student has no classifier: its answers are the votes of the nearest training images.")
+    for key, name in SHOWN.items():
+        if tested.found is not None and key in tested.found.values:
+            say(f"{name} on the student's features: {tested.found.values[key]:.2f} %")
+    return _measured(tested.predictions, labels)
 
 
 def evaluate_teacher(recipe: Recipe, given: Given) -> dict[str, Metrics]:
@@ -82,7 +89,7 @@ def _set_up(recipe: Recipe, given: Given) -> tuple[Accelerator, Dataset, Teacher
             )
     set_threads(recipe.train.threads)
     accelerator = Accelerator(mixed_precision="no")
-    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data)
+    dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data, unlabelled=False)
     return accelerator, dataset, build_teacher(recipe, dataset, accelerator, given.teacher)
 
 

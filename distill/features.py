@@ -19,11 +19,34 @@ class Features(NamedTuple):
     """By head [B, classes], the class head first; empty without a classifier."""
     maps: Mapping[int | str, Tensor]
     """The requested maps by stage [B, C, h, w]: by index from 0 for a student, by name for a teacher."""
+    embedding: Tensor | None = None
+    """[B, D], if requested: the class token after the final norm, or the pooled features."""
+    regions: Tensor | None = None
+    """[B, N, E], if requested: the features of each place after the final norm; also None where a model has none."""
 
     @property
     def fused(self) -> Tensor:
         """The mean of the heads' logits, [B, classes] (Touvron et al. 2021, section 4)."""
         return mean_over_heads(self.logits)
+
+
+def split(features: Features, parts: int) -> list[Features]:
+    """Of the outputs for the images of `parts` batches of one size, one after another: those of each batch."""
+    if parts == 1:
+        return [features]
+
+    def part(values: Any, index: int) -> Any:
+        if isinstance(values, Mapping):
+            return {name: part(value, index) for name, value in values.items()}
+        return None if values is None else values.chunk(parts)[index]
+
+    return [Features(*(part(values, index) for values in features)) for index in range(parts)]
+
+
+def by_size(views: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of views [B, C, H, W] of the same size, for one forward pass each, in the order of the first ones."""
+    sides = [images.shape[-1] for images in views]
+    return [[view for view, found in enumerate(sides) if found == side] for side in dict.fromkeys(sides)]
 
 
 class Stage(NamedTuple):
@@ -47,11 +70,14 @@ def with_maps(model: Any, inputs: Tensor, indices: Sequence[int] | None) -> tupl
     Args:
         indices: of the maps, ascending; None: all.
     """
-    # By default some timm models (Hiera) stop after the last map, and their logits lack the following blocks.
-    final, maps = model.forward_intermediates(
-        inputs, indices=None if indices is None else list(indices), stop_early=False
-    )
+    final, maps = final_and_maps(model, inputs, indices)
     return model.forward_head(final), maps
+
+
+def final_and_maps(model: Any, inputs: Tensor, indices: Sequence[int] | None) -> tuple[Any, list[Tensor]]:
+    """What a timm model's `forward_head` takes, and its maps; see `with_maps`."""
+    # By default some timm models (Hiera) stop after the last map, and their logits lack the following blocks.
+    return model.forward_intermediates(inputs, indices=None if indices is None else list(indices), stop_early=False)
 
 
 def problem_of_maps(outputs: Sequence[Tensor], expected: Sequence[Tensor], maps: Sequence[Any]) -> str | None:

@@ -13,17 +13,20 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.analysis import analyse
+from distill.console import busy
 from distill.data import Dataset
 from distill.errors import InputError, RunFailed
-from distill.evaluation import accuracies, save_predictions
+from distill.evaluation import described_answers, save_predictions
 from distill.exports.card import Card, card_of_run, data_name, render
 from distill.exports.folder import describe, load_export, write_export
 from distill.files.durable import indispensable
+from distill.files.metrics import read_lines
 from distill.inputs import Preparation
 from distill.launching.processes import on_main
 from distill.recipe import Recipe
 from distill.recipe.images import rgb
-from distill.run import Run, read_metrics
+from distill.report.collapse import collapse
+from distill.run import Run, read_metrics, read_status
 from distill.students import Student
 from distill.tracking import Tracking
 from distill.trainer import Trainer
@@ -47,39 +50,48 @@ class SelectedWeights:
         return cls(progress.step, "ema" if averaged else "raw")
 
 
-def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], analysed: bool) -> None:
+def finish(trainer: Trainer, tracking: Tracking, metadata: Mapping[str, str], analysis: str | None) -> None:
     """Export the selected weights, and evaluate the export on the test set, once.
 
     Args:
-        analysed: whether to write the analysis for the report.
+        analysis: what the console calls the analysis for the report; None: there is none.
 
     Raises:
         RunFailed: the checkpoint of the selected weights is damaged, or there is no disk space.
     """
     run, dataset, evaluator, teacher = tracking.run, trainer.dataset, trainer.evaluator, trainer.teacher
-    selected = SelectedWeights.of(trainer.progress, averaged=trainer.ema is not None)
+    selected = SelectedWeights.of(trainer.progress, averaged=trainer.averaged is not None)
     described = dict(metadata) | {"step": str(selected.step), "weights": selected.weights}
     if trainer.selection_split is not None:
-        described[f"{trainer.selection_split}_top1"] = f"{trainer.progress.best_top1:.2f}"
-    on_main(
-        lambda: export_selected(
-            selected, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described
+        value = evaluator.primary.removeprefix("student/")
+        described[f"{trainer.selection_split}_{value}"] = f"{trainer.progress.best_top1:.2f}"
+    with busy("export"):
+        on_main(
+            lambda: export_selected(
+                selected, trainer.student, run, recipe=trainer.recipe, dataset=dataset, metadata=described
+            )
         )
-    )
     student, _ = load_export(run.export)
     student.to(trainer.accelerator.device)
     if teacher is not None and teacher.num_classes:
         evaluator.predict_teacher(teacher, "test")
-    predictions, labels = evaluator.predict(student, "test"), dataset.labels("test")
-    on_main(lambda: write_predictions(run, predictions, labels, {"data": dataset.info.digest, **described}))
+    tested, labels = evaluator.test(student), dataset.labels("test")
+    origin = {"data": dataset.info.digest, **described, **described_answers(evaluator)}
+    on_main(lambda: write_predictions(run, tested.predictions, labels, origin))
     on_main(lambda: describe_export(run.path))
     run.status(exported=asdict(selected), seconds=trainer.seconds)
     epoch = selected.step / trainer.steps_per_epoch
-    tracking.test(selected.step, epoch, selected.weights, accuracies(predictions, labels))
-    if analysed:
+    tracking.test(selected.step, epoch, selected.weights, tested.values)
+    if run.is_main and (problem := collapse(trainer.recipe.model_dump(), read_lines(run.metrics.path))) is not None:
+        _log.warning("%s", problem)
+    if analysis is not None:
         began = time.perf_counter()
-        validation = evaluator.predict(student, "validation") if dataset.info.sizes.get("validation") else {}
-        on_main(lambda: analyse(run.path, student, teacher, dataset, predictions, validation))
+        validation = evaluator.predict_validation(student)
+        on_main(
+            lambda: analyse(
+                run.path, student, teacher, dataset, tested.predictions, validation, tested.found, stage=analysis
+            )
+        )
         run.status(seconds=trainer.seconds | {"analysis": round(time.perf_counter() - began, 2)})
 
 
@@ -107,7 +119,7 @@ def export_selected(
     data = recipe.data
     student.preparation = Preparation.of(images[0], data.resolution, rgb(data.background), data.fit)
     names = dataset.info.class_names
-    readme = render(Card(recipe.name, data_name(recipe.data), names, metadata), student)
+    readme = render(Card(recipe.name, data_name(recipe.data), names if student.heads else (), metadata), student)
     with indispensable(run.export, _size(student)):
         write_export(student, run.export, class_names=names, metadata=metadata, readme=readme)
 
@@ -150,15 +162,17 @@ def check_control(student: Path, tracking: Tracking) -> None:
         paths = (student, student / "control")
         starts = {line["initial_weights"] for path in paths for line in read_metrics(path, "start")}
         seen = [{line["step"]: line["batch"] for line in read_metrics(path, "epoch")} for path in paths]
-        if len(starts) != 1 or seen[0] != seen[1]:
+        equal = [step for step, batch in seen[0].items() if seen[1].get(step) == batch]
+        # Batches of the control have labelled images only, so that it goes around them faster.
+        compared = [0] if (read_status(student).get("training_images") or {}).get("unlabelled") else [*seen[0]]
+        if len(starts) != 1 or seen[0].keys() != seen[1].keys() or not {*compared} <= {*equal}:
             what = "began from different weights" if len(starts) != 1 else "saw different batches"
             raise RunFailed(f"student and control {what}: the control would differ in more than the teacher.")
-        epochs = len(seen[0])
         return {
             "step": max(seen[0], default=0),
-            "epoch": epochs,
+            "epoch": len(seen[0]),
             "initial_weights": starts.pop(),
-            "equal_batches": epochs,
+            "equal_batches": len(equal),
         }
 
     tracking.run.log("control", **on_main(compare_them))

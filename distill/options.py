@@ -36,6 +36,11 @@ Positive = Annotated[float, Field(gt=0.0)]
 Key = tuple[str | int, ...]
 
 
+def dotted(key: Key) -> str:
+    """A recipe's path as users write it."""
+    return ".".join(map(str, key))
+
+
 class Problem(NamedTuple):
     """Values that do not fit together."""
 
@@ -120,7 +125,7 @@ class StudentOptions(Options):
     distillation_token: bool | None = Field(
         None,
         description="DeiT's second token and head, of a pyramid the second head on its features; null: yes for vit_* "
-        "and pyramids; cannot be set for other models.",
+        "and pyramids, except in a run without labels; cannot be set for other models.",
     )
     drop_path: float = Field(
         0.0, ge=0.0, lt=1.0, description="Stochastic depth rate of the last block, rising linearly from 0."
@@ -136,6 +141,11 @@ class StudentOptions(Options):
         if self.pretrained and self.weights is not None:
             yield Problem(
                 ((*at, "pretrained"), (*at, "weights")), "start from timm's weights or from an export, not from both"
+            )
+        if self.distillation_token and recipe.label_free:
+            yield Problem(
+                ((*at, "distillation_token"), ("label_weight",), ("distill",)),
+                "without labels and methods on logits the student has no head to distil into; leave it out",
             )
 
 
@@ -187,10 +197,18 @@ class Needs(NamedTuple):
     """The teacher's logits; the method then trains the student's distillation head, else its only head."""
     maps: bool = False
     """Feature maps of the teacher."""
-    views: int = 1
-    """Augmented views of each image."""
+    views: int | Literal["all"] = 1
+    """Augmented views of each image; "all": those that `data.views` names. Then the frozen teacher answers for as many
+    as the other methods need, at least for the first one, and these views have the student's feature maps too.
+    """
     compares_samples: bool = False
     """Whether samples of a micro-batch are compared, so that its size matters."""
+    labels: bool = False
+    """Whether it needs the label of each image, and so cannot learn from images without one."""
+    embedding: bool = False
+    """The student's `Features.embedding` and `Features.regions`."""
+    average: bool = False
+    """The student's moving average, asked for the global views (`teacher.ema`)."""
 
 
 class MethodOptions(Options):
@@ -265,3 +283,43 @@ class MapsOptions(MethodOptions):
                 ((*at, "pairs"), ("student", "model")),
                 f"{recipe.student.model} has blocks 0 to {grid.depth - 1}, got {wrong}",
             )
+
+
+class SelfDistillationOptions(MethodOptions):
+    """Base of the options of a method that compares views of an image with the student's moving average."""
+
+    needs = Needs(views="all", embedding=True, average=True)
+    prototypes: int = Field(
+        1024, gt=1, le=1_000_000, description="Outputs of the head; the paper has 65,536 for ImageNet."
+    )
+    hidden: int = Field(512, gt=0, le=100_000, description="Width of the head's hidden layers; the paper has 2,048.")
+    bottleneck: int = Field(256, gt=0, le=100_000, description="Width of the head's last layer's inputs.")
+    student_temperature: Positive = Field(0.1, description="Divides the student's logits.")
+    teacher_temperature: Positive = Field(0.04, description="Divides the teacher's, in the first epoch.")
+    teacher_temperature_end: Positive = Field(
+        0.07, description="The same after the warm-up, to which it rises epoch by epoch."
+    )
+    temperature_warmup_epochs: int = Field(10, ge=0, description="Epochs of that warm-up; 30 in the paper.")
+    center_momentum: Probability = Field(0.9, description="Momentum of the centre of the teacher's logits.")
+    freeze_last_epochs: int = Field(1, ge=0, description="First epochs in which the head's last layer does not learn.")
+    norm_last_layer: bool = Field(
+        True, description="The last layer's rows have length 1; false: lengths are learned (in the paper with ViT-S)."
+    )
+
+    def teacher_temperature_at(self, epoch: float) -> float:
+        """In an epoch, from 0: evenly spaced values from the first to the last epoch of the warm-up."""
+        start, end, last = self.teacher_temperature, self.teacher_temperature_end, self.temperature_warmup_epochs - 1
+        if last < 0 or int(epoch) > last:
+            return end
+        return start + (end - start) * int(epoch) / max(1, last)
+
+    def check(self, recipe: Any, at: Key) -> Iterator[Problem]:
+        yield from super().check(recipe, at)
+        if recipe.data.global_views < 2:
+            found = "it names none" if recipe.data.views is None else f"it has {recipe.data.global_views}"
+            yield Problem(
+                (("data", "views"), at), f"{self.method} compares at least two global views of an image; {found}"
+            )
+        for key in ("mixup", "cutmix"):
+            if recipe.data.views is None and getattr(recipe.data.augment, key):
+                yield Problem((("data", "augment", key), at), f"{self.method} compares views of one image; set it to 0")

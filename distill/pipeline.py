@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,17 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 from distill import checkpoint, run
-from distill.console import set_up_logging
+from distill.console import Stages, set_up_logging
 from distill.data import Dataset, open_dataset
 from distill.data.facts import facts
 from distill.data.given import GivenData
 from distill.data.sequential import SequentialDataset
+from distill.data.unlabelled import warn_of_leaks
 from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.files.regular import reachable
 from distill.finishing import check_control, describe_export, finish, report_on
+from distill.flops import count_flops
 from distill.given import Given
 from distill.launching.processes import (
     build_accelerator,
@@ -37,17 +39,29 @@ from distill.launching.processes import (
 )
 from distill.launching.signals import StopRequest, exit_cause
 from distill.out_of_memory import advising
-from distill.recipe import OPERATIONAL_KEYS, Recipe, used
-from distill.resumption import RunLocation, check_data, check_teacher, check_variants, locate, newest_location
-from distill.run import Run
-from distill.teaching.teachers import (
-    build_teacher,
-    is_trained,
-    run_preflight,
-    teacher_directory,
-    teacher_recipe,
-    weights_digests,
+from distill.recipe import OPERATIONAL_KEYS, Pretrain, Recipe, used
+from distill.recipe import Teacher as TeacherSpec
+from distill.resumption import (
+    RunLocation,
+    check_data,
+    check_initial_weights,
+    check_teacher,
+    check_variants,
+    locate,
+    newest_location,
 )
+from distill.run import Run
+from distill.students import Student
+from distill.teaching.earlier import (
+    check_trained_on,
+    directory_of,
+    earlier_runs,
+    initial_student,
+    initial_weights_digest,
+    is_trained,
+    recipe_of,
+)
+from distill.teaching.teachers import build_teacher, described_origins, run_preflight, weights_digests
 from distill.tracking import Tracking
 from distill.trainer import Trainer
 from teachers import Teacher
@@ -64,6 +78,7 @@ class Launch:
     stop: StopRequest
     threads: int
     given: Given
+    stages: Stages = field(default_factory=Stages)
 
 
 @contextmanager
@@ -100,25 +115,44 @@ def launch(recipe: Recipe, *, source: Path | None, out: Path | None, resume: str
         with reachable():
             location = on_main(lambda: locate(recipe, out, resume, given))
         earlier = on_main(lambda: run.read_environment(location.directory)) if location.resumed else {}
-        shared = Launch(stop, set_threads(recipe.train.threads, earlier.get("threads")), given)
+        stages = on_main(lambda: stages_of(recipe, location))
+        shared = Launch(stop, set_threads(recipe.train.threads, earlier.get("threads")), given, Stages(stages))
         shared.stop.limit(recipe.train.max_minutes)
-        execute(recipe, location, shared, source=source)
+        execute(recipe, location, shared, "student", source=source)
         shared.stop.finish()
         if recipe.train.test and PartialState().is_main_process:
             report_on(location.directory)
         return location.directory
 
 
+def stages_of(recipe: Recipe, location: RunLocation) -> list[str]:
+    """What the launch has to do, one after the other."""
+    earlier = [stage_of(spec) for spec in earlier_runs(recipe) if not is_trained(recipe, spec)]
+    analysis = ["analysis"] if location.analysed and recipe.report.analysis == "full" else []
+    return [*earlier, "student", *analysis, *(["control", *analysis] if recipe.control else [])]
+
+
+def stage_of(spec: TeacherSpec | Pretrain) -> str:
+    """The name of the stage that trains it."""
+    return "teacher" if isinstance(spec, TeacherSpec) else "pretraining"
+
+
 def execute(
-    recipe: Recipe, location: RunLocation, shared: Launch, *, source: Path | None = None, dataset: Dataset | None = None
+    recipe: Recipe,
+    location: RunLocation,
+    shared: Launch,
+    stage: str,
+    *,
+    source: Path | None = None,
+    dataset: Dataset | None = None,
 ) -> None:
-    """Execute or continue one run to its end, its teacher's and control's runs included."""
+    """Execute or continue one run to its end, its teacher's and control's runs included; `stage`: its name."""
     directory = Run(location.directory, is_main=PartialState().is_main_process)
     on_main(directory.claim)
     shared.stop.runs.append(directory)
     try:
         with reachable(lambda: not directory.opened):
-            _execute(recipe, location, shared, directory, source=source, dataset=dataset)
+            _execute(recipe, location, shared, directory, stage, source=source, dataset=dataset)
         directory.status("finished" if recipe.train.test else "trained")
         if shared.stop.runs[0] is not directory:
             shared.stop.runs.remove(directory)
@@ -137,6 +171,7 @@ def _execute(
     location: RunLocation,
     shared: Launch,
     directory: Run,
+    stage: str,
     *,
     source: Path | None,
     dataset: Dataset | None,
@@ -145,18 +180,24 @@ def _execute(
     if dataset is None:
         dataset = open_data(recipe, accelerator, shared.given.data)
     check_data(location, dataset)
-    if not on_main(lambda: all(is_trained(recipe, spec) for spec in recipe.teachers)):
-        # Report errors of the student before its teacher is trained.
-        Trainer(recipe, accelerator, dataset, None)
-        train_teachers(recipe, shared)
+    if not on_main(lambda: all(is_trained(recipe, spec) for spec in earlier_runs(recipe))):
+        # Report errors of the student before its teacher is trained, or its weights are.
+        planned = Trainer(recipe, accelerator, dataset, None).total_steps * (1 + recipe.control)
+        shared.stages.later_steps += planned
+        train_earlier(recipe, shared)
+        shared.stages.later_steps -= planned
         accelerator = build_accelerator(recipe.train, location.directory)
     variants = used(recipe)
     check_variants(location, variants)
     teacher = build_teacher(recipe, dataset, accelerator, shared.given.teacher)
     weights = on_main(lambda: weights_digests(recipe, teacher))
     check_teacher(location, weights)
+    if (pretrain := recipe.pretrain) is not None:
+        on_main(lambda: check_trained_on(recipe, pretrain, dataset))
+    initial_weights = on_main(lambda: initial_weights_digest(recipe))
+    check_initial_weights(location, initial_weights)
     preflight, teacher_logits = run_preflight(recipe, teacher, dataset, accelerator) if teacher else (None, None)
-    trainer = Trainer(recipe, accelerator, dataset, teacher)
+    trainer = Trainer(recipe, accelerator, dataset, teacher, initial_student(recipe))
     if preflight is not None and teacher_logits is not None:
         trainer.evaluator.teacher_logits[preflight["split"]] = teacher_logits
     trainer.open_cache()
@@ -176,11 +217,17 @@ def _execute(
         accelerator,
         total_steps=trainer.total_steps,
         steps_per_epoch=trainer.steps_per_epoch,
+        stage=shared.stages.label(stage),
+        later_steps=shared.stages.later_steps + trainer.total_steps * recipe.control,
     )
     try:
         status = on_main(lambda: run.read_status(location.directory))
-        for key, value in facts(dataset.info, recipe.data):
+        for key, value in facts(dataset.info, recipe.data, methods=bool(recipe.distill)):
             _log.info("%s: %s", key, value)
+        if recipe.distill and accelerator.is_main_process:
+            warn_of_leaks(dataset)
+        if accelerator.is_main_process:
+            _log.info("student: %s", described(trainer.student, dataset.info.channels, recipe))
         left_out = dataset.info.left_out
         if left_out:
             _log.warning("data: %d files are skipped, the first: %s", len(left_out), left_out[0])
@@ -189,8 +236,11 @@ def _execute(
             data_digest=dataset.info.digest,
             data_sizes=dict(dataset.info.sizes),
             selected_by=trainer.evaluator.primary,
+            unlabelled_digest=dataset.info.unlabelled_digest,
             data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},
+            training_images={"labelled": dataset.info.sizes["train"], "unlabelled": dataset.info.unlabelled},
             teacher_weights=weights,
+            initial_weights=initial_weights,
             parameters=count_parameters(trainer.student, teacher),
         )
         if status.get("phase") != "control" or location.named:
@@ -215,7 +265,8 @@ def execute_control(recipe: Recipe, location: RunLocation, shared: Launch, datas
     """Execute the control's run under `control/`, unless it is finished."""
     control, directory = recipe.as_control(), location.directory / "control"
     if not on_main(lambda: run.is_finished(directory)):
-        execute(control, on_main(lambda: newest_location(directory, control, shared.given)), shared, dataset=dataset)
+        location = on_main(lambda: newest_location(directory, control, shared.given))
+        execute(control, location, shared, "control", dataset=dataset)
 
 
 def _train(
@@ -246,11 +297,20 @@ def _train(
     if not recipe.train.test:
         directory.status(seconds=trainer.seconds)
         return
-    teacher = {"teacher": trainer.teacher.name, "teacher_sha256": trainer.teacher.digest} if trainer.teacher else {}
+    teacher = {}
+    if (taught_by := trainer.teacher) is not None:
+        teacher = {"teacher": taught_by.name, "teacher_sha256": taught_by.digest, **described_origins(taught_by)}
     metadata = {"recipe_sha256": recipe.digest(OPERATIONAL_KEYS), "run": recipe.name, **teacher}
+    if (unlabelled := trainer.dataset.info.unlabelled) and recipe.distill and recipe.data.unlabelled_share != 0:
+        metadata["unlabelled_images"] = str(unlabelled)
+    if recipe.pretrain is not None:
+        metadata["pretrained_by"] = str(recipe.pretrain.recipe)
     if variants := used(recipe):
         metadata["variants"] = json.dumps(variants)
-    finish(trainer, tracking, metadata, location.analysed and recipe.report.analysis == "full")
+    shared.stages.done += 1
+    analysed = location.analysed and recipe.report.analysis == "full"
+    finish(trainer, tracking, metadata, shared.stages.label("analysis") if analysed else None)
+    shared.stages.done += analysed
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None = None) -> Dataset:
@@ -283,23 +343,31 @@ def open_data(recipe: Recipe, accelerator: Accelerator, given: GivenData | None 
     return dataset
 
 
-def train_teachers(recipe: Recipe, shared: Launch) -> None:
-    """Train each unfinished teacher that a recipe trains, or wait for another run that trains it."""
-    for spec in recipe.teachers:
-        while spec.recipe is not None and not on_main(partial(is_trained, recipe, spec)):
-            teacher = teacher_recipe(recipe, spec)
-            directory = teacher_directory(recipe, spec)
+def train_earlier(recipe: Recipe, shared: Launch) -> None:
+    """Execute each unfinished run that a recipe needs first, or wait for another process that does."""
+    for spec in earlier_runs(recipe):
+        what = "teacher" if isinstance(spec, TeacherSpec) else "student's initial weights"
+        while not on_main(partial(is_trained, recipe, spec)):
+            earlier, directory = recipe_of(recipe, spec), directory_of(recipe, spec)
             try:
-                location = replace(on_main(partial(newest_location, directory, teacher, shared.given)), analysed=False)
-                _log.info("training the teacher %s first, in %s", teacher.name, directory)
-                execute(teacher, location, shared, source=Path(spec.recipe))
+                location = replace(on_main(partial(newest_location, directory, earlier, shared.given)), analysed=False)
+                _log.info("training the %s first: %s, in %s", what, earlier.name, directory)
+                execute(earlier, location, shared, stage_of(spec), source=Path(str(spec.recipe)))
             except run.InUse as holder:
-                _log.info("waiting for the teacher %s: %s", teacher.name, str(holder).partition(". ")[0])
+                _log.info("waiting for the %s, %s: %s", what, earlier.name, str(holder).partition(". ")[0])
                 while on_main(partial(run.holder_of, directory)) is not None:
                     time.sleep(1)
             except InputError:
                 if not on_main(partial(is_trained, recipe, spec)):  # the other run has just finished it
                     raise
+
+
+def described(student: Student, channels: int, recipe: Recipe) -> str:
+    """What the student is and costs."""
+    side = recipe.data.resolution
+    flops = count_flops(student, torch.zeros(1, channels, side, side))
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return f"{recipe.student.model}, {parameters / 1e6:.2f} M parameters, {flops / 1e9:.4f} GFLOPs an image"
 
 
 def count_parameters(student: torch.nn.Module, teacher: Teacher | None) -> dict[str, int]:

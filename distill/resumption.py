@@ -84,11 +84,13 @@ def check_given(directory: Path | None, given: Given) -> None:
 
 def check_data(location: RunLocation, dataset: Dataset) -> None:
     """Raise InputError if a resumed run began on other data."""
-    digest = on_main(lambda: run.read_status(location.directory).get("data_digest"))
-    if location.resumed and digest not in (None, dataset.info.digest):
+    status = on_main(lambda: run.read_status(location.directory))
+    if location.resumed and status.get("data_digest") not in (None, dataset.info.digest):
         raise InputError(
             f"{location.directory}: this run began on other data than those of data.root and data.name now."
         )
+    if location.resumed and status.get("unlabelled_digest") not in (None, dataset.info.unlabelled_digest):
+        raise InputError(f"{location.directory}: this run began with other images than those of data.unlabelled now.")
 
 
 def check_variants(location: RunLocation, variants: dict[str, str]) -> None:
@@ -102,6 +104,17 @@ def check_variants(location: RunLocation, variants: dict[str, str]) -> None:
                 f"{location.directory}: began with {name} from {began_with.get(name, 'this package')}, and this is "
                 f"{variants.get(name, 'built in')}. Give the plugin as it was, or start a new run with another --out."
             )
+
+
+def check_initial_weights(location: RunLocation, weights: dict[str, str]) -> None:
+    """Raise InputError if a resumed run's student began with other weights of its pretraining."""
+    began_with = on_main(lambda: run.read_status(location.directory).get("initial_weights"))
+    if location.resumed and began_with not in (None, weights):
+        where = next(iter({**weights, **began_with}))
+        raise InputError(
+            f"{where}: these weights are not those that the student of {location.directory} began with: their SHA-256 "
+            "differs. Put the earlier ones back, or start a new run with another --out."
+        )
 
 
 def check_teacher(location: RunLocation, weights: dict[str, str]) -> None:

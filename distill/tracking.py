@@ -13,6 +13,9 @@ from distill.files.metrics import read_lines
 from distill.recipe import Recipe
 from distill.run import Run, read_status
 
+SHOWN = {"student/top1": "top-1", "student/knn": "k-NN", "student/linear": "linear probe"}
+"""What the console says of an evaluation, by its name in metrics.jsonl."""
+
 
 class Tracking:
     """Logs the events of one run; called on every process, written by the main one.
@@ -22,11 +25,24 @@ class Tracking:
     """
 
     def __init__(
-        self, run: Run, recipe: Recipe, accelerator: Accelerator, *, total_steps: int, steps_per_epoch: int
+        self,
+        run: Run,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        stage: str,
+        later_steps: int,
     ) -> None:
+        """`stage` and `later_steps`: see `Stages`."""
         self.run, self._recipe, self._accelerator = run, recipe, accelerator
         self.display = TrainingDisplay(
-            recipe.name, total_steps=total_steps, steps_per_epoch=steps_per_epoch, is_main=run.is_main
+            stage,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            is_main=run.is_main,
+            later_steps=later_steps,
         )
         self._step, self._evaluated = 0, ""
 
@@ -94,7 +110,9 @@ class Tracking:
         self._evaluated = prefix
         self.run.log("eval", step=step, epoch=epoch, split=split, weights=weights, **values)
         self.run.status(metrics=dict(values))
-        self.display.accuracy(f"epoch {epoch:.2f}  {split} top-1 {values['student/top1']:.2f} % ({weights} weights)")
+        shown = [f"{name} {values[key]:.2f} %" for key, name in SHOWN.items() if key in values]
+        newest = shown[0] if shown else ""
+        self.display.accuracy(f"epoch {epoch:.2f}  {split} {', '.join(shown)} ({weights} weights)", newest)
 
     def _track(self, line: Mapping[str, Any]) -> None:
         values = self._values(line)

@@ -19,24 +19,33 @@ from torch import nn
 from distill import registry
 from distill.cores import CoreContention
 from distill.data import Batch, BatchPlan, Dataset, Split
-from distill.data.dataset import ResidentDataset
 from distill.errors import Interrupted, RunFailed
-from distill.evaluation import Classification
+from distill.evaluation import build_evaluator
 from distill.files.digests import state_digest
 from distill.launching.processes import on_main, with_process_index
 from distill.launching.signals import StopRequest, deferred
+from distill.options import StudentOptions
 from distill.recipe import Recipe
 from distill.run import Run
 from distill.students import Student, build_student
 from distill.students.plain import train_on_cpu
 from distill.teaching.cache import TeacherCache, open_cache
+from distill.teaching.moving_average import MovingAverage
 from distill.teaching.source import Frozen, SourceContext, StepIndex, TeacherSource
 from distill.tracking import Tracking
 from distill.training.accumulator import MetricAccumulator
 from distill.training.compilation import Compilation
 from distill.training.gradient_shares import GradientShares
 from distill.training.nonfinite import Ema, NonFiniteSteps
-from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
+from distill.training.optim import (
+    build_optimizer,
+    clip_each,
+    learning_rate,
+    set_learning_rate,
+    set_weight_decay,
+    warn_of_long_warmup,
+    weight_decay,
+)
 from distill.training.saving import CheckpointWriter, Progress, TrainState, record_checkpoint, restore
 from distill.training.task import build_task
 from teachers import Teacher
@@ -51,8 +60,18 @@ _log = logging.getLogger("distill")
 class Trainer:
     """Model, losses, optimizer and progress of one run, and its training loop."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, dataset: Dataset, teacher: Teacher | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        teacher: Teacher | None,
+        student: StudentOptions | None = None,
+    ) -> None:
         """Build student, losses, optimizer and schedule.
+
+        Args:
+            student: its options with the weights of its pretraining; None: the recipe's.
 
         Raises:
             InputError: the student cannot be built, or the batch size is not divisible by processes and accumulation.
@@ -66,39 +85,47 @@ class Trainer:
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
         )
-        self.plan.check(info.sizes["train"], dataset.augmenter.paired)
-        self.steps_per_epoch = self.plan.steps_per_epoch(info.sizes["train"])
+        dataset.use_unlabelled(bool(recipe.distill))  # nothing else learns from them
+        self.steps_per_epoch = dataset.steps_per_epoch(self.plan)
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         warn_of_long_warmup(recipe.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         self.student: Student = build_student(
-            recipe.student,
+            student or recipe.student,
             resolution=recipe.data.resolution,
-            num_classes=info.num_classes,
+            num_classes=0 if recipe.label_free else info.num_classes,
             channels=info.channels,
             mean=info.mean,
             std=info.std,
             seed=recipe.seed,
-            smaller=recipe.training_side(0.0),
+            other_sides=recipe.other_sides,
         )
         # Faster for convolutions, on a CPU too.
         self.student.to(memory_format=torch.channels_last)
         self.student.to(accelerator.device)
         train_on_cpu(self.student)
         self.initial_weights = state_digest(self.student.state_dict())
+        average = recipe.average_teacher
+        self.average = MovingAverage(self.student, average, total_steps=self.schedule_steps) if average else None
         if train.gradient_checkpointing:
             self.student.checkpoint_gradients()
         self.ema = ModelEmaV3(self.student, decay=train.ema, use_warmup=True) if train.ema else None
         self.compilation = Compilation(train, accelerator.device)
         self.compilation.apply(self.student)
-        self.compilation.apply_to_augmentation(dataset.augmenter)
+        if self.average is not None:
+            self.compilation.apply(self.average.student)
+        for augmenter in dataset.augmenters:
+            self.compilation.apply_to_augmentation(augmenter)
         self.source = self._source() if recipe.distill else None
-        self.task = build_task(recipe, self.student, self.source, num_classes=info.num_classes)
+        self.task = build_task(recipe, self.student, self.source, self.average, num_classes=info.num_classes)
+        self.task.labelled_images = dataset.labelled_images(self.plan)
         self.task.methods.to(accelerator.device)
         dataset.set_views(self.task.views)
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, self.task.methods))
         self.model: nn.Module = accelerator.prepare(self.task)
-        self.nonfinite = NonFiniteSteps(accelerator, self.model, self.task, self.optimizer)
+        self.nonfinite = NonFiniteSteps(
+            accelerator, self.model, self.task, self.optimizer, None if self.average is None else self.average.student
+        )
         self.ema_updater = None if self.ema is None else Ema(self.ema, self.student)
         self.progress = Progress()
         self.saved = Progress()
@@ -110,7 +137,7 @@ class Trainer:
         self.contention = CoreContention()
         self.contended = False
         self.gradient_shares = GradientShares(train, accelerator, self.student)
-        self.evaluator = Classification(dataset, accelerator, batch_size=self.plan.micro_batch)
+        self.evaluator = build_evaluator(recipe, dataset, accelerator, batch_size=self.plan.micro_batch)
 
     def _source(self) -> TeacherSource | None:
         if self.teacher is not None:
@@ -285,6 +312,7 @@ class Trainer:
         recipe, step = self.recipe, self.progress.step
         rate = learning_rate(recipe.optim, step, steps_per_epoch=self.steps_per_epoch, total_steps=self.schedule_steps)
         set_learning_rate(self.optimizer, rate)
+        set_weight_decay(self.optimizer, weight_decay(recipe.optim, step, total_steps=self.schedule_steps))
         progress = step / self.schedule_steps
         self.compilation.begin_step()
         self.nonfinite.begin_step()
@@ -300,11 +328,15 @@ class Trainer:
                 if shares_due:
                     self.gradient_shares.measure(parts, self.task.weights(progress))
                 self.accelerator.backward(loss / len(micro_batches))
-            self.accumulator.add(loss, {name: part.detach() for name, part in parts.items()})
+            self.accumulator.add(loss, {name: part.detach() for name, part in parts.items()}, self.task.measurements)
             losses.append(loss.detach())
         norm = self.nonfinite.check(step, losses, [batch.indices for batch in micro_batches])
         if (limit := recipe.optim.clip_grad) is not None:
-            if self.accelerator.scaler is None:
+            if recipe.optim.clip_mode == "tensor":
+                if self.accelerator.scaler is not None:
+                    self.accelerator.unscale_gradients()
+                clip_each(self.model.parameters(), limit)
+            elif self.accelerator.scaler is None:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
             else:  # the norm is that of scaled gradients
                 self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
@@ -339,8 +371,7 @@ class Trainer:
             cache.flush()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0].get("lr_scale", 1.0)
         tracking.training(self.progress.step, self.epoch, values | {"lr": rate})
-        streamed = not isinstance(self.dataset, ResidentDataset)
-        if streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
+        if self.dataset.streamed and not self.loader_bound and values["data_wait"] > LOADER_BOUND:
             self.loader_bound = True
             _log.warning(
                 "step %d: %.0f %% of the time since the last line was spent waiting for data; raise data.workers if "
@@ -373,7 +404,7 @@ class Trainer:
         progress.evaluated_at = progress.step
         if split is None:
             return
-        candidates = {"raw": self.student} if self.ema is None else {"raw": self.student, "ema": self.ema.module}
+        candidates = {"raw": self.student} if self.averaged is None else {"raw": self.student, "ema": self.averaged}
         for weights, student in candidates.items():
             # Batch statistics differ between processes. Evaluate with those that are saved: the main process's.
             for buffer in student.buffers():
@@ -385,10 +416,17 @@ class Trainer:
         progress.evaluation_seconds += time.perf_counter() - began
 
     @property
+    def averaged(self) -> Student | None:
+        """The weights `ema`: of `train.ema`, or of `teacher.ema`."""
+        if self.average is not None:
+            return self.average.student
+        return None if self.ema is None else self.ema.module
+
+    @property
     def state(self) -> TrainState:
         keep = self.recipe.train.keep_checkpoints
         return TrainState(
-            self.student, self.task.methods, self.source, self.ema, self.optimizer, self.accelerator.scaler, keep
+            self.student, self.task.methods, self.source, self.averaged, self.optimizer, self.accelerator.scaler, keep
         )
 
     def save(self, run: Run) -> None:

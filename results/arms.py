@@ -42,6 +42,7 @@ class Block(Section):
         description="An arm, and the arm that it is tested against."
     )
     goals: list[Goal] = Field([])
+    features: bool = Field(False, description="Whether the table is of features: k-NN, a linear probe, and top-1.")
     costs: bool = Field(False, description="Whether the table has what the students cost, measured by results.speed.")
 
 

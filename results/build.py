@@ -101,6 +101,8 @@ def table(cells: Cells, block: Block) -> str:
         return f"None of these has been run: {', '.join(f'`{name}`' for name in names)}."
     if block.costs:
         return _table_with_costs(cells, block)
+    if block.features:
+        return _table_of_features(cells, block)
     header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "95 % interval", "p", "p, Holm",
               "p over seeds", "in common", "minutes"]  # fmt: skip
     adjusted = _adjusted(cells, block)
@@ -137,6 +139,18 @@ def _table_with_costs(cells: Cells, block: Block) -> str:
         "thread(s), by `python -m results.speed`. Agreement: test images that student and teacher decide alike."
     )
     return f"{lines(header, rows, words=(0, 1, 10))}\n\n{said}"
+
+
+def _table_of_features(cells: Cells, block: Block) -> str:
+    header = ["arm", "", "seeds", "k-NN %", "linear %", "top-1 %", "epochs"]
+    rows = []
+    for arm, *_ in block.rows:
+        found = [cells.tested(arm, f"student/{name}") for name in ("knn", "linear", "top1")]
+        told = [_spread(values) if values else "" if cells.of(arm) else NOT_RUN for values in found]
+        seeds = f"{len(cells.of(arm))} of {len(seeds_of(arm))}"
+        rows.append([f"`{arm}`", markdown(says(arm)), seeds, *told, str(load_arm(arm, 0).train.epochs)])
+    said = "Votes of the 20 nearest training images, and a linear classifier, on frozen features; on the test images."
+    return f"{lines(header, rows, words=(0, 1))}\n\n{said}"
 
 
 def _row(cells: Cells, adjusted: Mapping[tuple[str, str], float], arm: str, against: str | None = None) -> list[str]:

@@ -58,6 +58,11 @@ class Cells:
         """On the test set, in percent, by seed."""
         return list(map(_percent, self.rights(arm).values()))
 
+    def tested(self, arm: str, name: str) -> list[float]:
+        """A value of the runs' test, such as 'student/knn', by seed."""
+        metrics = [run.status.get("metrics") or {} for run in self.of(arm)]
+        return [values[name] for values in metrics if name in values]
+
     def validation(self, arm: str) -> float | None:
         """Mean accuracy of what was exported on the split that it was chosen on."""
         found = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -23,12 +24,15 @@ from distill.files.regular import read_bytes
 from distill.inputs import InputContract
 from distill.out_of_memory import bounded_allocation
 from distill.recipe.reading import short
+from teachers.contracts import contract_of, interpolation_of, timm_contract
+from teachers.heads import take_off_classifier
+from teachers.licences import Origin, identifier, of_folder, of_hub
 from teachers.weights import download, load_weights, transformers_model
 from teachers.zoo import ZOO
 
-_TORCH_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 MOST_TENSORS = 10_000
 """Of a teacher's weights."""
+_log = logging.getLogger("distill")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
@@ -62,6 +66,7 @@ class Source(NamedTuple):
     """Of its logits; 0 without a classifier."""
     class_names: tuple[str, ...] | None = None
     """Of its outputs, where a folder or a configuration of the hub records them."""
+    origin: Origin = Origin()
 
 
 def contract_is_assumed(spec: recipe.Teacher) -> bool:
@@ -73,28 +78,36 @@ def contract_is_assumed(spec: recipe.Teacher) -> bool:
     return scheme != "local-dir" and not known
 
 
-def open_source(spec: recipe.Teacher, num_classes: int) -> Source:
+class Wanted(NamedTuple):
+    """What a teacher is to tell apart."""
+
+    classes: int
+    others: bool = False
+    """Whether a classifier of another number of classes is taken off, rather than an error."""
+
+
+def open_source(spec: recipe.Teacher, wanted: Wanted) -> Source:
     """The network of `spec`, with all weights trained.
 
     The contract is the recipe's, by default that of the zoo, the timm configuration or torchvision.
 
     Raises:
         InputError: unknown model, weights that cannot be loaded or do not fit, or another number of classes than
-            `num_classes` or 0.
+            those wanted or 0.
     """
     assert spec.model is not None
     scheme, name = parse(spec.model)
     match scheme:
         case "zoo":
-            return _from_zoo(spec, name, num_classes)
+            return _from_zoo(spec, name, wanted)
         case "local-dir":
-            return _from_folder(spec, Path(name), num_classes)
+            return _from_folder(spec, Path(name), wanted)
         case "hf_hub":
-            return _from_hub(spec, name, num_classes)
+            return _from_hub(spec, name, wanted)
         case "torchvision":
-            return _from_torchvision(spec, name, num_classes)
+            return _from_torchvision(spec, name, wanted)
         case "timm":
-            return _from_timm(spec, name, num_classes)
+            return _from_timm(spec, name, wanted)
 
 
 def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
@@ -116,31 +129,61 @@ def untrained_source(spec: recipe.Teacher, num_classes: int) -> Source:
             )
         case "local-dir":
             network = _folder_network(spec, Path(name))
+            origin = of_folder(Path(name), network.pretrained_cfg)
         case "hf_hub":
-            _hub_config(name)
+            origin = of_hub(name, _hub_config(name))
             network = timm.create_model(f"hf-hub:{name}")
         case "timm":
-            _timm_config(name)
+            config = _timm_config(name)
+            origin = Origin(identifier(config.license), config.hf_hub_id or None)
             network = timm.create_model(name)
-    network.reset_classifier(num_classes)
-    return Source(network, _contract(spec, _timm_contract(network.pretrained_cfg)), num_classes)
+    if network.num_classes:
+        network.reset_classifier(num_classes)
+    contract = contract_of(spec, timm_contract(network.pretrained_cfg))
+    return Source(network, contract, network.num_classes, origin=origin)
+
+
+def classes_of_weights(spec: recipe.Teacher) -> int | None:
+    """The number of classes of the weights that `spec.model` names, which are not loaded; 0: no classifier; None: it is
+    not recorded.
+
+    Raises:
+        InputError: no such model, or it has no weights.
+    """
+    assert spec.model is not None
+    scheme, name = parse(spec.model)
+    match scheme:
+        case "zoo":
+            return ZOO[name].num_classes
+        case "local-dir":
+            return int(_folder_network(spec, Path(name)).num_classes)
+        case "hf_hub":
+            return _hub_config(name).get("num_classes")
+        case "torchvision":
+            return len(_torchvision_preset(spec, name)[0].meta["categories"])
+        case "timm":
+            config = _timm_config(name)
+            _require_weights(name, config)
+            return int(config.num_classes)
 
 
 def _zoo_source(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
     """The network of a zoo entry, without its weights."""
     entry = ZOO[name]
-    contract = _contract(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation))
+    contract = contract_of(spec, InputContract(entry.mean, entry.std, entry.size, entry.interpolation))
     network = timm.create_model(entry.architecture, num_classes=num_classes, in_chans=len(contract.mean))
     return Source(network, contract, num_classes)
 
 
-def _from_zoo(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _from_zoo(spec: recipe.Teacher, name: str, wanted: Wanted) -> Source:
     entry = ZOO[name]
-    if spec.weights is None:
-        _same_classes(f"the weights of {name}", entry.num_classes, num_classes)
-    source = _zoo_source(spec, name, num_classes)
+    known = wanted.classes if spec.weights else _same_classes(f"the weights of {name}", entry.num_classes, wanted)
+    source = _zoo_source(spec, name, known)
     weights = Path(spec.weights or download(entry.url, entry.sha256))
-    return source._replace(num_classes=load_weights(source.network, weights, num_classes=num_classes))
+    known = load_weights(source.network, weights, num_classes=known, any_classifier=wanted.others)
+    own = file_digest(weights).startswith(entry.sha256)
+    origin = Origin(identifier(entry.license)) if own else Origin()
+    return _fitted(source._replace(num_classes=known, origin=origin), wanted)
 
 
 def _timm_config(name: str) -> timm.models.PretrainedCfg:
@@ -160,17 +203,45 @@ def _timm_config(name: str) -> timm.models.PretrainedCfg:
         raise InputError(f"teacher.model: {error} timm has: {known}.") from None
 
 
-def _from_timm(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _from_timm(spec: recipe.Teacher, name: str, wanted: Wanted) -> Source:
     config = _timm_config(name)
-    contract = _contract(spec, _timm_contract(config.to_dict()))
+    contract = contract_of(spec, timm_contract(config.to_dict()))
+    origin = Origin(identifier(config.license), config.hf_hub_id or None)
     if spec.weights is not None:
-        network = timm.create_model(name, num_classes=num_classes, in_chans=len(contract.mean))
-        return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
+        network = timm.create_model(name, num_classes=wanted.classes, in_chans=len(contract.mean))
+        known = _load(network, spec.weights, wanted)
+        # A name with a tag is one of certain weights; without it only the architecture is known.
+        return Source(network, contract, known, origin=origin if "." in name else Origin())
+    _require_weights(name, config)
+    _same_classes(f"timm's weights for {name}", config.num_classes, wanted)
+    url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    return _fitted(Source(_pretrained(name, url), contract, config.num_classes, origin=origin), wanted)
+
+
+def _load(network: Any, weights: str, wanted: Wanted) -> int:
+    return load_weights(network, Path(weights), num_classes=wanted.classes, any_classifier=wanted.others)
+
+
+def _fitted(source: Source, wanted: Wanted) -> Source:
+    """The source, without a classifier that has another number of classes.
+
+    Raises:
+        InputError: it cannot be taken off.
+    """
+    if source.num_classes in (0, wanted.classes):
+        return source
+    if not take_off_classifier(source.network):
+        raise InputError(
+            f"teacher.model: {type(source.network).__name__} has {source.num_classes} classes, and its classifier "
+            "cannot be taken off; take another model."
+        )
+    _log.info("teacher: its classifier of %d classes is not used: only feature maps are", source.num_classes)
+    return source._replace(num_classes=0, class_names=None)
+
+
+def _require_weights(name: str, config: timm.models.PretrainedCfg) -> None:
     if not config.has_weights:
         raise InputError(f"teacher.model: timm has no weights for '{name}'. Give a file: teacher.weights=PATH.")
-    known = _same_classes(f"timm's weights for {name}", config.num_classes, num_classes)
-    url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
-    return Source(_pretrained(name, url), contract, known)
 
 
 def _hub_config(name: str) -> Mapping[str, Any]:
@@ -184,16 +255,16 @@ def _hub_config(name: str) -> Mapping[str, Any]:
     return config
 
 
-def _from_hub(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _from_hub(spec: recipe.Teacher, name: str, wanted: Wanted) -> Source:
     url = f"https://huggingface.co/{name}"
     config = _hub_config(name)
-    contract = _contract(spec, _timm_contract(config))
-    known = _same_classes(f"hf_hub:{name}", config.get("num_classes"), num_classes)
-    names = _label_names(config)
+    contract = contract_of(spec, timm_contract(config))
+    known = _same_classes(f"hf_hub:{name}", config.get("num_classes"), wanted)
+    names, origin = _label_names(config), of_hub(name, config)
     if spec.weights is None:
-        return Source(_pretrained(f"hf-hub:{name}", url), contract, known, names)
-    network = timm.create_model(f"hf-hub:{name}", num_classes=num_classes)
-    return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes), names)
+        return _fitted(Source(_pretrained(f"hf-hub:{name}", url), contract, known, names, origin), wanted)
+    network = timm.create_model(f"hf-hub:{name}", num_classes=wanted.classes)
+    return Source(network, contract, _load(network, spec.weights, wanted), names, origin)
 
 
 def _label_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -248,14 +319,15 @@ def _folder_network(spec: recipe.Teacher, folder: Path) -> Any:
         raise InputError(f"{config}: does not describe a model that timm can build ({reason}).") from error
 
 
-def _from_folder(spec: recipe.Teacher, folder: Path, num_classes: int) -> Source:
+def _from_folder(spec: recipe.Teacher, folder: Path, wanted: Wanted) -> Source:
     network = _folder_network(spec, folder)
-    known = _same_classes(str(folder), network.num_classes, num_classes)
+    known = _same_classes(str(folder), network.num_classes, wanted)
     candidates = [Path(spec.weights)] if spec.weights else [folder / name for name in _FOLDER_FILES]
     weights = next((path for path in candidates if path.is_file()), candidates[0])
-    known = load_weights(network, weights, num_classes=known)
+    known = load_weights(network, weights, num_classes=known, any_classifier=wanted.others)
     config = network.pretrained_cfg
-    return Source(network, _contract(spec, _timm_contract(config)), known, _label_names(config))
+    contract, origin = contract_of(spec, timm_contract(config)), of_folder(folder, config)
+    return _fitted(Source(network, contract, known, _label_names(config), origin), wanted)
 
 
 def _torchvision_preset(spec: recipe.Teacher, name: str) -> tuple[Any, InputContract]:
@@ -266,54 +338,31 @@ def _torchvision_preset(spec: recipe.Teacher, name: str) -> tuple[Any, InputCont
         raise InputError(f"teacher.model: torchvision has no classifier '{name}'. Close names: {near}.")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
-    interpolation = _interpolation(preset.interpolation.value)
+    interpolation = interpolation_of(preset.interpolation.value)
     contract = InputContract(tuple(preset.mean), tuple(preset.std), preset.crop_size[0], interpolation)
-    return weights, _contract(spec, contract)
+    return weights, contract_of(spec, contract)
 
 
-def _from_torchvision(spec: recipe.Teacher, name: str, num_classes: int) -> Source:
+def _from_torchvision(spec: recipe.Teacher, name: str, wanted: Wanted) -> Source:
     weights, contract = _torchvision_preset(spec, name)
     if spec.weights is not None:
-        network = torchvision.models.get_model(name, num_classes=num_classes)
-        return Source(network, contract, load_weights(network, Path(spec.weights), num_classes=num_classes))
-    _same_classes(f"torchvision's weights for {name}", len(weights.meta["categories"]), num_classes)
+        network = torchvision.models.get_model(name, num_classes=wanted.classes)
+        return Source(network, contract, _load(network, spec.weights, wanted))
+    known = _same_classes(f"torchvision's weights for {name}", len(weights.meta["categories"]), wanted)
     try:
-        return Source(torchvision.models.get_model(name, weights=weights), contract, num_classes)
+        network = torchvision.models.get_model(name, weights=weights)
     except (OSError, HTTPException) as error:
         raise InputError(_no_download(weights.url, error)) from error
     except Exception as error:  # see _pretrained
         raise InputError(_unusable(name, weights.url, error)) from error
+    return _fitted(Source(network, contract, known), wanted)
 
 
-def _same_classes(what: str, theirs: int | None, ours: int) -> int:
-    """`theirs`; raises InputError unless it is `ours`, or 0 (no classifier)."""
-    if theirs is None or theirs not in (0, ours):
+def _same_classes(what: str, theirs: int | None, wanted: Wanted) -> int:
+    """`theirs`; raises InputError unless it is as many as wanted, or 0 (no classifier), or others will do."""
+    if theirs is None or (theirs not in (0, wanted.classes) and not wanted.others):
         raise InputError(
-            f"teacher: {what}: {theirs} classes, the data have {ours}. Fine-tune the model on your data first "
-            "(recipes/teachers/cifar10_resnet18_finetune.yaml shows how), or give others: teacher.weights=PATH."
+            f"teacher: {what}: {theirs} classes, the data have {wanted.classes}. Fine-tune the model on your data "
+            "first (recipes/teachers/cifar10_resnet18_finetune.yaml shows how), or give others: teacher.weights=PATH."
         )
     return theirs
-
-
-def _timm_contract(config: Mapping[str, Any]) -> InputContract:
-    interpolation = _interpolation(config.get("interpolation"))
-    return InputContract(tuple(config["mean"]), tuple(config["std"]), config["input_size"][-1], interpolation)
-
-
-def _interpolation(name: str | None) -> str:
-    """torch has no Lanczos or `random`; bicubic is closest to both."""
-    return name if name in _TORCH_INTERPOLATIONS else "bicubic"
-
-
-def _contract(spec: recipe.Teacher, default: InputContract) -> InputContract:
-    contract = InputContract(
-        mean=default.mean if spec.mean is None else tuple(spec.mean),
-        std=default.std if spec.std is None else tuple(spec.std),
-        size=spec.size or default.size,
-        interpolation=spec.interpolation or default.interpolation,
-    )
-    if len(contract.mean) != len(contract.std):
-        raise InputError(
-            f"teacher.mean, teacher.std: {len(contract.mean)} and {len(contract.std)} channels; give equally many."
-        )
-    return contract

@@ -18,8 +18,9 @@ from distill.files.digests import state_digest
 from distill.inputs import InputAdapter, InputContract
 from teachers.cifar_resnet import CifarResNet
 from teachers.classes import class_order
+from teachers.licences import Origin
 from teachers.maps import Reader, cannot_be_read, map_names, no_map, reader_of
-from teachers.sources import open_source
+from teachers.sources import Wanted, open_source
 from teachers.weights import check_numbers
 
 Spec = Mapping[str, Any] | recipe.Teacher
@@ -38,12 +39,14 @@ class Teacher(nn.Module):
         contract: the input contract, which it applies itself.
         num_classes: of its logits; 0 without a classifier.
         digest: SHA-256 (hex) of its weights; the outputs also depend on the contract.
+        origins: licence and source of its weights; of an ensemble, those of each member.
     """
 
     name: str
     contract: InputContract
     num_classes: int
     digest: str
+    origins: tuple[Origin, ...] = (Origin(),)
     order: Tensor | None
 
     def __init__(
@@ -204,6 +207,7 @@ class Ensemble(Teacher):
         channels = max(len(member.contract.mean) for member in members)
         self.contract = InputContract((0.0,) * channels, (1.0,) * channels)
         self.num_classes = members[0].num_classes
+        self.origins = tuple(origin for member in members for origin in member.origins)
         self.num_parameters = sum(member.num_parameters for member in members)
         pairs = list(zip(members, self.weights, strict=True))
         self._lines = "; ".join(f"{share:.3g} x {member.describe()}" for member, share in pairs)
@@ -232,9 +236,19 @@ class Ensemble(Teacher):
         return f"ensemble of {len(self.members)}: {self._lines}"
 
 
-def load_teacher(spec: Spec | Sequence[Spec], num_classes: int, class_names: Sequence[str] | None = None) -> Teacher:
+def load_teacher(
+    spec: Spec | Sequence[Spec],
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    *,
+    any_classifier: bool = False,
+) -> Teacher:
     """The teacher of a recipe's `teacher` section, with `num_classes` classes or without a classifier; a sequence is an
     ensemble. Logits are in the order of `class_names`, the data's, where the order of its own is known.
+
+    Args:
+        any_classifier: whether one of another number of classes is taken off, for methods on feature maps, rather than
+            an error.
 
     Raises:
         InputError: `spec` is invalid, model or weights cannot be loaded, or they do not fit each other or the data.
@@ -247,9 +261,10 @@ def load_teacher(spec: Spec | Sequence[Spec], num_classes: int, class_names: Seq
             raise InputError(
                 f"teacher.recipe: {one.recipe} has to be trained first; then give teacher.model=local-dir:ITS_EXPORT."
             )
-        source = open_source(one, num_classes)
-        order = class_order(one, source.class_names, class_names)
+        source = open_source(one, Wanted(num_classes, any_classifier))
+        order = class_order(one, source.class_names, class_names) if source.num_classes else None
         members.append(Teacher(one.model, source.network, source.contract, source.num_classes, order))
+        members[-1].origins = (source.origin,)
         if len(specs) > 1 and not members[-1].num_classes:
             raise InputError(f"teacher {one.model}: has no classifier and cannot be part of an ensemble; leave it out.")
     return members[0] if len(members) == 1 else Ensemble(members, [one.weight for one in specs])

@@ -21,6 +21,7 @@ from distill.errors import InputError
 from distill.files.digests import file_digest
 from distill.files.plain_data import MOST_BYTES, parse_json
 from distill.files.regular import read_bytes
+from teachers.heads import take_off_classifier, without_head_keys
 
 # Keys of the state dict in checkpoints; EMA weights first, which authors evaluate.
 _WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -130,11 +131,11 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
+def load_weights(network: Any, path: Path, *, num_classes: int, any_classifier: bool = False) -> int:
     """Load all parameters and buffers of `network`, whose head has `num_classes` outputs, from the file at `path`.
 
-    A prefix that all keys in the file share is removed if the rest then fits. If the file lacks just the head, a timm
-    model's head is removed.
+    A prefix that all keys in the file share is removed if the rest then fits. If the file lacks just the head, the
+    network's is taken off; so it is, with `any_classifier` or for a network without one, if the file has another head.
 
     Returns:
         The resulting number of classes: `num_classes` or 0.
@@ -143,16 +144,23 @@ def load_weights(network: Any, path: Path, *, num_classes: int) -> int:
         InputError: see `read_state_dict`; or keys are missing, surplus or of another shape.
     """
     given = read_state_dict(path)
-    for prefix in ("", *_shared_prefixes(given)):
+    for prefix in ("", *shared_prefixes(given)):
         weights = {key.removeprefix(prefix): value for key, value in given.items()}
         if (classes := _fill(network, weights, num_classes)) is not None:
             if prefix:
                 _log.info("%s: the prefix '%s' of all keys was removed", path, prefix)
             return classes
+    if any_classifier or not num_classes:
+        for prefix in ("", *shared_prefixes(given)):
+            weights = {key.removeprefix(prefix): value for key, value in given.items()}
+            kept = without_head_keys(network, weights)
+            if len(kept) < len(weights) and _fill(network, kept, num_classes) == 0:
+                _log.info("%s: its classifier is not used: %s", path, _some([*(weights.keys() - kept.keys())]))
+                return 0
     raise InputError(f"{path}: these weights do not fit the model. {_misfit(network, given, path, num_classes)}")
 
 
-def _shared_prefixes(weights: Mapping[str, Tensor]) -> Iterator[str]:
+def shared_prefixes(weights: Mapping[str, Tensor]) -> Iterator[str]:
     """What all keys begin with, up to each dot, the shortest first."""
     shared = os.path.commonprefix([*weights])  # noqa: RUF071 (by characters is meant)
     yield from (shared[: at + 1] for at, character in enumerate(shared) if character == ".")
@@ -167,13 +175,10 @@ def _fill(network: Any, weights: dict[str, Tensor], num_classes: int) -> int | N
     if weights.keys() - own.keys() or any(own[key].shape != value.shape for key, value in weights.items()):
         return None
     if weights.keys() != own.keys():
-        if not hasattr(network, "reset_classifier"):
-            return None
         without_head = copy.deepcopy(network)
-        without_head.reset_classifier(0)
-        if without_head.state_dict().keys() != weights.keys():
+        if not take_off_classifier(without_head) or without_head.state_dict().keys() != weights.keys():
             return None
-        network.reset_classifier(0)
+        take_off_classifier(network)
         num_classes = 0
     network.load_state_dict(weights)
     return num_classes
@@ -182,15 +187,8 @@ def _fill(network: Any, weights: dict[str, Tensor], num_classes: int) -> int | N
 def _misfit(network: Any, weights: Mapping[str, Tensor], path: Path, num_classes: int) -> str:
     """Which keys do not fit, and what to do."""
     own = network.state_dict()
-    missing = [key for key in own if key not in weights and not key.endswith(".num_batches_tracked")]
-    surplus = [key for key in weights if key not in own]
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    named = (("missing", missing), ("surplus", surplus))
-    problems = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in named if keys]
-    if shapes:
-        described = [f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}" for key in shapes]
-        problems.append(f"{len(shapes)} of another shape: {_some(described)}")
-    message = f"Keys: {'; '.join(problems)}."
+    missing, surplus, shapes = differences(own, weights)
+    message = named_differences(own, weights)
     heads = [key for key in shapes if own[key].shape[:1] == (num_classes,)]
     only_heads = heads == shapes and all(own[key].shape[1:] == weights[key].shape[1:] for key in heads)
     if only_heads and not missing and not surplus:
@@ -218,6 +216,25 @@ def check_numbers(network: nn.Module, name: str) -> None:
             f"teacher {name}: its weights are not all numbers: {_some(found)}. Its training diverged, or a conversion "
             "to float16 overflowed; take an earlier checkpoint."
         )
+
+
+def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Keys of a model's state dict that `weights` lack, those that they have besides, and those of another shape."""
+    missing = [key for key in own if key not in weights and not key.endswith(".num_batches_tracked")]
+    surplus = [key for key in weights if key not in own]
+    return missing, surplus, [key for key in own if key in weights and own[key].shape != weights[key].shape]
+
+
+def named_differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """`differences` in words."""
+    missing, surplus, shapes = differences(own, weights)
+    problems = [
+        f"{len(keys)} {what}: {_some(keys)}" for what, keys in (("missing", missing), ("surplus", surplus)) if keys
+    ]
+    if shapes:
+        described = [f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}" for key in shapes]
+        problems.append(f"{len(shapes)} of another shape: {_some(described)}")
+    return f"Keys: {'; '.join(problems)}."
 
 
 def _some(keys: Sequence[str], limit: int = 5) -> str:

@@ -40,9 +40,22 @@ class ZooEntry(BaseModel):
     accuracy: Accuracy
 
 
-_FILE = Path(__file__).with_name("zoo.yaml")
+class Recommended(BaseModel):
+    """Weights of timm's, as its own configuration describes them."""
 
-ZOO: dict[str, ZooEntry] = TypeAdapter(dict[str, ZooEntry]).validate_python(
-    read_yaml(_FILE.read_text(encoding="utf-8"), source=_FILE.name)
-)
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    license: str
+    classes: int = Field(ge=0)
+    """Of its classifier; 0: it has none."""
+    size: int = Field(gt=0)
+    parameters: int = Field(gt=0)
+
+
+_FILE = Path(__file__).with_name("zoo.yaml")
+_content = read_yaml(_FILE.read_text(encoding="utf-8"), source=_FILE.name)
+
+RECOMMENDED: dict[str, Recommended] = TypeAdapter(dict[str, Recommended]).validate_python(_content.pop("recommended"))
+"""Teachers for methods on feature maps, by timm's name."""
+ZOO: dict[str, ZooEntry] = TypeAdapter(dict[str, ZooEntry]).validate_python(_content)
 """Known teachers by `teacher.model`."""

@@ -25,6 +25,7 @@ LAYERS = [
     "distill.validation",
     "distill.listing",
     "distill.bench",
+    "distill.scaffold",
     "distill.dry_run",
     "distill.pipeline",
     "distill.finishing",
@@ -44,10 +45,10 @@ LAYERS = [
     "distill.run",
     "distill.checkpoint",
     "distill.environment",
-    "distill.console",
     "distill.given",
     "distill.out_of_memory",
     "distill.data",
+    "distill.console",
     "distill.files",
     "distill.launching",
     "teachers.cifar_resnet",
@@ -144,6 +145,8 @@ NOT_THERE = {
     "distill.options": ("torch", "torchvision", "timm", "accelerate", "numpy"),
     "distill.report": ("torch", "torchvision", "timm", "accelerate", "distill.launching"),
     "distill.data": ("timm.models",),
+    "distill.scaffold.rules": ("torch", "numpy", "pydantic"),
+    "distill.scaffold.contents": ("torch", "numpy"),
 }
 """What would cost seconds of start, or a model where only files are to be read."""
 

@@ -20,10 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from distill.errors import InputError
+from distill.methods.base import Shapes
 from distill.recipe.schema import Optim
+from distill.registry import find
 from distill.students import register_models
 from distill.training.muon import BatchedMuon, iteration_dtype
-from distill.training.optim import build_optimizer, learning_rate, set_learning_rate, warn_of_long_warmup
+from distill.training.optim import (
+    build_optimizer,
+    clip_each,
+    learning_rate,
+    set_learning_rate,
+    set_weight_decay,
+    warn_of_long_warmup,
+    weight_decay,
+)
 from tests.conftest import DEVICES
 from tests.students.helpers import KINDS, of_kind
 
@@ -69,6 +79,66 @@ def test_a_warm_up_longer_than_the_run_is_said(
     assert (message in caplog.text) == said
     if epochs == 4.0:
         assert "to 0.732 of optim.lr" in caplog.text  # 30 of 41 steps
+
+
+def test_the_weight_decay_follows_a_cosine_or_stays() -> None:
+    spec = Optim(weight_decay=0.04, weight_decay_end=0.4)
+    values = [weight_decay(spec, step, total_steps=100) for step in (0, 25, 50, 100)]
+    assert values == pytest.approx([0.04, 0.4 - 0.36 * (1 + math.sqrt(0.5)) / 2, 0.22, 0.4])
+    assert {weight_decay(Optim(weight_decay=0.3), step, total_steps=9) for step in range(10)} == {0.3}
+
+
+@pytest.mark.parametrize("start", [0.04, 0.0])
+@pytest.mark.parametrize("name", ["adamw", "muon", "nmuon"])
+def test_a_scheduled_weight_decay_is_that_of_matrices_and_heads_are_adamws(name: str, start: float) -> None:
+    """Also where it begins at 0. A head of DINO and its moving average, of which only the first learns."""
+    variant = find("methods", "dino")
+    options = variant.options.model_validate({"method": "dino", "prototypes": 8, "hidden": 6, "bottleneck": 5})
+    methods = torch.nn.ModuleDict({"dino": variant.implementation(options, Shapes(embedding_width=4))})
+    model = timm.create_model("test_vit", num_classes=0)
+    spec = Optim(name=name, weight_decay=start, weight_decay_end=0.4)
+    optimizer = build_optimizer(spec, model, methods)
+    set_weight_decay(optimizer, 0.2)
+    names = {parameter: key for module in (model, methods) for key, parameter in module.named_parameters()}
+    found = {names[parameter]: group for group in optimizer.param_groups for parameter in group["params"]}
+    assert found.keys() == {key for parameter, key in names.items() if parameter.requires_grad}
+    assert "dino.views.head.last.weight" in found
+    assert "dino.views.average.last.weight" not in found
+    for key, group in found.items():
+        plain = key.endswith(".bias") or "norm" in key or key in ("cls_token", "pos_embed")
+        assert group["weight_decay"] == (0.0 if plain else 0.2), key
+        if name != "adamw" and key.startswith("dino."):
+            assert group["use_fallback"], key
+
+
+@pytest.mark.parametrize("start", [0.1, 0.0])
+def test_a_step_decays_by_the_scheduled_value(start: float) -> None:
+    """Without gradients a step is the decay alone."""
+    model = timm.create_model("test_vit", num_classes=0)
+    optimizer = build_optimizer(Optim(name="adamw", lr=0.5, weight_decay=start, weight_decay_end=0.4), model)
+    before = model.blocks[0].mlp.fc1.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    set_learning_rate(optimizer, 0.5)
+    set_weight_decay(optimizer, 0.3)
+    optimizer.step()
+    torch.testing.assert_close(model.blocks[0].mlp.fc1.weight, before * (1 - 0.5 * 0.3))
+
+
+def test_each_gradient_is_clipped_by_its_own_norm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2, 2, 2), (1,))]
+    for parameter, scale in zip(parameters, (10.0, 0.01, 2.0, 0.0), strict=True):
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    frozen = torch.nn.Parameter(torch.zeros(2))
+    before = [parameter.grad.tolist() for parameter in parameters]  # type: ignore[union-attr]
+    clip_each([*parameters, frozen], 3.0)
+    for parameter, values in zip(parameters, before, strict=True):
+        flat = torch.tensor(values, dtype=torch.float64).flatten().tolist()
+        norm = math.sqrt(sum(value**2 for value in flat))
+        expected = [value * min(1.0, 3.0 / (norm + 1e-6)) for value in flat]
+        assert parameter.grad.flatten().tolist() == pytest.approx(expected, rel=1e-5)  # type: ignore[union-attr]
+    assert frozen.grad is None
 
 
 def test_decay_falls_on_matrices_only_and_layer_decay_scales() -> None:

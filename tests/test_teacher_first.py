@@ -10,7 +10,7 @@ import pytest
 from distill import pipeline, run
 from distill.errors import InputError
 from distill.given import Given
-from distill.pipeline import Launch, train_teachers
+from distill.pipeline import Launch, train_earlier
 from distill.recipe import Recipe, from_mapping
 
 TEACHER = "recipes/teachers/digits_cnn.yaml"
@@ -49,17 +49,17 @@ def test_a_teacher_in_training_is_waited_for(monkeypatch: pytest.MonkeyPatch, re
         newest_location=[run.InUse("in use by 7. Wait.")],
         holder_of=["7", "7", None],
     )
-    train_teachers(recipe, NOBODY)
+    train_earlier(recipe, NOBODY)
     assert waited == [1, 1]
     assert [list(values) for values in left.values()] == [[], [], []]
 
 
 def test_a_teacher_that_became_ready_meanwhile_is_taken(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
     answers(monkeypatch, is_trained=[False, True, True], newest_location=[InputError("this run is finished")])
-    train_teachers(recipe, NOBODY)
+    train_earlier(recipe, NOBODY)
 
 
 def test_any_other_problem_of_the_teachers_run_is_said(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
     answers(monkeypatch, is_trained=[False, False], newest_location=[InputError("the recipe has changed")])
     with pytest.raises(InputError, match="the recipe has changed"):
-        train_teachers(recipe, NOBODY)
+        train_earlier(recipe, NOBODY)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 
@@ -72,12 +73,40 @@ def test_a_run_with_its_resumption_report_and_evaluation(toy: Toy, tmp_path: Pat
     assert {row["model"] for row in report["rows"]} == {"student"}
 
 
+def test_the_licence_is_said_and_goes_into_card_and_report(toy: Toy, tmp_path: Path) -> None:
+    """Weights of the Hub by their name; a file of their shape stands in for the download."""
+    name = "convnextv2_atto.fcmae"
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "w.pth")
+    recipe = tmp_path / "r.yaml"
+    teacher = {"model": name, "weights": str(tmp_path / "w.pth"), "size": 32}
+    methods = [{"method": method} for method in ("guide", "fitnet", "similarity", "relational")]
+    raw = toy.mapping(distill=methods, control=True, train={"max_steps": 2})
+    recipe.write_text(json.dumps(raw | {"teacher": teacher}))
+    done = launch(["train", recipe, "--out", "run"], cwd=tmp_path, report=True)
+    assert done.wait() == [0], done.output
+    said = " ".join(done.output.split())
+    assert said.count("the licence of its weights, cc-by-nc-4.0, excludes commercial use") == 1
+    exports = [path / "export" / "README.md" for path in (tmp_path / "run", tmp_path / "run" / "control")]
+    own, control = (ModelCard(path.read_text()) for path in exports)
+    assert (own.data.base_model, control.data.base_model) == (f"timm/{name}", None)
+    assert f"The licence of its teacher's weights: cc-by-nc-4.0 (timm/{name})." in own.text.replace("\\", "")
+    assert "licence of its teacher's" not in control.text
+    report = (tmp_path / "run" / "report.md").read_text().replace("\\", "")
+    for fact in ("teacher's licence | cc-by-nc-4.0", f"teacher's weights are those of | timm/{name}"):
+        assert fact in report
+    assert "teacher/top1" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [
         (None, ["distill=[{method: guide}, {method: hard}, {method: dkd}]"],
          "distill: no logits to learn from for hard, dkd: teacher cifar_resnet20 has no classifier."),
         (None, [MAPS, "teacher.min_accuracy=0.5"], "teacher.min_accuracy: cifar_resnet20 has no classifier"),
+        (None, [MAPS, "teacher.min_accuracy=0.0"], "teacher.min_accuracy: cifar_resnet20 has no classifier"),
+        (None, [MAPS, "teacher.classes=[d, c, b, a]"], "teacher.classes: cifar_resnet20 has no classifier, so"),
+        (None, [MAPS, "teacher.cache=true"], "only logits are stored; set teacher.cache to false"),
         (float("nan"), [MAPS], "teacher cifar_resnet20: its weights are not all numbers: conv1.weight (432 of"),
         (1e30, [MAPS], "teacher cifar_resnet20: its outputs are not finite on 100.00% of 32 images"),
         (0.0, [MAPS], "teacher cifar_resnet20: its outputs are the same on all 32 images"),

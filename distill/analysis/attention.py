@@ -57,13 +57,14 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
     }
     blocks = [student.model.get_submodule(name.rpartition(".")[0]) for name in attention]
     with _recording(attention.values()) as calls, _recording(blocks) as block_calls:
-        heads = len(student.logits(images))
+        _answer(student, images)
     if not calls:
         return None
     count = calls[0][1][0].shape[1]
     side = math.isqrt(count)
     prefix = count - side**2
-    if prefix not in (0, heads) or any(tokens.shape[:-1] != (len(images), count) for _, (tokens, *_), _ in calls):
+    expected = (0, max(1, len(student.heads)))  # the class token of a student without heads
+    if prefix not in expected or any(tokens.shape[:-1] != (len(images), count) for _, (tokens, *_), _ in calls):
         return None
     patches, areas = [], {}
     for index, (module, (tokens, *_), _) in enumerate(calls):
@@ -85,11 +86,16 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
     )
 
 
+def _answer(student: Student, images: Tensor) -> None:
+    """A forward pass as in evaluation."""
+    student.logits(images) if student.heads else student.embedding(images)
+
+
 def _look_at_maps(student: Student, images: Tensor) -> Seen | None:
     """As `look`, for a pyramid: what its stages' maps look at in the mean."""
     modules = [module for module in student.model.modules() if isinstance(module, GridAttention)]
     with _recording(modules) as calls:
-        student.logits(images)
+        _answer(student, images)
     seen = []
     for module, inputs, _ in calls:
         maps = module.maps(*inputs)

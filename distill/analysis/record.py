@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from distill.analysis.attention import look
 from distill.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from distill.analysis.costs import measure_costs
-from distill.data import Dataset
+from distill.analysis.neighbours import pixel_accuracy, shown_neighbours
+from distill.console import track
+from distill.data import Dataset, Split
 from distill.data.randomness import permutation
 from distill.evaluation import named_heads
+from distill.evaluation.frozen import Found
 from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.files.text import write_text
@@ -57,6 +60,9 @@ def analyse(
     dataset: Dataset,
     predictions: Mapping[str, Tensor],
     validation: Mapping[str, Tensor],
+    found: Found | None = None,
+    *,
+    stage: str = "analysis",
 ) -> None:
     """Write the analysis into a run directory; too little disk or memory is a warning: the report does without. On one
     process.
@@ -64,7 +70,9 @@ def analyse(
     Args:
         student: as exported, on the dataset's device, in eval mode; so is the teacher.
         predictions: logits [N, classes] on the test set by name (`student.fused`, ..., `teacher`).
-        validation: the same on the validation split; empty without one.
+        validation: the same on the validation split; empty without one, and for a student without a classifier.
+        found: what its features tell on the test set, where that was asked for.
+        stage: what the console calls this.
     """
     has_classes = teacher is not None and teacher.num_classes
     models: dict[str, Any] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
@@ -77,8 +85,9 @@ def analyse(
         sample = _take(dataset, [0]).to(device) / 255
         shown = _disagreements(predictions, labels)
         looked_at = _stratified(labels, LOOKED_AT)
-        corrupted = _stratified(labels, _how_many(dataset, sample[0].numel()))
-        _log.info("analysis for the report: %d images under %d corruptions", len(corrupted), len(CORRUPTIONS))
+        corrupted = _stratified(labels, _how_many(dataset, sample[0].numel())) if student.heads else []
+        if corrupted:
+            _log.info("analysis for the report: %d images under %d corruptions", len(corrupted), len(CORRUPTIONS))
         drawn = (shown[:DRAWN] + looked_at)[:DRAWN]
         indices = sorted({*shown, *looked_at, *corrupted})
         images = _take(dataset, indices)
@@ -100,8 +109,14 @@ def analyse(
             "data": dataset.info.digest,
             "device": device.type,
             "costs": costs,
-            "robustness": _robustness(answers, of(corrupted), labels[corrupted], torch.tensor(corrupted), device),
         }
+        if corrupted:
+            numbers = torch.tensor(corrupted)
+            values["robustness"] = _robustness(answers, of(corrupted), labels[corrupted], numbers, device, stage)
+        if found is not None and found.votes is not None:
+            every = _stratified(labels, len(labels))
+            values["pixels"] = pixel_accuracy(dataset, found, every)
+            tensors |= _neighbours(dataset, found, every)
         seen = look(student, torch.cat([of(drawn), of(looked_at)]).to(device) / 255, len(drawn))
         if seen is not None:
             values["tokens"] = {"names": seen.tokens, "token_cosines": seen.cosines}
@@ -117,6 +132,23 @@ def analyse(
             write_text(folder / f"{NAME}.json", json.dumps(values, indent=1) + "\n")
         except OSError as error:
             _log.warning("%s: cannot be written (%s); the report does without it", folder / NAME, error.strerror)
+
+
+def _neighbours(dataset: Dataset, found: Found, order: list[int]) -> dict[str, Tensor]:
+    """Test images and the training images nearest to them; see `shown_neighbours`."""
+    indices, rows, cosines = shown_neighbours(found, dataset.labels("test"), order)
+    if not indices:
+        return {}
+    positions = found.bank.indices[rows]
+    wanted = positions.unique()
+    pictures = _thumbnails(_take(dataset, wanted.tolist(), "train"))
+    return {
+        "neighbours.indices": torch.tensor(indices),
+        "neighbours.images": _thumbnails(_take(dataset, indices)),
+        "nearest.images": pictures[torch.searchsorted(wanted, positions)],
+        "nearest.labels": found.bank.labels[rows],
+        "nearest.cosines": cosines,
+    }
 
 
 @contextmanager
@@ -165,11 +197,11 @@ def _disagreements(predictions: Mapping[str, Tensor], labels: Tensor) -> list[in
     return [index for turn in turns for index in turn if index is not None][:PICTURES]
 
 
-def _take(dataset: Dataset, indices: list[int]) -> Tensor:
-    """Test images of these indices, which rise: uint8 [n, C, H, W] on the CPU, in one reading of the split."""
+def _take(dataset: Dataset, indices: list[int], split: Split = "test") -> Tensor:
+    """Images of these indices, which rise: uint8 [n, C, H, W] on the CPU, in one reading of the split."""
     wanted, batch_size, parts = torch.tensor(indices), 256, []
     start = indices[0]
-    for images, _ in dataset.evaluation_batches("test", start, indices[-1] + 1, batch_size):
+    for images, _ in dataset.evaluation_batches(split, start, indices[-1] + 1, batch_size):
         here = wanted[(wanted >= start) & (wanted < start + len(images))] - start
         parts.append((images[here.to(images.device)] * 255).round().to(torch.uint8).cpu())
         start += len(images)
@@ -177,7 +209,7 @@ def _take(dataset: Dataset, indices: list[int]) -> Tensor:
 
 
 def _robustness(
-    answers: Answers, images: Tensor, labels: Tensor, indices: Tensor, device: torch.device
+    answers: Answers, images: Tensor, labels: Tensor, indices: Tensor, device: torch.device, stage: str
 ) -> dict[str, Any]:
     """Correct answers by corruption and output: a list over severities, the first being that of the images as they
     are."""
@@ -192,7 +224,7 @@ def _robustness(
         return counts
 
     clean, correct = count(lambda as_they_are, _: as_they_are), {}
-    for name in CORRUPTIONS:
+    for name in track(CORRUPTIONS, stage, len(CORRUPTIONS)):
         levels = [clean, *(count(partial(corrupt, name, severity)) for severity in range(1, SEVERITIES + 1))]
         correct[name] = {key: [level[key] for level in levels] for key in clean}
     return {"images": len(images), "correct": correct}

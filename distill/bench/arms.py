@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from distill.data.dataset import ResidentDataset, ResidentSplit
 from distill.flops import count_flops
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD, InputContract
 from distill.launching.processes import build_accelerator
+from distill.methods.base import Method
 from distill.recipe import Recipe, from_mapping
 from distill.trainer import Trainer
 from teachers import Teacher
@@ -94,6 +95,18 @@ def distilling(depth: int, *methods: str, cache: bool = False) -> dict[str, Any]
     return {"teacher": {"model": f"cifar_resnet{depth}", "cache": cache}, "label_weight": 0.5, "distill": entries}
 
 
+def self_distilling() -> dict[str, Any]:
+    """The sections of a recipe that learns by DINO, from two views of 32 px and eight of 16 px."""
+    views = [{"kind": "global", "count": 2, "size": 32}, {"kind": "local", "count": 8, "size": 16}]
+    return {
+        "data": {"augment": {}, "views": views},
+        "teacher": {"ema": {}},
+        "student": {"distillation_token": False},
+        "label_weight": 0.0,
+        "distill": [{"method": "dino"}],
+    }
+
+
 def accelerator(precision: str) -> Accelerator:
     """One for all arms of a group; the next call ends its use."""
     release_memory()  # of the group before
@@ -129,11 +142,20 @@ def build_trainer(
 
 def step_flops(trainer: Trainer) -> int:
     """FLOPs of one image in a training step: three forward passes of the student (forward, and gradients by inputs and
-    by weights) and one of the teacher.
+    by weights) on each of its views, and one of the teacher; with the heads of a moving average, likewise.
     """
-    image = torch.zeros(1, 3, trainer.recipe.data.resolution, trainer.recipe.data.resolution)
+    data = trainer.recipe.data
+    image = torch.zeros(1, 3, data.resolution, data.resolution)
     teachers = 0 if trainer.teacher is None else count_flops(trainer.teacher, image)
-    return 3 * count_flops(trainer.student, image) + teachers
+    if trainer.average is None:
+        return 3 * count_flops(trainer.student, image) + teachers
+    by_side = {side: torch.zeros(1, 3, side, side) for side in data.view_sizes}
+    of_view = [count_flops(trainer.student.model, by_side[side]) for side in data.view_sizes]
+    widths = torch.zeros(1, trainer.student.embedding_width)
+    heads = [pair[0] for method in trainer.task.methods.values() for pair in cast(Method, method).averaged()]
+    of_head = sum(count_flops(head, widths) for head in heads)
+    asked = data.global_views
+    return teachers + sum(3 * (one + of_head) for one in of_view) + sum(of_view[:asked]) + asked * of_head
 
 
 def step_arm(

@@ -23,7 +23,18 @@ from distill.data.geometry import (
 )
 from distill.data.mixing import PAIR_DRAWS, SAMPLE_DRAWS, mix_pairs, one_hot
 from distill.data.policies import Operations, around_moves
-from distill.data.randomness import GOLDEN, MASK, beta_table, hashes, integers, keys, mix, normal_table, uniform
+from distill.data.randomness import (
+    GOLDEN,
+    MASK,
+    beta_table,
+    hashes,
+    integers,
+    keys,
+    mix,
+    normal_table,
+    uniform,
+    view_suffix,
+)
 from distill.data.rows import update
 from distill.recipe import Augment
 
@@ -67,6 +78,8 @@ class Augmenter:
         self.num_classes = num_classes
         self.device = device
         self.paired = bool(spec.mixup or spec.cutmix)
+        self.unmixed: bool | None = None
+        """Whether pairs are left unmixed now; None: by the epoch, from `mix_off_epoch` on."""
         self._compiled = False
         self._crop = None if cropped else spec.random_resized_crop
         self._fill = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8, device=device)
@@ -97,8 +110,8 @@ class Augmenter:
         if self._keys is None or self._keys[0] != (seed, epoch):
             self._keys = (seed, epoch), []
         of_views = self._keys[1]
-        while len(of_views) <= view:  # each view has its own draws; view 0 has the plain names
-            suffix = f"/view{len(of_views)}" if of_views else ""
+        while len(of_views) <= view:  # each view has its own draws
+            suffix = view_suffix(len(of_views))
             of_views.append(keys(seed, epoch, [name + suffix for name in self._names], self.device))
         return of_views[view]
 
@@ -108,7 +121,7 @@ class Augmenter:
         """uint8 [B, C, H, W], int64 [B], int64 [B] -> float32 [B, C, H, W] in [0, 1], float32 [B, num_classes]."""
         self._operations.prepare(*images.shape[2:])
         self._prepare_noise(*images.shape[1:])
-        off = 0 < self.spec.mix_off_epoch <= epoch
+        off = 0 < self.spec.mix_off_epoch <= epoch if self.unmixed is None else self.unmixed
         mixed = None
         if self.paired and (self._compiled or not off):  # a tensor: switching off compiles nothing anew
             mixed = torch.full((), 0.0 if off else self.spec.mix_probability, device=self.device)

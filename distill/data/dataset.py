@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from distill.data.augment import Augmenter, to_float
 from distill.data.batches import Batch, BatchPlan
+from distill.data.mixing import one_hot
 from distill.data.randomness import permutation
+from distill.data.views import MultiCrop
 from distill.errors import InputError
 from distill.recipe import Data
 
@@ -43,44 +46,95 @@ class DatasetInfo:
     """The images that `data.test` held out of all of them: files, else numbers from 0."""
     left_out: tuple[str, ...] = ()
     """Files that are not used (`data.skip_unreadable`), each with the reason."""
+    unlabelled: int = 0
+    """Further training images, which have no label (`data.unlabelled`, `data.labelled`); in none of `sizes`."""
+    unlabelled_digest: str = ""
+    """SHA-256 (hex) that identifies the images of `data.unlabelled`, which `digest` leaves out."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def of_training(self, size: int) -> DatasetInfo:
+        """The same with so many training images and no other split."""
+        return replace(self, sizes={"train": size, "validation": 0, "test": 0}, left_out=())
+
 
 class RawBatch(NamedTuple):
-    """uint8 [B, C, H, W], int64 [B], int64 [B] (positions in the training split), on the device."""
+    """On the device."""
 
     images: Tensor
+    """uint8 [B, C, H, W]: the whole images or, of a stream with random crops, those of view 0."""
     labels: Tensor
+    """int64 [B]"""
     indices: Tensor
+    """int64 [B], positions in the training split."""
+    crops: tuple[Tensor, ...] = ()
+    """Random crops of views 1, 2, ..., uint8 [B, C, size, size] each."""
 
 
 class Dataset(ABC):
     """Batches of one dataset for one process, on its device."""
 
+    in_order = False
+    """Whether training images come in the order of a reader, without random access."""
+    streamed = True
+    """Whether images are read while training."""
+
     def __init__(self, info: DatasetInfo, spec: Data, device: torch.device, *, cropped: bool) -> None:
-        self.info = info
+        """`cropped`: random crops have been cut from the images when they were decoded, one for each view."""
+        self.info, self.spec = info, spec
         self.device = device
         self.views = 1
-        self._cropped = cropped
-        self.augmenter = Augmenter(
-            spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
-        )
+        self.augmenter: Augmenter | MultiCrop
+        if spec.views is not None:
+            self.augmenter = MultiCrop(spec.views, device, cropped=cropped)
+        else:
+            self.augmenter = Augmenter(
+                spec.augment, num_classes=info.num_classes, mean=info.mean, std=info.std, device=device, cropped=cropped
+            )
 
-    def set_views(self, views: int) -> None:
-        """Set the number of augmented views of each training image.
+    def set_views(self, views: int | Literal["all"]) -> None:
+        """Set the number of augmented views of each training image; "all": those that `data.views` names.
 
         Raises:
-            InputError: the images are cropped before, once for all views.
+            InputError: it names fewer, or none.
         """
-        if views > 1 and self._cropped:
-            raise InputError(
-                "data.augment.random_resized_crop: a stream crops each image once, and a method needs "
-                f"{views} views of it. Set data.stream=false, or use data.augment.crop_padding."
-            )
+        named = len(self.spec.view_sizes)
+        if views == "all":
+            if not named:
+                raise InputError("data.views: a method compares several views of an image; name them there.")
+            views = named
+        elif 0 < named < views:
+            raise InputError(f"data.views: a method needs {views} views of each image, got {named}.")
         self.views = views
+
+    @property
+    def augmenters(self) -> list[Augmenter | MultiCrop]:
+        """All that its batches go through; `augmenter` is the first."""
+        return [self.augmenter]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of training images."""
+        return self.info.channels, self.spec.resolution, self.spec.resolution
+
+    def steps_per_epoch(self, plan: BatchPlan) -> int:
+        """Optimizer steps per epoch; raises InputError if the plan does not fit the data."""
+        plan.check(self.info.sizes["train"], self.augmenter.paired)
+        return plan.steps_per_epoch(self.info.sizes["train"])
+
+    def use_unlabelled(self, wanted: bool) -> None:
+        """Whether training batches have images without a label, if there are any; see `MixedDataset`."""
+        return
+
+    def labelled_images(self, plan: BatchPlan) -> float | None:
+        """Labelled images of a micro-batch, in the mean over those of a global batch; None: all are labelled."""
+        return None
+
+    def without_labels(self) -> Dataset:
+        """A dataset of the training images whose labels `data.labelled` removes, with labels -1."""
+        raise InputError(f"data.labelled: '{self.spec.name}' gives no random access to its images; set it to null")
 
     def training_batches(self, plan: BatchPlan, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each optimizer step, from `first_step` of the epoch on.
@@ -88,20 +142,28 @@ class Dataset(ABC):
         Order and augmentation are functions of (plan.seed, epoch, index, view). Raises InputError at once, not at the
         first batch, if the plan does not fit the data.
         """
-        plan.check(self.info.sizes["train"], self.augmenter.paired)
+        self.steps_per_epoch(plan)
         return self._augmented(plan, epoch, first_step)
 
     def _augmented(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         for step in self._raw_steps(plan, epoch, first_step):
             micro_batches = []
             for raw in step:
-                (images, targets), *others = (
-                    self.augmenter(raw.images, raw.labels, raw.indices, seed=plan.seed, epoch=epoch, view=view)
-                    for view in range(self.views)
-                )
-                views = tuple(of_view for of_view, _ in others)
-                micro_batches.append(Batch(images, targets, raw.labels, raw.indices, views))
+                (images, *views), targets = self._views(raw, plan.seed, epoch)
+                micro_batches.append(Batch(images, targets, raw.labels, raw.indices, tuple(views)))
             yield micro_batches
+
+    def _views(self, raw: RawBatch, seed: int, epoch: int) -> tuple[list[Tensor], Tensor]:
+        """The images by view, and the targets of the first."""
+        given = (raw.images, *raw.crops)
+        if isinstance(self.augmenter, MultiCrop):
+            views = self.augmenter(given, raw.indices, seed=seed, epoch=epoch, views=self.views)
+            return views, one_hot(raw.labels, self.info.num_classes)
+        made = [
+            self.augmenter(given[view if raw.crops else 0], raw.labels, raw.indices, seed=seed, epoch=epoch, view=view)
+            for view in range(self.views)
+        ]
+        return [images for images, _ in made], made[0][1]
 
     @abstractmethod
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
@@ -135,9 +197,12 @@ class ResidentSplit(NamedTuple):
 class ResidentDataset(Dataset):
     """uint8 tensors on the device; splits are row indices into them, without copies."""
 
+    streamed = False
+
     def __init__(
-        self, info: DatasetInfo, spec: Data, device: torch.device, splits: Mapping[Split, ResidentSplit]
+        self, info: DatasetInfo, spec: Data, device: torch.device, splits: Mapping[str, ResidentSplit]
     ) -> None:
+        """`splits`: also 'unlabelled', the training images whose labels `data.labelled` removes."""
         super().__init__(info, spec, device, cropped=False)
         moved: dict[int, Tensor] = {}
 
@@ -155,6 +220,28 @@ class ResidentDataset(Dataset):
             )
             for name, split in splits.items()
         }
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self._splits["train"].images.shape[1:]
+        return channels, height, width
+
+    def without_labels(self) -> ResidentDataset:
+        images, labels, rows = self._splits["unlabelled"]
+        return self.of_images(images, torch.full_like(labels, -1), rows)
+
+    def of_images(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> ResidentDataset:
+        """A dataset with these training images and no other split."""
+        split = ResidentSplit(images, labels, rows)
+        return ResidentDataset(self.info.of_training(split.size), self.spec, self.device, {"train": split})
+
+    def pixels(self, split: Split) -> Iterator[bytes]:
+        """SHA-256 of each image of a split."""
+        if (source := self._splits.get(split)) is None:
+            return
+        for positions in torch.arange(source.size).split(4096):
+            for image in self._take(source, positions.to(self.device))[0].cpu().numpy():
+                yield hashlib.sha256(image.tobytes()).digest()
 
     def _take(self, split: ResidentSplit, positions: Tensor) -> tuple[Tensor, Tensor]:
         rows = positions if split.rows is None else split.rows.index_select(0, positions)

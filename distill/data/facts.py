@@ -11,12 +11,18 @@ from distill.recipe import FROM_PYTHON, Data
 MOST_NAMES = 12
 
 
-def facts(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
-    """Keys and values, one a line."""
+def facts(info: DatasetInfo, spec: Data, *, methods: bool = True) -> Iterator[tuple[str, str]]:
+    """Keys and values, one a line; `methods`: whether the run has any, which could learn from unlabelled images."""
     splits = ", ".join(f"{name} {size:,}" for name, size in info.sizes.items() if size)
     held_out = f" ({len(info.held_out):,} held out for the test by data.test)" if info.held_out else ""
     where = "" if spec.name in (FROM_PYTHON, "digits") else f" in {spec.root}"
     yield "data", f"{info.name}{where}, {sum(info.sizes.values()):,} images: {splits}{held_out}"
+    if info.unlabelled:
+        yield "labels", f"{info.sizes['train']:,} of {info.sizes['train'] + info.unlabelled:,} training images"
+        origin = (
+            f"in {spec.unlabelled}" if spec.unlabelled else f"of the training split (data.labelled={spec.labelled:g})"
+        )
+        yield "unlabelled", f"{info.unlabelled:,} images {origin}, {_use(info, spec, methods)}"
     names = ", ".join(info.class_names[:MOST_NAMES])
     more = info.num_classes - MOST_NAMES
     yield "classes", f"{info.num_classes}: {names}" + (f" and {more:,} more" if more > 0 else "")
@@ -25,8 +31,21 @@ def facts(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
     if (growth := spec.growth) is not None:
         sides = f"{growth.start} x {growth.start} pixels, from {100 * growth.until:g} % of the run on at full size"
         yield "growth", f"the student trains on images of {sides}"
+    if spec.views is not None:
+        crops = (f"{group.count} of {group.size} x {group.size} pixels ({group.kind})" for group in spec.views)
+        yield "views", ", ".join(crops)
     if info.pack is not None:
         yield "pack", f"{info.pack}, {Path(info.pack).stat().st_size / 1e6:,.1f} MB"
+
+
+def _use(info: DatasetInfo, spec: Data, methods: bool) -> str:
+    """What a run does with its unlabelled images."""
+    if not methods:
+        return "left out: no method learns from them"
+    if spec.unlabelled_share == 0:
+        return "left out (data.unlabelled_share=0)"
+    share = spec.unlabelled_share or info.unlabelled / (info.sizes["train"] + info.unlabelled)
+    return f"{100 * share:.3g} % of a batch, for methods alone"
 
 
 def _fitted(info: DatasetInfo, spec: Data) -> str:

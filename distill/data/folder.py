@@ -12,13 +12,13 @@ files, and recorded in the cache folder, so that batches are the same for any nu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from distill.data.dataset import Dataset
-from distill.data.image_files import REMEDY, Folder, ImageFiles
+from distill.data.image_files import REMEDY, Folder, ImageFiles, files_under, is_within
 from distill.data.images import SUFFIXES
 from distill.data.labels import class_name
 from distill.data.opening import DataReader, Opening
@@ -143,41 +143,11 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...], left_out: list
     for label, name in enumerate(class_names):
         files: list[str] = []
         for class_folder in [folder / own for own in names if class_name(own) == name]:
-            found = list(_under(class_folder))
-            if class_folder.is_symlink() and _is_within(folder, class_folder):
+            found = list(files_under(class_folder))
+            if class_folder.is_symlink() and is_within(folder, class_folder):
                 found = [(str(class_folder), "links to a folder that contains it")]
             left_out += [f"{path}: {reason}" for path, reason in found if reason]
             files += [os.path.relpath(path, root) for path, reason in found if not reason]
         paths += sorted(files)
         labels += [label] * len(files)
     return ImageFiles(root, paths, labels)
-
-
-def _under(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """All non-hidden files under a folder: path, and why it cannot be used (empty: it can)."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        yield str(folder), f"cannot be read ({error.strerror})"
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        try:
-            if entry.is_dir():
-                if entry.is_symlink() and _is_within(folder, entry.path):
-                    yield entry.path, "links to a folder that contains it"
-                else:
-                    yield from _under(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-                yield entry.path, "is no image by its name"
-            else:
-                yield entry.path, "" if entry.is_file() else "is no file, or a broken link"
-        except OSError as error:
-            yield entry.path, f"cannot be read ({error.strerror})"
-
-
-def _is_within(path: str | Path, folder: str | Path) -> bool:
-    """Whether `path` is `folder` or under it, links followed."""
-    inner, outer = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([inner, outer]) == outer

@@ -12,14 +12,18 @@ from distill.errors import InputError
 
 
 def hold_out(
-    labels: Tensor, amount: float, seed: int, split: Literal["validation", "test"] = "validation"
+    labels: Tensor,
+    amount: float,
+    seed: int,
+    split: Literal["validation", "test", "labelled"] = "validation",
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows to train on and rows of `split`, int64, each in file order.
 
     `labels` int64 [N]; `amount` a fraction (below 1) or a count. Stratified: quotas are proportional to class sizes,
-    rounded by largest remainder to the exact total; within a class the rows with the smallest hash of (seed, row). A
-    function of seed, split and labels only. InputError if a class would keep no training image or nothing would be held
-    out.
+    rounded by largest remainder to the exact total; within a class the rows with the smallest hash of (seed, row), or
+    of the numbers `rows` int64 [N] that stand for them. A function of seed, split, labels and `rows` only. InputError
+    if a class would keep no training image or nothing would be held out.
     """
     count = round(amount * len(labels)) if amount < 1 else int(amount)
     sizes = torch.bincount(labels)
@@ -40,12 +44,26 @@ def hold_out(
         worst = int(torch.nonzero((quota >= sizes) & present)[0])
         raise InputError(
             f"data.{split}: holding out {amount:g} leaves class {worst} (of {int(sizes[worst])} images) without a "
-            "training image; hold out less"
+            + ("label; keep more labels" if split == "labelled" else "training image; hold out less")
         )
-    hashed = hashes(keys(seed, 0, [split]), torch.arange(len(labels)))[0]
+    hashed = hashes(keys(seed, 0, [split]), torch.arange(len(labels)) if rows is None else rows)[0]
     by_hash = torch.argsort(hashed, stable=True)
     by_class = by_hash[torch.argsort(labels[by_hash], stable=True)]
     rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     held_out[by_class] = rank < quota[labels[by_class]]
     return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+def keep_labels(labels: Tensor, amount: float, seed: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions whose labels `data.labelled` keeps and those that lose them, as in `hold_out`; `rows` int64 [N] are
+    their rows among all training images, so that most labels are kept for another validation split too.
+    """
+    count = round(amount * len(labels)) if amount < 1 else int(amount)
+    classes = len(labels.unique())
+    if not classes <= count < len(labels):
+        raise InputError(
+            f"data.labelled: {amount:g} of {len(labels)} training images would keep {count} labels; from one of each "
+            f"of the {classes} classes to all but one is possible (null: all)"
+        )
+    return hold_out(labels, len(labels) - count, seed, "labelled", rows)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distill.data.images import Source
+from distill.data.images import SUFFIXES, Source
 from distill.errors import InputError
 
 REMEDY = "remove it from the data or set data.skip_unreadable=true"
@@ -89,3 +89,33 @@ class Folder:
                 empty = self.folders.get(split, self.root / split) / self.class_names[counts.index(0)]
                 raise InputError(f"data.root: {empty} holds no image; every class of train has some in every split")
         return self
+
+
+def files_under(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """All non-hidden files under a folder: path, and why it cannot be used (empty: it can)."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield str(folder), f"cannot be read ({error.strerror})"
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        try:
+            if entry.is_dir():
+                if entry.is_symlink() and is_within(folder, entry.path):
+                    yield entry.path, "links to a folder that contains it"
+                else:
+                    yield from files_under(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+                yield entry.path, "is no image by its name"
+            else:
+                yield entry.path, "" if entry.is_file() else "is no file, or a broken link"
+        except OSError as error:
+            yield entry.path, f"cannot be read ({error.strerror})"
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether `path` is `folder` or under it, links followed."""
+    inner, outer = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([inner, outer]) == outer

@@ -15,13 +15,15 @@ from torch import Tensor
 from distill import registry
 from distill.cores import share_of_cores
 from distill.data.cache import cache_folder
-from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit, Split
+from distill.data.dataset import Dataset, DatasetInfo, ResidentDataset, ResidentSplit
 from distill.data.facts import range_of
 from distill.data.given import GivenData
-from distill.data.holdout import hold_out
+from distill.data.holdout import hold_out, keep_labels
 from distill.data.images import ImageRules, is_grey, size_of
 from distill.data.packed import PIXELS, Packed
 from distill.data.stream import Reader, StreamDataset, StreamSplit
+from distill.data.unlabelled import MixedDataset
+from distill.data.unlabelled_files import with_images
 from distill.errors import InputError
 from distill.inputs import IMAGENET_MEAN, IMAGENET_STD
 from distill.recipe import Data, reader_names, reader_of
@@ -244,10 +246,12 @@ def open_dataset(
     num_processes: int = 1,
     process_index: int = 0,
     given: GivenData | None = None,
+    unlabelled: bool = True,
 ) -> Dataset:
     """The dataset of `spec` for one process, on its device; downloaded and packed first if needed.
 
-    `seed`: of the validation split; `given`: the data of the name 'python'. Several processes may open the same data at
+    `seed`: of the validation split; `given`: the data of the name 'python'; `unlabelled`: whether the images of
+    `data.unlabelled` are needed, as for training. Several processes may open the same data at
     once. Raises InputError naming the invalid key or file.
     """
     if (reader := reader_of(spec.name)) is None:
@@ -260,13 +264,23 @@ def open_dataset(
             "--plugin"
         )
     implementation: type[DataReader] = registry.find("datasets", reader).implementation
-    if spec.skip_unreadable and not implementation.skips_unreadable:
+    if spec.skip_unreadable and not implementation.skips_unreadable and spec.unlabelled is None:
         raise InputError(f"data.skip_unreadable: only for image folders; set it to false for '{spec.name}'")
     for key in ("image_column", "label_column"):
         if getattr(spec, key) is not None and not implementation.has_columns:
             raise InputError(f"data.{key}: '{spec.name}' has no columns; set it to null")
     workers = spec.workers if spec.workers is not None else share_of_cores(num_processes)
-    return implementation.open(spec, Opening(spec, seed, device, process_index, workers, given))
+    if spec.unlabelled is not None or spec.labelled is not None:
+        workers = -(-workers // 2)  # for each of two parts
+    opening = Opening(spec, seed, device, process_index, workers, given)
+    dataset = implementation.open(spec, opening)
+    if spec.labelled is not None:
+        return MixedDataset(dataset, dataset.without_labels())
+    return (
+        dataset
+        if spec.unlabelled is None or not unlabelled
+        else with_images(dataset, opening.cache, opening.streams, workers)
+    )
 
 
 def _with_names(digest: str, names: Sequence[str]) -> str:
@@ -280,8 +294,8 @@ def at_hand(spec: Data) -> bool:
     return reader is not None and registry.find("datasets", reader).implementation.at_hand(spec)
 
 
-def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple[str, Tensor | None]]:
-    """Split of the run -> split of the source, and its rows (None: all)."""
+def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[str, tuple[str, Tensor | None]]:
+    """Split of the run, or 'unlabelled' -> split of the source, and its rows (None: all)."""
     if spec.test is not None and "test" in labels:
         raise InputError(f"data.test: '{spec.name}' has a test split; set data.test to null")
     if spec.test is None and "test" not in labels:
@@ -289,7 +303,7 @@ def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple
             f"data.test: '{spec.name}' has no test split; set data.test=0.2 to hold out a fifth of its images"
         )
     train: Tensor | None = None
-    rows: dict[Split, tuple[str, Tensor | None]] = {"test": ("test", None)}
+    rows: dict[str, tuple[str, Tensor | None]] = {"test": ("test", None)}
     if spec.test is not None:
         train, test = hold_out(labels["train"], spec.test, spec.test_seed, "test")
         rows["test"] = ("train", test)
@@ -300,6 +314,10 @@ def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[Split, tuple
             all_of_them = torch.arange(len(labels["train"])) if train is None else train
             remaining, held_out = hold_out(labels["train"][all_of_them], spec.validation, seed)
             train, rows["validation"] = all_of_them[remaining], ("train", all_of_them[held_out])
+    if spec.labelled is not None:
+        left = torch.arange(len(labels["train"])) if train is None else train
+        kept, others = keep_labels(labels["train"][left], spec.labelled, spec.labelled_seed, left)
+        train, rows["unlabelled"] = left[kept], ("train", left[others])
     return {"train": ("train", train), **rows}
 
 

@@ -122,16 +122,16 @@ def problems_of(
         yield f"names {len(class_names)} classes where this dataset has {expected.classes}", get_again
     for split in splits:
         images, labels = tensors[f"{split}.images"], tensors[f"{split}.labels"]
-        if (order := _wrong_order(images, len(labels) if labels.ndim == 1 else -1)) is not None:
+        if (order := wrong_order(images, len(labels) if labels.ndim == 1 else -1)) is not None:
             yield (
-                f"{split}.images is {_describe(images)} in the order {order.axes}; images{order.remedy}.contiguous() "
+                f"{split}.images is {describe(images)} in the order {order.axes}; images{order.remedy}.contiguous() "
                 "has the order [N, C, H, W] that is needed",
                 PACK_AGAIN,
             )
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
-            yield f"{split}.images is {_describe(images)}, not uint8 [N, C, H, W]", PACK_AGAIN
+            yield f"{split}.images is {describe(images)}, not uint8 [N, C, H, W]", PACK_AGAIN
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            yield f"{split}.labels is {_describe(labels)}, not int64 [{len(images)}] like its images", PACK_AGAIN
+            yield f"{split}.labels is {describe(labels)}, not int64 [{len(images)}] like its images", PACK_AGAIN
         shape = tuple(tensors["train.images"].shape[1:]) if expected is None else expected.shape
         if images.shape[1:] != shape:
             yield f"{split}.images has images of {list(images.shape[1:])} instead of {list(shape)}", get_again
@@ -166,7 +166,7 @@ class _Order(NamedTuple):
     remedy: str
 
 
-def _wrong_order(images: Tensor, count: int) -> _Order | None:
+def wrong_order(images: Tensor, count: int) -> _Order | None:
     """The order of axes, if by their sizes it is clearly another than [N, C, H, W]; `count`: number of labels."""
     shape = tuple(images.shape)
     if len(shape) == 3 and shape[0] == count:
@@ -184,7 +184,7 @@ def _wrong_order(images: Tensor, count: int) -> _Order | None:
     return None
 
 
-def _describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from PIL import Image
 from torch import Tensor
 
+from distill.console import track
 from distill.data import cache
 from distill.data.facts import range_of
 from distill.data.image_files import Folder, ImageFiles
@@ -40,15 +41,24 @@ def open_folder(folder: Folder, resolution: int, rules: ImageRules, cache_folder
 
 def packed_once(path: Path, source: str, pack: Callable[[str], None]) -> Packed:
     """The packed file at `path`; `pack(source)` writes it first if it is missing or was made from another `source`."""
-    if (packed := _current(path, source)) is None:
+
+    def make() -> Packed:
+        pack(source)
+        return open_packed(path, needs_test=False)
+
+    return made_once(path, lambda: _current(path, source), make)
+
+
+def made_once(path: Path, current: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What `current` finds at `path`; where that is None, `make` writes it first, in one process at a time."""
+    if (found := current()) is None:
         with one_at_a_time(path, cache.REMEDY):
-            if (packed := _current(path, source)) is None:
+            if (found := current()) is None:
                 try:
-                    pack(source)
+                    found = make()
                 except OSError as error:
                     raise InputError(f"{path}: cannot be written ({error.strerror or error}); {cache.REMEDY}") from None
-                packed = open_packed(path, needs_test=False)
-    return packed
+    return found
 
 
 def _current(path: Path, source: str) -> Packed | None:
@@ -64,23 +74,30 @@ def _pack(folder: Folder, path: Path, resolution: int, rules: ImageRules, source
     tensors: dict[str, Tensor] = {}
     sizes: set[tuple[int, int]] = set()
     progress = Progress(f"packing the images of {folder.origin}", folder.num_images)
-    with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
-        for split, files in folder.splits.items():
-
-            def read(rows: range, files: ImageFiles = files, rules: ImageRules = rules) -> list[Tensor]:
-                def fitted(image: Image.Image) -> Tensor:
-                    sizes.add(image.size)
-                    return to_square(image, resolution, None, rules)
-
-                return [decode_for(fitted, *files.source(row), rules) for row in rows]
-
-            parts = [range(first, min(first + PART, len(files))) for first in range(0, len(files), PART)]
-            images = stack(progress.of(chain.from_iterable(pool.map(read, parts))), len(files))
-            rules = rules._replace(channels=images.shape[1])  # those of train, the first split, for all
-            tensors |= {f"{split}.images": images, f"{split}.labels": files.labels}
+    for split, files in folder.splits.items():
+        images = read_images(files, resolution, rules, progress, sizes)
+        rules = rules._replace(channels=images.shape[1])  # those of train, the first split, for all
+        tensors |= {f"{split}.images": images, f"{split}.labels": files.labels}
     extra = {"source": source, PIXELS: range_of(sizes)}
     write_packed(path, name=folder.origin.stem, class_names=folder.class_names, tensors=tensors, extra=extra)
     _log.info("data: packed into %s, %.1f MB", path, path.stat().st_size / 1e6)
+
+
+def read_images(
+    files: ImageFiles, resolution: int, rules: ImageRules, progress: Progress, sizes: set[tuple[int, int]]
+) -> Tensor:
+    """uint8 [N, C, resolution, resolution] of all files; adds the sizes that they have to `sizes`."""
+
+    def fitted(image: Image.Image) -> Tensor:
+        sizes.add(image.size)
+        return to_square(image, resolution, None, rules)
+
+    def read(rows: range) -> list[Tensor]:
+        return [decode_for(fitted, *files.source(row), rules) for row in rows]
+
+    parts = [range(first, min(first + PART, len(files))) for first in range(0, len(files), PART)]
+    with ThreadPoolExecutor() as pool:  # PIL releases the GIL while decoding and resizing
+        return stack(progress.of(chain.from_iterable(pool.map(read, parts))), len(files))
 
 
 class Progress:
@@ -93,7 +110,7 @@ class Progress:
 
     def of(self, items: Iterable[T]) -> Iterator[T]:
         """The items, counted."""
-        for item in items:
+        for item in track(items, self.what, self.total):
             self.done += 1
             if (now := time.monotonic()) - self._last >= SECONDS:
                 self._last = now

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.data.affine import compose, fixed
 from distill.data.randomness import integers, normal_table, uniform
-from distill.recipe.schema import Augment, ColorJitter, RandAugment
+from distill.recipe.augment import Augment, ColorJitter, RandAugment
 
 MAGNITUDE_BITS = 10
 FACTOR_BITS = 12
@@ -224,6 +224,14 @@ class Jitter(NamedTuple):
     def to(self, device: torch.device) -> Jitter:
         return Jitter(self.operations.to(device), self.orders.to(device), self.factors.to(device), self.possible)
 
+    @property
+    def draws(self) -> list[str]:
+        """Names of the draws."""
+        return [
+            "color-jitter/order",
+            *(f"color-jitter/{name}" for key, name in JITTERED.items() if key in self.possible),
+        ]
+
     def draw(self, hashed: Tensor) -> list[Layer]:
         """K layers from hashes [1 + K, B]: of the order, and of each operation's factor."""
         orders = self.orders[integers(hashed[0], len(self.orders))].T
@@ -263,8 +271,7 @@ class Operations:
         self._identity = fixed(np.eye(2, 3)).to(device)
         self.draws = [f"policy/{layer}{draw}" for layer in range(self._layers) for draw in ("", "/whether")]
         if self._jitter is not None:
-            self.draws += ["color-jitter/order"]
-            self.draws += [f"color-jitter/{name}" for key, name in JITTERED.items() if key in self._jitter.possible]
+            self.draws += self._jitter.draws
 
     def prepare(self, height: int, width: int) -> None:
         """Compute the tables for images of this size; copies to the device."""

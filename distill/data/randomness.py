@@ -53,6 +53,11 @@ def keys(seed: int, epoch: int, names: Sequence[str], device: torch.device | str
     return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2)
 
 
+def view_suffix(view: int) -> str:
+    """What a view's draws are named by, besides their names; the first view has the plain names."""
+    return f"/view{view}" if view else ""
+
+
 def hashes(key: Tensor, indices: Tensor) -> Tensor:
     """Keys [S, 2] and sample indices [B] (int64, at least 0, below 2**32) -> hashes [S, B]."""
     return mix(mix((indices + key[:, :1]) & MASK) ^ key[:, 1:])

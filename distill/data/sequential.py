@@ -22,11 +22,11 @@ from distill.data.checked import check, identity
 from distill.data.dataset import Dataset, DatasetInfo, RawBatch, Split
 from distill.data.encoded import samples
 from distill.data.hf_sets import columns_of
-from distill.data.images import SUFFIXES, ImageRules, decode, to_square
+from distill.data.images import SUFFIXES, ImageRules, decode
 from distill.data.loading import items, worker_loader
 from distill.data.opening import DataReader, Opening
 from distill.data.randomness import keys
-from distill.data.stream import Draw, crop_box
+from distill.data.stream import Draw, has_crops, raw_batch, squares
 from distill.data.timm_sets import create
 from distill.errors import InputError
 from distill.recipe import Data
@@ -40,24 +40,23 @@ class Options(Data):
 
 
 class _Decoder(torch_data.IterableDataset):
-    """Samples of a dataset of timm's -> uint8 [C, R, R] and label, or the error that ends them, which the loader would
-    raise with the worker's stack trace.
+    """Samples of a dataset of timm's -> uint8 [C, R, R], label, and the crops of further views, or the error that ends
+    them, which the loader would raise with the worker's stack trace.
     """
 
     def __init__(self, source: Any, spec: Data, draw: Draw | None = None, first: int = 0, stride: int = 1) -> None:
         self.source, self.draw, self.first, self.stride = source, draw, first, stride
-        self.name, self.resolution, self.crop = spec.name, spec.resolution, spec.augment.random_resized_crop
-        self.rules = rules_of(spec)
+        self.spec, self.rules = spec, rules_of(spec)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int] | InputError]:
+    def __iter__(self) -> Iterator[tuple[Any, ...] | InputError]:
         worker = torch_data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         try:
-            for count, (file, name, label) in enumerate(samples(self.source, self.name)):
+            for count, (file, name, label) in enumerate(samples(self.source, self.spec.name)):
                 image = decode(file, name, self.rules)
                 index = (count * workers + number) * self.stride + self.first
-                box = crop_box(image, index, self.draw, self.crop, self.rules.fit)
-                yield to_square(image, self.resolution, box, self.rules), label
+                first, *others = squares(image, index, self.draw, self.spec, self.rules)
+                yield first, label, *others
         except InputError as error:
             while True:  # else the loader would drop a batch that it does not fill
                 yield error
@@ -69,7 +68,7 @@ def rules_of(spec: Data) -> ImageRules:
     return rules._replace(channels=rules.channels or 3)
 
 
-def _collate(batch: list[tuple[Tensor, int] | InputError]) -> Any:
+def _collate(batch: list[tuple[Any, ...] | InputError]) -> Any:
     """A batch, or the first error among its samples."""
     error = next((sample for sample in batch if isinstance(sample, InputError)), None)
     return error or torch_data.default_collate(batch)
@@ -78,16 +77,18 @@ def _collate(batch: list[tuple[Tensor, int] | InputError]) -> Any:
 class SequentialDataset(Dataset):
     """`sources`: split -> timm's name of it."""
 
+    in_order = True
+
     def __init__(
         self, info: DatasetInfo, spec: Data, device: torch.device, sources: dict[Split, str], *, workers: int
     ) -> None:
-        super().__init__(info, spec, device, cropped=spec.augment.random_resized_crop is not None)
-        self._spec, self._sources, self._workers = spec, sources, workers
+        super().__init__(info, spec, device, cropped=has_crops(spec))
+        self._sources, self._workers = sources, workers
         self._labels: dict[Split, Tensor] = {}
 
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
         source = _create(
-            self._spec,
+            self.spec,
             self._sources["train"],
             is_training=True,
             batch_size=plan.micro_batch,
@@ -95,8 +96,8 @@ class SequentialDataset(Dataset):
         )
         source.set_epoch(epoch)
         source.set_loader_cfg(num_workers=self._workers)
-        draw = Draw(plan.seed, epoch)
-        decoder = _Decoder(source, self._spec, draw, plan.process_index, plan.num_processes)
+        draw = Draw(plan.seed, epoch, self.views)
+        decoder = _Decoder(source, self.spec, draw, plan.process_index, plan.num_processes)
         # timm's readers shuffle with the worker seeds of the loader.
         seed = int(keys(plan.seed, epoch, [f"reader/{plan.process_index}"])[0, 0])
         loader = worker_loader(
@@ -122,8 +123,8 @@ class SequentialDataset(Dataset):
             if step >= first_step:
                 positions = [torch.arange(part.start, part.stop) for part in plan.slices(step)]
                 yield [
-                    RawBatch(*(tensor.to(self.device, non_blocking=True) for tensor in (images, labels, indices)))
-                    for (images, labels), indices in zip(micro_batches, positions, strict=True)
+                    raw_batch((images, labels, indices, *crops), self.device)
+                    for (images, labels, *crops), indices in zip(micro_batches, positions, strict=True)
                 ]
 
     def evaluation_batches(
@@ -132,7 +133,7 @@ class SequentialDataset(Dataset):
         stop = min(stop, self.info.sizes[split])
         if start >= stop:
             return
-        decoder = _Decoder(_whole(self._spec, self._sources[split]), self._spec)
+        decoder = _Decoder(_whole(self.spec, self._sources[split]), self.spec)
         loader = worker_loader(decoder, workers=min(self._workers, 1), generator=torch.Generator())
         decoded = islice(items(loader), start, stop)
         while chunk := list(islice(decoded, batch_size)):
@@ -147,7 +148,7 @@ class SequentialDataset(Dataset):
         if split not in self._sources:
             return torch.empty(0, dtype=torch.int64)
         if split not in self._labels:
-            self._labels[split] = _read_labels(self._spec, self._sources[split])
+            self._labels[split] = _read_labels(self.spec, self._sources[split])
         return self._labels[split]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -18,10 +18,10 @@ from distill.data.fitting import Box, frame
 from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
 from distill.data.images import ImageRules, Source, decode, to_square
 from distill.data.loading import items, worker_loader
-from distill.data.randomness import hashes, keys, permutation
+from distill.data.randomness import hashes, keys, permutation, view_suffix
 from distill.errors import InputError
 from distill.recipe import Data
-from distill.recipe.schema import RandomResizedCrop
+from distill.recipe.augment import RandomResizedCrop
 
 
 class Reader(Protocol):
@@ -33,6 +33,19 @@ class Reader(Protocol):
     def source(self, row: int) -> tuple[Source, str]:
         """The image, not decoded, and its name for messages."""
         ...
+
+
+class WithoutLabels(NamedTuple):
+    """The images of a reader with labels -1."""
+
+    reader: Reader
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.full_like(self.reader.labels, -1)
+
+    def source(self, row: int) -> tuple[Source, str]:
+        return self.reader.source(row)
 
 
 class StreamSplit(NamedTuple):
@@ -47,44 +60,64 @@ class StreamSplit(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Arguments of a training image's random crop, besides its index."""
+    """Arguments of a training image's random crops, besides its index."""
 
     seed: int
     epoch: int
+    views: int = 1
+    """Number of crops."""
 
 
 Request = tuple[list[int], Draw | None]
 """The positions of a batch in its split, and the draw of its crops (None: centre crops)."""
 
 
-@lru_cache(maxsize=4)
-def _crop_keys(draw: Draw) -> Tensor:
-    return keys(draw.seed, draw.epoch, RESIZED_CROP_DRAWS)
+@lru_cache(maxsize=128)
+def _crop_keys(seed: int, epoch: int, view: int) -> Tensor:
+    return keys(seed, epoch, [name + view_suffix(view) for name in RESIZED_CROP_DRAWS])
+
+
+def has_crops(spec: Data) -> bool:
+    """Whether training images are random crops."""
+    return spec.views is not None or spec.augment.random_resized_crop is not None
+
+
+def squares(image: Image.Image, index: int, draw: Draw | None, spec: Data, rules: ImageRules) -> list[Tensor]:
+    """Squares of an image, uint8 [C, size, size] each: its random crops, one a view; without any, or without a draw,
+    the whole image.
+    """
+    if draw is None or not has_crops(spec):
+        return [to_square(image, spec.resolution, None, rules)]
+    crops: Sequence[tuple[RandomResizedCrop, int]]
+    if (crop := spec.augment.random_resized_crop) is not None:
+        crops = [(crop, spec.resolution)] * draw.views
+    else:
+        crops = [(group, group.size) for group in spec.views or () for _ in range(group.count)]
+    return [
+        to_square(image, size, crop_box(image, index, draw, crop, rules.fit, view), rules)
+        for view, (crop, size) in enumerate(crops[: draw.views])
+    ]
 
 
 def crop_box(
-    image: Image.Image, index: int, draw: Draw | None, crop: RandomResizedCrop | None, fit: str = "crop"
-) -> Box | None:
-    """The random crop of a sample: the draws of data in memory, applied to the image's own size (its `frame`); None
-    without either.
-    """
-    if draw is None or crop is None:
-        return None
-    hashed = hashes(_crop_keys(draw), torch.tensor([index]))
+    image: Image.Image, index: int, draw: Draw, crop: RandomResizedCrop, fit: str = "crop", view: int = 0
+) -> Box:
+    """The random crop of a sample: the draws of data in memory, applied to the image's own size (its `frame`)."""
+    hashed = hashes(_crop_keys(draw.seed, draw.epoch, view), torch.tensor([index]))
     top, left, height, width = (int(side) for side in crop_boxes(hashed, *frame(image, fit), crop.scale, crop.ratio))
     return top, left, height, width
 
 
 class _Decoder(torch_data.Dataset):
-    """Runs in the workers: a request -> uint8 [B, C, R, R], labels and positions.
+    """Runs in the workers: a request -> uint8 [B, C, R, R], labels, positions, and the crops of further views.
 
     Returns errors of broken images instead of raising them, since the loader would add the worker's stack trace.
     """
 
-    def __init__(self, split: StreamSplit, resolution: int, rules: ImageRules, crop: RandomResizedCrop | None) -> None:
-        self.split, self.resolution, self.rules, self.crop = split, resolution, rules, crop
+    def __init__(self, split: StreamSplit, spec: Data, rules: ImageRules) -> None:
+        self.split, self.spec, self.rules = split, spec, rules
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, Tensor] | InputError:
+    def __getitem__(self, request: Request) -> tuple[Tensor, ...] | InputError:
         positions, draw = request
         indices = torch.tensor(positions)
         rows = indices if self.split.rows is None else self.split.rows[indices]
@@ -92,11 +125,17 @@ class _Decoder(torch_data.Dataset):
         try:
             for position, row in zip(positions, rows.tolist(), strict=True):
                 image = decode(*self.split.reader.source(row), self.rules)
-                box = crop_box(image, position, draw, self.crop, self.rules.fit)
-                images.append(to_square(image, self.resolution, box, self.rules))
+                images.append(squares(image, position, draw, self.spec, self.rules))
         except InputError as error:
             return error
-        return torch.stack(images), self.split.reader.labels[rows], indices
+        first, *others = map(torch.stack, zip(*images, strict=True))
+        return first, self.split.reader.labels[rows], indices, *others
+
+
+def raw_batch(item: Sequence[Tensor], device: torch.device) -> RawBatch:
+    """What workers give, images, labels, positions and further crops, on the device."""
+    images, labels, indices, *crops = (tensor.to(device, non_blocking=True) for tensor in item)
+    return RawBatch(images, labels, indices, tuple(crops))
 
 
 class _Requests(torch_data.Sampler):
@@ -109,11 +148,11 @@ class _Requests(torch_data.Sampler):
         return self.iterator
 
 
-def _training_requests(plan: BatchPlan, epoch: int, first_step: int, count: int) -> Iterator[Request]:
+def _training_requests(plan: BatchPlan, epoch: int, first_step: int, count: int, views: int) -> Iterator[Request]:
     order = permutation(plan.seed, epoch, count)
     for step in range(first_step, plan.steps_per_epoch(count)):
         for part in plan.slices(step):
-            yield order[part].tolist(), Draw(plan.seed, epoch)
+            yield order[part].tolist(), Draw(plan.seed, epoch, views)
 
 
 class StreamDataset(Dataset):
@@ -124,18 +163,24 @@ class StreamDataset(Dataset):
         info: DatasetInfo,
         spec: Data,
         device: torch.device,
-        splits: Mapping[Split, StreamSplit],
+        splits: Mapping[str, StreamSplit],
         *,
         rules: ImageRules,
         workers: int,
     ) -> None:
-        crop = spec.augment.random_resized_crop
-        super().__init__(info, spec, device, cropped=crop is not None)
+        """`splits`: also 'unlabelled', the training images whose labels `data.labelled` removes."""
+        super().__init__(info, spec, device, cropped=has_crops(spec))
         self._splits = dict(splits)
-        self._workers = workers
-        self._decoders = {name: _Decoder(split, spec.resolution, rules, crop) for name, split in splits.items()}
+        self._rules, self._workers = rules, workers
+        self._decoders = {name: _Decoder(split, spec, rules) for name, split in splits.items()}
         self._requests = _Requests()
         self._train_loader = self._loader("train", self._requests, workers, persistent=True)
+
+    def without_labels(self) -> StreamDataset:
+        reader, rows = self._splits["unlabelled"]
+        split = StreamSplit(WithoutLabels(reader), rows)
+        info = self.info.of_training(len(split.labels))
+        return StreamDataset(info, self.spec, self.device, {"train": split}, rules=self._rules, workers=self._workers)
 
     def _loader(self, split: Split, requests: object, workers: int, persistent: bool) -> torch_data.DataLoader:
         return worker_loader(  # each request is a batch
@@ -152,11 +197,11 @@ class StreamDataset(Dataset):
         for item in items(loader):
             if isinstance(item, InputError):
                 raise item
-            yield RawBatch(*(tensor.to(self.device, non_blocking=True) for tensor in item))
+            yield raw_batch(item, self.device)
 
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
         count = self.info.sizes["train"]
-        self._requests.iterator = _training_requests(plan, epoch, first_step, count)
+        self._requests.iterator = _training_requests(plan, epoch, first_step, count, self.views)
         decoded = self._decoded(self._train_loader)
         for _ in range(first_step, plan.steps_per_epoch(count)):
             yield [next(decoded) for _ in range(plan.accumulation)]

@@ -19,7 +19,7 @@ from distill.report.metrics import Metrics, measure, read_predictions
 from distill.students import Student
 from distill.students.saved import read_export
 
-HEADS = {"fused": "both heads", "cls": "class head", "dist": "distillation head"}
+HEADS = {"fused": "both heads", "cls": "class head", "dist": "distillation head", "knn": "k-NN"}
 HUB_NAMES = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
@@ -30,7 +30,7 @@ HUB_NAMES = {
 }
 """What the Hugging Face Hub calls the data that recipes name."""
 MOST_LABELS = 20
-NOT_ORIGIN = ("format", "accuracy", "head", "dtype")
+NOT_ORIGIN = ("format", "accuracy", "knn_accuracy", "head", "dtype")
 """In the metadata of weights: what is true of one export only."""
 
 
@@ -40,7 +40,7 @@ class Result(NamedTuple):
     model: str
     """'teacher', 'student' or 'control'."""
     head: str | None
-    """Of `HEADS`; None where the model has one only."""
+    """Of `HEADS`; None where the model has one only, 'knn' where it has none."""
     metrics: Metrics
     parameters: int | None
 
@@ -67,13 +67,15 @@ class Card:
     @property
     def metadata(self) -> dict[str, str]:
         """For the weights: their origin, and what is known of them now."""
-        known = {} if self.own is None else {"accuracy": f"{self.own.top1:.2f}"}
+        name = "accuracy" if self.class_names else "knn_accuracy"
+        known = {} if self.own is None else {name: f"{self.own.top1:.2f}"}
         return {**self.origin, **known, "head": self.head, "dtype": "float16" if self.half else "float32"}
 
     @property
     def own(self) -> Metrics | None:
         """The figures of what the student answers; None where it has not been measured."""
-        found = (line for line in self.results if line.model == "student" and line.head in (self.head, None))
+        whole = (self.head, None, "knn")
+        found = (line for line in self.results if line.model == "student" and line.head in whole)
         return next((line.metrics for line in found), None)
 
 
@@ -134,21 +136,25 @@ def render(card: Card, student: Student) -> str:
         # Whether timm alone knows the architecture.
         stock=type(student.model).__module__.startswith("timm.") and "stem" not in student.model_args,
         teacher=card.origin.get("teacher"),
+        teacher_license=card.origin.get("teacher_license", "unknown"),
     )
     return text.rstrip() + "\n"
 
 
 def _front_matter(card: Card) -> dict[str, Any]:
     distilled = "teacher" in card.origin
+    models = list(dict.fromkeys(filter(None, card.origin.get("base_model", "").split(", "))))
+    task = "image-classification" if card.class_names else "image-feature-extraction"
     content: dict[str, Any] = {
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": task,
         "license": card.license,
+        **({"base_model": models if len(models) > 1 else models[0]} if models else {}),
         "datasets": [_hub_name(card.data)],
         "metrics": ["accuracy"],
-        "tags": ["image-classification", "timm", *(["knowledge-distillation"] if distilled else [])],
+        "tags": [task, "timm", *(["knowledge-distillation"] if distilled else [])],
     }
-    if (own := card.own) is not None:
+    if (own := card.own) is not None and card.class_names:
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": card.data, "type": _hub_name(card.data), "split": "test"},

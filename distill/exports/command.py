@@ -91,10 +91,15 @@ def _test_set(path: Path) -> Dataset | None:
     try:
         if not at_hand(recipe.data):
             return None
-        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"))
+        dataset = open_dataset(recipe.data, seed=recipe.seed, device=torch.device("cpu"), unlabelled=False)
     except InputError:
         return None
     return dataset if dataset.info.digest == run.read_status(path).get("data_digest") else None
+
+
+def _answer(student: Student, images: Tensor) -> Tensor:
+    """What its model answers: logits [B, classes], or features [B, D] without a classifier."""
+    return student(images).fused if student.heads else student.embedding(images)
 
 
 @torch.inference_mode()
@@ -108,13 +113,14 @@ def _compare_on_test_set(student: Student, folder: Path, dataset: Dataset | None
         say("The run's data are not at hand: compared on random images only.")
         return
     exported, _ = load_export(folder)
+    what = "logits" if student.heads else "features"
     before: list[Tensor] = []
     after: list[Tensor] = []
 
     def answered() -> Iterator[Tensor]:
         for images, _ in dataset.evaluation_batches("test", 0, MOST_COMPARED, SMALLEST_BATCH):
-            before.append(student(images).fused)
-            after.append(exported(images).fused)
+            before.append(_answer(student, images))
+            after.append(_answer(exported, images))
             yield exported.adapter.fit(images)
 
     has_onnx = (folder / ONNX_FILE).exists()
@@ -124,9 +130,11 @@ def _compare_on_test_set(student: Student, folder: Path, dataset: Dataset | None
         compared = compare_logits(by_onnx, logits)
         if compared.problem is not None:
             raise Differs(f"the ONNX file is another model than the student: {compared.problem}")
-        say(f"ONNX: logits within {compared.difference:.2g} of torch's on {len(logits):,} test images.")
+        say(f"ONNX: {what} within {compared.difference:.2g} of torch's on {len(logits):,} test images.")
     changed = compare_logits(logits, expected)
-    if changed.difference:
+    if changed.difference and not student.heads:
+        say(f"float16: features within {changed.difference:.2g} of float32's on {len(logits):,} test images.")
+    elif changed.difference:
         right = [measure(answer.numpy(), labels.numpy()).top1 for answer in (expected, logits)]
         say(
             f"float16: logits within {changed.difference:.2g} of float32's on {len(logits):,} test images, top-1 "

@@ -1,7 +1,7 @@
-"""A student as an ONNX file: pixels in, logits out, in standard operators only.
+"""A student as an ONNX file: pixels in, logits or features out, in standard operators only.
 
 Input `images`, float32 [batch, C, size, size] in [0, 1]: normalisation is inside. Output 0, `logits`, float32 [batch,
-classes]: of both heads, merged, where there are two.
+classes]: of both heads, merged, where there are two; of a student without heads `features`, float32 [batch, D].
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_onnx(student: Student, path: Path, class_names: Sequence[str]) -> None
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=["logits" if student.heads else "features"],
                 opset_version=OPSET,
                 verbose=False,
             )

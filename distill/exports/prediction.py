@@ -29,11 +29,12 @@ BATCH = 64
 class LoadedStudent(NamedTuple):
     model: nn.Module
     """What `transform` gives, in batches [B, C, size, size] -> logits [B, classes]: the mean of the two heads where
-    there are two, merged into one layer. In eval mode, on the CPU, without gradients.
+    there are two, merged into one layer; features [B, D] of a student without a classifier. In eval mode, on the CPU,
+    without gradients.
     """
     transform: Transform
     labels: list[str]
-    """Names of the classes, in the order of the logits."""
+    """Names of the classes, in the order of the logits; empty without a classifier."""
 
 
 class Transform:
@@ -100,7 +101,16 @@ class Answer(NamedTuple):
 def answers(
     student: LoadedStudent, images: Iterable[str | PathLike[str] | Image.Image], *, top: int = TOP, batch: int = BATCH
 ) -> Iterator[Answer]:
-    """Answers in the order of the images, `batch` of them at a time; an image without one is no error."""
+    """Answers in the order of the images, `batch` of them at a time; an image without one is no error.
+
+    Raises:
+        InputError: the student has no classifier.
+    """
+    if not student.labels:
+        raise InputError(
+            "predict: this student was trained without labels and has no classifier, only features. Train one from its "
+            "weights (student.weights), or use the features themselves (distill.load_student)."
+        )
     remaining = iter(images)
     while sources := list(islice(remaining, batch)):
         read = [_read_or_problem(source, student.transform) for source in sources]
@@ -127,7 +137,7 @@ def most_probable(
     """The most probable classes of each image, and their probabilities, the most probable first.
 
     Raises:
-        InputError: a file is no image, or the student's logits for it are not numbers.
+        InputError: a file is no image, the student's logits for it are not numbers, or it has no classifier.
     """
     found = []
     for answer in answers(student, images, top=top):

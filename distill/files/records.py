@@ -68,8 +68,11 @@ class Status(Record):
     data_digest: Name | None = None
     data_sizes: dict[Name, Count] = {}
     selected_by: Name | None = None
+    unlabelled_digest: Name | None = None
+    training_images: dict[Name, Count] = {}
     parameters: dict[Name, Count | None] | None = None
     teacher_weights: dict[Name, Name] = {}
+    initial_weights: dict[Name, Name] | None = None
     exported: Exported | None = None
     metrics: dict[Name, Annotated[float, Field(allow_inf_nan=True)]] | None = None
     seconds: dict[Name, Size] = {}
@@ -142,6 +145,13 @@ class Tokens(Record):
     token_cosines: list[Annotated[float, Field(ge=-2.0, le=2.0)]] | None = None
 
 
+class Pixels(Record):
+    """Right answers of votes on raw pixels."""
+
+    images: Annotated[Count, Field(gt=0)]
+    correct: Count
+
+
 class AnalysisValues(Record):
     """`analysis.json`."""
 
@@ -149,7 +159,9 @@ class AnalysisValues(Record):
     data: Name | None = None
     device: Name
     costs: CostsByModel
-    robustness: Robustness
+    robustness: Robustness | None = None
+    """None for a student without a classifier."""
+    pixels: Pixels | None = None
     tokens: Tokens | None = None
 
 
@@ -170,7 +182,7 @@ class Inputs(Record):
     """`pretrained_cfg` of an export: no other keys, since timm knows some that name files and addresses."""
 
     model_config = ConfigDict(extra="forbid")
-    num_classes: Annotated[Count, Field(gt=0)]
+    num_classes: Count
     input_size: Annotated[list[Side], Field(min_length=3, max_length=3)]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0.0)]]
@@ -237,7 +249,8 @@ class ExportConfig(Record):
     """`config.json` of an export."""
 
     architecture: Name
-    num_classes: Annotated[Count, Field(gt=0)]
+    num_classes: Count
+    """0: without a head."""
     label_names: list[Name]
     model_args: Annotated[dict[str, Any], AfterValidator(_arguments)]
     pretrained_cfg: Inputs

@@ -22,11 +22,17 @@ class StepInputs(NamedTuple):
     teacher: Sequence[Features]
     """By view, without gradients; empty without a teacher."""
     targets: Tensor
-    """[B, classes], rows summing to 1 (soft where images were mixed), not smoothed."""
+    """[B, classes], rows summing to 1 (soft where images were mixed), not smoothed; zeros for an image without a label.
+    A method that cannot do without says so by `needs.labels`.
+    """
     indices: Tensor
     """int64 [B], positions of the samples in the training split."""
     progress: float
     """Fraction of the run that is done, 0 to 1."""
+    epoch: float = 0.0
+    """Epochs that are done."""
+    average: Sequence[Features] = ()
+    """Embeddings and regions by the student's moving average, by global view, without gradients (`teacher.ema`)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class Shapes:
     stages: Sequence[str] = ()
     """The teacher's default maps, first to last."""
     num_classes: int = 0
+    embedding_width: int = 0
+    """Of the student's embedding, for methods that need it."""
+    region_width: int | None = None
+    """Of the student's regions, likewise; None: it has none."""
 
 
 class Method(nn.Module):
@@ -53,21 +63,33 @@ class Method(nn.Module):
     """Blocks of the student whose maps it needs."""
     maps: tuple[str, ...] = ()
     """Names of the teacher's maps that it needs."""
+    measured: tuple[str, ...] = ()
+    """Names of its `measurements`, which are logged as METHOD/NAME."""
 
     def __init__(self, options: MethodOptions, shapes: Shapes) -> None:
         """Raises ValueError for options that do not fit these shapes."""
         super().__init__()
         self.options = options
         self.arguments = options.arguments()
+        self.measurements: dict[str, Tensor] = {}
+        """Scalars of the last `forward`, without gradients; means over samples."""
 
     def forward(self, step: StepInputs) -> Tensor:
         """The loss, a scalar in float32 or more, 0 or more."""
         raise NotImplementedError
 
+    def averaged(self) -> Sequence[tuple[nn.Module, nn.Module]]:
+        """Pairs (average, module) of its submodules: `teacher.ema` keeps in the first the second's moving average."""
+        return ()
+
     def after_step(self, step: StepInputs, skipped: Tensor) -> None:
         """Update buffers in place after the optimizer step, unless it was `skipped` (bool [], on the device):
-        `buffer.copy_(torch.where(skipped, buffer, new))`.
+        `buffer.copy_(torch.where(skipped, buffer, new))`. Called for each micro-batch, whose features are kept until
+        then.
         """
+
+    def end_step(self, skipped: Tensor) -> None:
+        """Likewise, once in a step, from what `forward` has kept; also after the method has ended. Collective."""
 
 
 class LogitsMethod(Method):

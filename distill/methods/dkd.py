@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from distill.methods.base import LogitsMethod
 from distill.methods.precision import at_least_float32
-from distill.options import LogitsOptions, NonNegative, Positive, Weight, WeightSchedule, weight
+from distill.options import LogitsOptions, Needs, NonNegative, Positive, Weight, WeightSchedule, weight
 from distill.registry import register
 
 
 class Options(LogitsOptions):
+    needs = Needs(logits=True, labels=True)
     method: Literal["dkd"] = Field("dkd", description="Decoupled distillation (Zhao et al. 2022).")
     weight: Weight = weight(WeightSchedule(start=0.0, end=1.0, until=0.08))
     alpha: NonNegative = Field(1.0, description="Weight of the part on the target class.")
@@ -38,7 +39,8 @@ def dkd(
 
     Args:
         student_logits, teacher_logits: [B, classes], two classes or more.
-        targets: [B, classes], rows summing to 1, of one label or two, not smoothed.
+        targets: [B, classes], rows summing to 1, of one label or two, not smoothed. Each image needs a label:
+            recipes with unlabelled images (`data.unlabelled`, `data.labelled`) are refused.
         alpha, beta: 0 or more.
         temperature: above 0.
 

@@ -4,9 +4,10 @@ A recipe is YAML plus `key=value` overrides. `load` returns one validated, froze
 every problem at once, each under its dotted path.
 """
 
+from distill.recipe.augment import Augment
 from distill.recipe.loading import from_mapping, known_part, load, load_teachers_recipe
 from distill.recipe.reading import read_mapping, read_yaml
-from distill.recipe.schema import FROM_PYTHON, OPERATIONAL_KEYS, Augment, Data, Recipe, Teacher
+from distill.recipe.schema import FROM_PYTHON, OPERATIONAL_KEYS, Data, Pretrain, Recipe, Teacher
 from distill.recipe.sizes import VIT_SIZES
 from distill.recipe.variants import reader_names, reader_of, recipe_model, used
 
@@ -16,6 +17,7 @@ __all__ = [
     "VIT_SIZES",
     "Augment",
     "Data",
+    "Pretrain",
     "Recipe",
     "Teacher",
     "from_mapping",

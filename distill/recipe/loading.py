@@ -89,7 +89,8 @@ def resolve(
     label_weight = recipe.label_weight
     if label_weight is None:
         label_weight = 0.5 if any(objective.needs.logits for objective in recipe.distill) else 1.0
-    return recipe.replace(name=recipe.name or default_name, label_weight=label_weight), []
+    recipe = recipe.replace(name=recipe.name or default_name, label_weight=label_weight)
+    return recipe.replace(evaluation=recipe.evaluation.resolved(label_free=recipe.label_free)), []
 
 
 def overridden(

@@ -131,8 +131,7 @@ class PyramidOptions(StudentOptions):
         if sides[0] > MOST_PATCHES_A_SIDE:
             most = MOST_PATCHES_A_SIDE
             return Problem(involved, f"{sides[0]}x{sides[0]} patches need too much memory; at most {most}x{most}")
-        if (growth := recipe.data.growth) is not None and growth.start % step:
-            return Problem(
-                (("data", "growth", "start"), *involved), f"{growth.start} is not divisible by {what} {step}"
-            )
+        for side, key in recipe.other_sides.items():
+            if side % step:
+                return Problem((key, *involved), f"{side} is not divisible by {what} {step}")
         return None

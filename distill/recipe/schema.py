@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 
 from distill.options import (
     Interpolation,
+    Key,
     MethodOptions,
     Options,
     Probability,
@@ -23,7 +24,10 @@ from distill.options import (
     Text,
     WeightSchedule,
 )
+from distill.recipe.augment import Augment
+from distill.recipe.evaluation import Evaluation
 from distill.recipe.images import MAX_PIXELS, rgb
+from distill.recipe.views import View
 
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
 """Marks a field that may change on resume, or between a teacher's training and its reuse: it does not change what is
@@ -41,68 +45,6 @@ def _colour(value: str | list[int]) -> str | list[int]:
 
 
 Colour = Annotated[Text | list[int], AfterValidator(_colour)]
-
-
-class RandomResizedCrop(Section):
-    scale: Annotated[list[Probability], Field(min_length=2, max_length=2)] = Field(
-        [0.08, 1.0], description="Smallest and largest share of the image's area that a crop covers."
-    )
-    ratio: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
-        [3 / 4, 4 / 3], description="Smallest and largest width over height of a crop."
-    )
-
-
-class RandAugment(Section):
-    num_ops: int = Field(2, ge=1, le=8, description="Operations per sample, drawn with replacement from 15.")
-    magnitude: float = Field(9.0, ge=0.0, le=10.0, description="Mean strength of the operations, 0 to 10.")
-    magnitude_std: float = Field(0.5, ge=0.0, description="Standard deviation of the strength, which stays in 0 to 10.")
-    probability: Probability = Field(0.5, description="Probability that a drawn operation is applied.")
-
-
-class ColorJitter(Section):
-    brightness: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
-    contrast: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
-    saturation: float = Field(0.0, ge=0.0, description="Factors from max(0, 1 - x) to 1 + x; 0 is off.")
-    hue: float = Field(
-        0.0, ge=0.0, le=0.5, description="Hue shift from -x to x, in turns of the colour circle; 0 is off."
-    )
-
-
-class Augment(Section):
-    """All draws are per sample, from (seed, epoch, sample index)."""
-
-    crop_padding: int = Field(
-        0, ge=0, le=10_000, description="Zero-pad each side by this many pixels, then crop the original size at random."
-    )
-    random_resized_crop: RandomResizedCrop | None = Field(
-        None, description="Crop a box of random area and aspect ratio and resize it (Szegedy et al. 2015)."
-    )
-    hflip: bool = Field(False, description="Mirror left to right with probability 1/2.")
-    rand_augment: RandAugment | None = Field(
-        None,
-        description="RandAugment (Cubuk et al. 2020); {} is timm's 'rand-m9-mstd0.5-inc1'. Moves fill with the data's "
-        "mean colour.",
-    )
-    trivial_augment: bool = Field(
-        False,
-        description="TrivialAugment (Müller and Hutter 2021): one operation per sample, torchvision's wide ranges. "
-        "Moves fill with the data's mean colour.",
-    )
-    color_jitter: ColorJitter | None = Field(
-        None,
-        description="torchvision's ColorJitter, after rand_augment or trivial_augment if both are given (timm omits "
-        "it then, unless forced).",
-    )
-    random_erasing: Probability = Field(
-        0.0, description="Probability of overwriting a random box with noise (Zhong et al. 2017; timm's 'pixel' mode)."
-    )
-    mixup: float = Field(0.0, ge=0.0, description="Beta parameter of mixup (Zhang et al. 2018); 0 is off.")
-    cutmix: float = Field(0.0, ge=0.0, description="Beta parameter of CutMix (Yun et al. 2019); 0 is off.")
-    mix_probability: Probability = Field(1.0, description="Fraction of sample pairs that are mixed.")
-    mix_switch: Probability = Field(0.5, description="Fraction of mixed pairs that use CutMix if both are on.")
-    mix_off_epoch: int = Field(
-        0, ge=0, description="First epoch, counted from 0, without mixing; 0: mix in all epochs."
-    )
 
 
 class Growth(Section):
@@ -147,6 +89,27 @@ class Data(Options):
         lt=2**31,
         description="Seed of what `test` holds out; not the run's seed, so that runs of several seeds have one test "
         "set.",
+    )
+    unlabelled: Text | None = Field(
+        None,
+        description="Further training images without labels, for methods alone: a folder, at any depth, or a "
+        "NAME.safetensors with a uint8 tensor `images` [N, C, H, W].",
+    )
+    labelled: float | None = Field(
+        None,
+        gt=0,
+        description="Fraction (below 1) or count of the training images that keep their label, stratified, after "
+        "validation; the others are without labels, as in `unlabelled`. null: all.",
+    )
+    labelled_seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of which labels `labelled` keeps; not the run's seed."
+    )
+    unlabelled_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of each batch without labels; null: that of the training images; 0: they are left out, and "
+        "an epoch has as many steps as with them.",
     )
     image_column: Text | None = Field(
         None,
@@ -198,6 +161,30 @@ class Data(Options):
         description="Skip and count unreadable files of an image folder; false: such files are errors.",
     )
     augment: Augment = Field(Augment(), description="Augmentation of the training images.")
+    views: Annotated[list[View], Field(min_length=1)] | None = Field(
+        None,
+        description="Several crops of each training image, global ones first, as in DINO (multi-crop); in place of "
+        "`augment`. Only methods that compare views get more than the first. null: the views of `augment`.",
+    )
+
+    @property
+    def view_sizes(self) -> list[int]:
+        """Side in pixels of each view that `views` names."""
+        return [group.size for group in self.views or () for _ in range(group.count)]
+
+    @property
+    def global_views(self) -> int:
+        """Number of global views that `views` names, the first ones."""
+        return sum(group.count for group in self.views or () if group.kind == "global")
+
+
+class AverageTeacher(Section):
+    """`teacher.ema`: the student's own moving average."""
+
+    momentum: float = Field(
+        0.996, ge=0.0, le=1.0, description="At the first step; 0.996 is for batches of 1,024 images, 0.9995 for 256."
+    )
+    momentum_end: float = Field(1.0, ge=0.0, le=1.0, description="At the end of the run; a cosine leads to it.")
 
 
 class Teacher(Section):
@@ -235,6 +222,24 @@ class Teacher(Section):
         description="Store its logits (float16, under runs/teacher-cache) and train with the stored ones; in an "
         "ensemble the same for all.",
     )
+    ema: AverageTeacher | None = Field(
+        None,
+        description="The student's own moving average as a teacher, alone or beside a model or recipe, for methods "
+        "such as dino; {} has the published momentum. Evaluated and exported as the weights 'ema'.",
+    )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there is a frozen network, beside the moving average or alone."""
+        return self.ema is None or self.model is not None or self.recipe is not None
+
+
+class Pretrain(Section):
+    recipe: Text | None = Field(
+        None,
+        description="A recipe that trains the student's initial weights first, for example without labels; trained "
+        "once, then found by its hash. Heads, and tokens that it has not, are new.",
+    )
 
 
 class Optim(Section):
@@ -248,12 +253,18 @@ class Optim(Section):
     weight_decay: float = Field(
         0.05, ge=0.0, description="Of matrices and kernels; biases, norms, tokens and positions have none."
     )
+    weight_decay_end: float | None = Field(
+        None, ge=0.0, description="Weight decay at the end of the run, to which a cosine leads; null: it is constant."
+    )
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="For optimizers that have one; 0.95 for Muon.")
     warmup_epochs: float = Field(10.0, ge=0.0, description="Epochs of linear warm-up from 0.")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
     )
-    clip_grad: float | None = Field(1.0, gt=0.0, description="Largest global gradient norm; null: no clipping.")
+    clip_grad: float | None = Field(1.0, gt=0.0, description="Largest gradient norm; null: no clipping.")
+    clip_mode: Literal["global", "tensor"] = Field(
+        "global", description="The norm that clip_grad limits: of all gradients together, or of each parameter's."
+    )
     layer_decay: float | None = Field(
         None, gt=0.0, le=1.0, description="Factor on the learning rate per layer below the head; null: none."
     )
@@ -366,6 +377,7 @@ class Recipe(Section):
     teacher: Teacher | list[Teacher] | SourceOptions | None = Field(
         None, description="One teacher, a list of them (an ensemble), another teacher source, or null."
     )
+    pretrain: Pretrain | None = Field(None, description="An earlier training of the student; null: none.")
     student: StudentOptions = Field(StudentOptions(), description="The model to train.")
     label_weight: float | None = Field(
         None,
@@ -377,6 +389,9 @@ class Recipe(Section):
     )
     optim: Optim = Field(Optim(), description="Optimizer and learning rate.")
     train: Train = Field(Train(), description="The training loop.")
+    evaluation: Evaluation = Field(
+        Evaluation(), description="Evaluation of the student's features, where the recipe asks for it."
+    )
     report: Report = Field(Report(), description="The report of a finished run.")
     control: bool = Field(
         False, description="Also train the same student without the teacher, same seed, for the report."
@@ -387,7 +402,12 @@ class Recipe(Section):
         """The frozen teachers as a list, which may be empty."""
         if isinstance(self.teacher, list):
             return self.teacher
-        return [self.teacher] if isinstance(self.teacher, Teacher) else []
+        return [self.teacher] if isinstance(self.teacher, Teacher) and self.teacher.is_frozen else []
+
+    @property
+    def average_teacher(self) -> AverageTeacher | None:
+        """The student's own moving average, if it is a teacher."""
+        return self.teacher.ema if isinstance(self.teacher, Teacher) else None
 
     @property
     def source(self) -> SourceOptions | None:
@@ -420,6 +440,22 @@ class Recipe(Section):
         """Side in pixels that the student's images are resized to at `progress`, 0 to 1, of the run; None: its own."""
         growth = self.data.growth
         return growth.start if growth is not None and progress < growth.until else None
+
+    @property
+    def label_free(self) -> bool:
+        """Whether nothing trains a classifier: no label loss, and no method on logits. The student then has no head."""
+        return self.label_weight == 0 and not any(section.needs.logits for section in self.distill)
+
+    @property
+    def other_sides(self) -> dict[int, Key]:
+        """Sides in pixels, besides `data.resolution`, of images that the student trains on, and the key of each."""
+        sides: dict[int, Key] = {}
+        if self.data.growth is not None:
+            sides[self.data.growth.start] = ("data", "growth", "start")
+        for index, group in enumerate(self.data.views or ()):
+            if group.size != self.data.resolution:
+                sides.setdefault(group.size, ("data", "views", index, "size"))
+        return sides
 
     @property
     def scheduled(self) -> list[str]:

@@ -27,15 +27,25 @@ def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
         return
     whose = f"The student of {name}" if comparison.several else "The student"
     low, high = student.top1_interval
-    told = (
-        f"{whose} answers {student.metrics.top1:.2f} % of {comparison.samples:,} test images correctly (95 % interval "
-        f"{low:.2f} to {high:.2f} %)"
-    )
+    if student.by_neighbours:
+        told = (
+            f"{whose} was trained without labels: by its features, the nearest training images give "
+            f"{student.metrics.top1:.2f} % of {comparison.samples:,} test images the right class (95 % interval "
+            f"{low:.2f} to {high:.2f} %)"
+        )
+        if isinstance(linear := student.source.tested.get("student/linear"), int | float):
+            told += f", a linear probe {linear:.2f} %"
+    else:
+        told = (
+            f"{whose} answers {student.metrics.top1:.2f} % of {comparison.samples:,} test images correctly (95 % "
+            f"interval {low:.2f} to {high:.2f} %)"
+        )
     if teacher is not None:
+        told += "; by neighbours" if student.by_neighbours else ""
         told += f", {_against(comparison.test(student, teacher))} its teacher ({teacher.metrics.top1:.2f} %)"
     yield f"{told}."
     if control is None:
-        if teacher is not None:
+        if teacher is not None and not student.by_neighbours:
             yield "Without a control nobody can tell how much of that is due to the teacher."
         return
     test = comparison.test(student, control)
@@ -87,6 +97,11 @@ def _caption(comparison: Comparison, *, speed: bool) -> str:
         f"{comparison.samples:,} test images; intervals are Wilson's. NLL: negative log-likelihood of the labels, in "
         "nats."
     )
+    if any(row.by_neighbours for row in comparison.rows):
+        text += (
+            " k-NN: the answer is the class with the most votes of the nearest training images; its probabilities are "
+            "shares of the votes, at least 1e-6."
+        )
     if any(row.metrics.agreement is not None for row in comparison.rows):
         text += " Agreement: share of images on which the teacher decides the same."
     batches = {

@@ -12,12 +12,13 @@ import numpy as np
 from distill.errors import InputError
 from distill.files.text import visible
 from distill.report.charts import COLOURS, TEACHER_COLOUR
+from distill.report.collapse import collapse
 from distill.report.curves import Curves, curves_of
 from distill.report.metrics import Floats, Ints, Metrics, are_numbers, decisions, measure
 from distill.report.runs import RunFiles, read_run
 from distill.report.statistics import PairedTest, mcnemar, wilson
 
-HEAD_NAMES = {"fused": "both heads", "cls": "class head", "dist": "dist. head"}
+HEAD_NAMES = {"fused": "both heads", "cls": "class head", "dist": "dist. head", "knn": "k-NN"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Row:
     model: str
     """'teacher', 'student' or 'control'."""
     head: str | None
-    """'fused', 'cls' or 'dist'; None for a model with a single head."""
+    """'fused', 'cls' or 'dist'; None for a model with a single head; 'knn' for one without a classifier."""
     metrics: Metrics
     parameters: int | None
     output: str
@@ -40,7 +41,12 @@ class Row:
     @property
     def is_whole(self) -> bool:
         """A model's answer, and not that of one of its two heads."""
-        return self.head in (None, "fused")
+        return self.head in (None, "fused", "knn")
+
+    @property
+    def by_neighbours(self) -> bool:
+        """Whether these are votes of neighbours, and not a classifier's probabilities."""
+        return self.head == "knn"
 
     @property
     def top1_interval(self) -> tuple[float, float]:
@@ -177,6 +183,12 @@ def compare(runs: Sequence[Path]) -> Comparison:
                 "test set are therefore optimistic."
                 for name, run in named.items()
                 if run.selected_on_test
+            ),
+            *(
+                f"{name if model == 'student' else f'{name}, {model}'}: {problem}"
+                for name, run in named.items()
+                for model, files in run.models
+                if (problem := collapse(files.recipe, files.events)) is not None
             ),
             *(
                 f"{row.run}, {row.label}: {missing:,} of {row.metrics.samples:,} rows of logits are not numbers; they "

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from distill.report.collapse import ENTROPY, KL
 from distill.report.runs import Record, RunFiles
 
 LARGEST = 1e12
@@ -28,7 +29,8 @@ class Curve(NamedTuple):
 Curves = Mapping[str, list[Curve]]
 """By what they show: `loss` (in training), its unweighted `parts`, `rate` (of learning), `speed` (images per second in
 training); accuracy in percent on the split that checkpoints are chosen on, `top1` of the fused heads, `heads` of each
-alone. Without a curve it is empty.
+alone, `knn` of nearest neighbours; `entropy` of the answers of a moving-average teacher, and `kl` of the student's to
+them. Without a curve it is empty.
 """
 
 
@@ -54,8 +56,15 @@ def _measured(run: RunFiles) -> Iterator[tuple[str, str, list[Record], str]]:
     lines = [event for event in run.events if event.get("event") == "eval" and event.get("split") == split]
     raw = [event for event in lines if event.get("weights") != "ema"]
     yield from (("heads", head, raw, f"student.{head}/top1") for head in ("cls", "dist"))
-    yield "top1", split, raw, "student/top1"
-    yield "top1", f"{split}, EMA", [event for event in lines if event.get("weights") == "ema"], "student/top1"
+    averaged = [event for event in lines if event.get("weights") == "ema"]
+    for kind in ("top1", "knn"):
+        yield kind, split, raw, f"student/{kind}"
+        yield kind, f"{split}, EMA", averaged, f"student/{kind}"
+    for kind, ending in (("entropy", ENTROPY), ("kl", KL)):
+        for key in dict.fromkeys(
+            key for event in trained for key in event if key.endswith((f"/{ending}", f"_{ending}"))
+        ):
+            yield kind, key.removesuffix(ending).rstrip("/_").replace("/", ", "), trained, key
 
 
 def _points(events: Iterable[Record], key: str) -> Iterator[tuple[float, float]]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from distill.errors import InputError
 from distill.files.checksum import CHECKSUM, has_right_checksum
+from distill.files.plain_data import parse_json
+from distill.files.records import LabelNames, check
 from distill.files.safetensors_file import read_safetensors
 
 Floats = NDArray[np.floating]
@@ -30,10 +32,18 @@ class Predictions:
 
     labels: Ints
     logits: dict[str, Floats]
+    by_neighbours: bool = False
+    """Whether the student has no classifier: its logits are logarithms of the shares of its neighbours' votes."""
+    class_names: tuple[str, ...] = ()
+    """Where the file has them: an export without a classifier has none."""
 
     @property
     def heads(self) -> list[tuple[str | None, str, Floats]]:
-        """(head, output, logits) of the student's answers: 'fused', 'cls' and 'dist', or None for its only head."""
+        """(head, output, logits) of the student's answers: 'fused', 'cls' and 'dist', None for its only head, or 'knn'
+        for the votes of its neighbours.
+        """
+        if self.by_neighbours:
+            return [("knn", "student.fused", self.logits["student.fused"])]
         if "student.dist" not in self.logits:
             return [(None, "student.fused", self.logits["student.fused"])]
         heads = ((name.removeprefix("student."), name) for name in OUTPUTS if name.startswith("student."))
@@ -103,7 +113,9 @@ def read_predictions(path: Path) -> Predictions:
             raise InputError(f"{path}: {name} holds {values.dtype} and not floating-point numbers.")
     if labels.min() < 0 or labels.max() >= shape[1]:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, but there are {shape[1]} classes.")
-    return Predictions(labels.astype(np.int64), logits)
+    names = f'{{"label_names": {metadata.get("class_names", "[]")}}}'
+    known = check(LabelNames, parse_json(names, str(path)), str(path)).label_names or []
+    return Predictions(labels.astype(np.int64), logits, metadata.get("answers") == "knn", tuple(known))
 
 
 def are_numbers(logits: Floats) -> NDArray[np.bool_]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.report.charts import Chart
 
@@ -103,6 +103,25 @@ class Wall:
     kind = "wall"
 
 
+class Neighbour(NamedTuple):
+    source: str
+    """A data: address."""
+    label: str
+    cosine: float
+    right: bool
+    """Whether it has the class of the test image."""
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Test images, each with the training images nearest to it."""
+
+    name: str
+    title: str
+    pictures: Sequence[tuple[Picture, Sequence[Neighbour]]]
+    kind = "neighbourhoods"
+
+
 @dataclass(frozen=True)
 class Attention:
     """Pictures as each token of each block sees them."""
@@ -123,7 +142,7 @@ class Listing:
     kind = "listing"
 
 
-Part = Table | Plot | Wall | Attention | Listing
+Part = Table | Plot | Wall | Neighbourhoods | Attention | Listing
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ class RunFiles:
     def class_names(self) -> tuple[str, ...]:
         """One for each class of the logits; their numbers where the run did not record names."""
         classes = next(iter(self.predictions.logits.values())).shape[1]
-        names = self.config.get("label_names")
-        if names is not None and len(names) == classes:
-            return tuple(names)
+        for names in (self.config.get("label_names"), self.predictions.class_names):
+            if names is not None and len(names) == classes:
+                return tuple(names)
         return tuple(map(str, range(classes)))
 
     def costs(self, model: str) -> Record:
@@ -122,7 +122,9 @@ class RunFiles:
         known.
         """
         recipe = self.known_recipe
-        return recipe.as_control().digest(OPERATIONAL_KEYS) if recipe is not None and recipe.distill else None
+        if recipe is None or recipe.label_free or not recipe.distill:
+            return None
+        return recipe.as_control().digest(OPERATIONAL_KEYS)
 
     @property
     def data_digest(self) -> str | None:
@@ -132,6 +134,12 @@ class RunFiles:
     @property
     def selected_on_test(self) -> bool:
         return (self.recipe.get("data") or {}).get("select_on") == "test"
+
+    @cached_property
+    def tested(self) -> Record:
+        """What was measured on the test images at the end, by its name in metrics.jsonl; empty if not recorded."""
+        lines = [event for event in self.events if event.get("event") == "eval" and event.get("split") == "test"]
+        return lines[-1] if lines else {}
 
     def parameters(self, model: str) -> int | None:
         """Of 'student' or 'teacher'; None where the run did not record it."""
@@ -201,7 +209,7 @@ def _read_analysis(path: Path, data_digest: str | None, predictions: Predictions
 def _misfits(values: Record, tensors: Mapping[str, NDArray[Any]], predictions: Predictions) -> Iterator[str]:
     """What is wrong with the tensors of an analysis; reading on after the first may raise."""
     samples, classes = predictions.logits["student.fused"].shape
-    for kind in ("pictures", "attention"):
+    for kind in ("pictures", "attention", "neighbours"):
         numbers, images = tensors.get(f"{kind}.indices"), tensors.get(f"{kind}.images")
         if numbers is None or images is None:
             if any(name.startswith(f"{kind}.") for name in tensors):
@@ -213,6 +221,7 @@ def _misfits(values: Record, tensors: Mapping[str, NDArray[Any]], predictions: P
             yield f"{kind}.images is {images.dtype} {list(images.shape)}, not uint8 [{len(numbers)}, C, H, W]"
         if len(images) and not 0 < min(images.shape[1:]) <= max(images.shape[1:]) <= LARGEST_PICTURE:
             yield f"{kind}.images are of {images.shape[1:]}"
+    yield from _misfits_of_neighbours(tensors, classes)
     if (patches := tensors.get("attention.patches")) is not None:
         number, tokens = len(tensors["attention.indices"]), values.get("tokens")
         if patches.dtype.kind != "f" or patches.ndim != 5 or not patches.size or patches.shape[1] != number:
@@ -235,3 +244,22 @@ def _misfits(values: Record, tensors: Mapping[str, NDArray[Any]], predictions: P
                 yield f"validation.labels are not among the {classes} classes"
             if logits.dtype.kind != "f" or logits.shape != (len(labels), classes):
                 yield f"{name} is {logits.dtype} {list(logits.shape)}, not floats [{len(labels)}, {classes}]"
+
+
+def _misfits_of_neighbours(tensors: Mapping[str, NDArray[Any]], classes: int) -> Iterator[str]:
+    shown = tensors.get("neighbours.images")
+    images, labels, cosines = (tensors.get(f"nearest.{name}") for name in ("images", "labels", "cosines"))
+    if images is None or labels is None or cosines is None or shown is None:
+        if any(name.startswith(("nearest.", "neighbours.")) for name in tensors):
+            yield "neighbours without images, labels or cosines"
+        return
+    if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.shape != cosines.shape or len(labels) != len(shown):
+        yield f"nearest.labels is {labels.dtype} {list(labels.shape)}, not integers [{len(shown)}, neighbours]"
+    elif labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        yield f"nearest.labels are not among the {classes} classes"
+    if cosines.dtype.kind != "f":
+        yield f"nearest.cosines holds {cosines.dtype}"
+    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[:2] != labels.shape:
+        yield f"nearest.images is {images.dtype} {list(images.shape)}, not uint8 [{len(shown)}, neighbours, C, H, W]"
+    elif not 0 < min(images.shape[2:]) <= max(images.shape[2:]) <= LARGEST_PICTURE:
+        yield f"nearest.images are of {images.shape[2:]}"

@@ -19,18 +19,19 @@ class Images(NamedTuple):
     resolution: int
     """Side in pixels that its inputs are resized to."""
     num_classes: int
+    """0: a model without a head, which answers with its features, and without a distillation token."""
     channels: int
     mean: tuple[float, ...]
     """Of the training data, in [0, 1], as `std`."""
     std: tuple[float, ...]
-    smaller: int | None = None
-    """Side of smaller images that it has to take too (`data.growth`); None: there are none."""
+    other_sides: tuple[int, ...] = ()
+    """Of other images that it has to take too (`data.growth`, `data.views`)."""
 
     def dynamic_size(self) -> dict[str, bool]:
         """The argument of timm's vision transformers that take images of several sizes, if there are any. Not for
         `Built.model_args`: exports have one size.
         """
-        return {} if self.smaller is None else {"dynamic_img_size": True}
+        return {"dynamic_img_size": True} if self.other_sides else {}
 
 
 class Built(NamedTuple):

@@ -27,6 +27,8 @@ def one_head(student: Student, head: Head) -> Student:
         InputError: it does not have two heads, or is no model of this project and no DeiT.
     """
     model: Any = student.model
+    if not student.heads:
+        raise InputError(f"--head {head}: this student was trained without labels and has no head; leave --head away.")
     if head not in student.heads or len(student.heads) == 1:
         raise InputError(f"--head {head}: this student ({student.architecture}) has one head only; leave --head away.")
     architecture, model_args = student.architecture, dict(student.model_args)

@@ -83,6 +83,8 @@ class Pyramid(nn.Module):
     head: Any
     head_dist: Any
     norm: nn.Module
+    output_fmt = "NHWC"
+    """timm's name for the order of dimensions of `forward_features`."""
 
     def __init__(
         self,
@@ -334,7 +336,7 @@ class PyramidBuilder(Builder):
     def build(options: PyramidOptions, images: Images) -> Built:
         model_args = {
             "img_size": images.resolution,
-            "distilled": options.distillation_token is not False,
+            "distilled": options.distillation_token is not False and images.num_classes > 0,
             **options.model_args(),
         }
         channels, _ = inputs_of(options, images)

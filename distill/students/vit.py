@@ -48,11 +48,9 @@ class Options(StudentOptions):
             most = MOST_PATCHES_A_SIDE
             side = grid.side
             yield Problem(involved, f"{side}x{side} patches need too much memory; at most {most}x{most}")
-        if (growth := recipe.data.growth) is not None and growth.start % patch:
-            yield Problem(
-                (("data", "growth", "start"), *involved),
-                f"{growth.start} is not divisible by the patch size {patch}",
-            )
+        for side, key in recipe.other_sides.items():
+            if side % patch:
+                yield Problem((key, *involved), f"{side} is not divisible by the patch size {patch}")
         if self.stem == "conv" and patch & (patch - 1):
             yield Problem(
                 ((*at, "stem"), (*at, "patch_size")),
@@ -266,7 +264,7 @@ class Vit(Builder):
     @staticmethod
     def build(options: Options, images: Images) -> Built:
         size = VIT_SIZES[options.model]
-        distilled = options.distillation_token is not False
+        distilled = options.distillation_token is not False and images.num_classes > 0
         patch_size = options.patch_size or DEFAULT_PATCH_SIZE
         model_args: dict[str, Any] = {"img_size": images.resolution, "patch_size": patch_size}
         attention = options.attention

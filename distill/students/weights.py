@@ -81,15 +81,24 @@ def load_timm_weights(
 def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
     """Load an export's weights; positions are resampled to the model's grid, heads for other classes stay random.
 
+    To the weights of a student without a classifier the model adds its own heads and distillation token.
+
     Raises:
         InputError: lists keys that are missing, unknown or of another shape.
     """
     weights: dict[str, Tensor] = dict(saved.weights)
     own = model.state_dict()
+    classes = saved.config.get("num_classes")
+    if not classes and "dist_token" in own and "dist_token" not in weights:
+        weights["dist_token"] = own["dist_token"]
+        if "pos_embed" in weights and not model.no_embed_class:
+            positions = weights["pos_embed"]  # of class token and patches
+            weights["pos_embed"] = torch.cat([positions[:, :1], own["pos_embed"][:, 1:2], positions[:, 1:]], dim=1)
     if _on_square_grid(model, weights):
         weights = checkpoint_filter_fn(weights, model)
-    if saved.config.get("num_classes") != model.num_classes:
-        heads = saved.config["pretrained_cfg"].get("classifier", ())
+    if classes != model.num_classes:
+        known: Mapping[str, Any] = saved.config["pretrained_cfg"] if classes else getattr(model, "pretrained_cfg", {})
+        heads = known.get("classifier") or ()
         for head in (heads,) if isinstance(heads, str) else heads:
             weights |= {key: tensor for key, tensor in own.items() if key.startswith(f"{head}.")}
     problems = {

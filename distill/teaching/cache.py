@@ -199,7 +199,7 @@ def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str)
         "validation": recipe.data.validation,
         "select_on": recipe.data.select_on,
         "resolution": recipe.data.resolution,
-        "augment": recipe.data.augment.model_dump(mode="json"),
+        "augment": (recipe.data.views[0] if recipe.data.views else recipe.data.augment).model_dump(mode="json"),
         "seed": recipe.seed,
         "first_batch": batch.digest(),
     }

@@ -45,6 +45,19 @@ def candidates(spec: Spec, teacher: Teacher, info: DatasetInfo, resolution: int)
     return found
 
 
+def preferred(labels: Tensor, logits: Sequence[Tensor]) -> int:
+    """The contract to use: the one with most right answers if it is markedly better than the first, else the first.
+
+    Args: as those of `check_contract`.
+    """
+    known = labels.numpy()
+    rights = [decisions(values.numpy()) == known for values in logits]
+    best = max(range(len(rights)), key=lambda index: rights[index].mean())
+    test = mcnemar("best", "first", rights[best], rights[0])
+    required = well_above_chance(labels, classes=logits[0].shape[1])
+    return best if test.points > 0 and test.p < MARKED and rights[best].mean() >= required else 0
+
+
 def check_contract(teachers: Sequence[Teacher], labels: Tensor, logits: Sequence[Tensor], spec: Spec, key: str) -> None:
     """Log the accuracy under each contract of `candidates`.
 
@@ -61,10 +74,8 @@ def check_contract(teachers: Sequence[Teacher], labels: Tensor, logits: Sequence
     found = [f"{right.mean():.2%} with {teacher.contract}" for right, teacher in zip(rights, teachers, strict=True)]
     says = f"{spec.weights} does not say how its inputs were prepared. On {len(known)} images it has an accuracy of "
     _log.info("teacher %s: %s%s; the first is used", teachers[0].name, says, "; ".join(found))
-    best = max(range(len(rights)), key=lambda index: rights[index].mean())
-    test = mcnemar("best", "first", rights[best], rights[0])
-    required = well_above_chance(labels, classes=logits[0].shape[1])
-    if test.points > 0 and test.p < MARKED and rights[best].mean() >= required:
+    best = preferred(labels, logits)
+    if best:
         raise InputError(
             f"teacher {teachers[0].name}: {says}{found[0]}, which are those of the name '{spec.model}', and of "
             f"{found[best]}. Set what it was trained with, in the latter case {_keys(key, teachers[best].contract)}; "

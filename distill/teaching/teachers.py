@@ -1,4 +1,4 @@
-"""Builds the frozen teachers of a run, finds their own training runs, and runs preflight."""
+"""Builds the frozen teachers of a run, and runs preflight."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill import run
 from distill.data import Dataset, Split
 from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH, accuracies, predict
 from distill.files.digests import file_digest
 from distill.inputs import InputContract
-from distill.launching.processes import with_precision
-from distill.recipe import FROM_PYTHON, OPERATIONAL_KEYS, Recipe, load
+from distill.recipe import FROM_PYTHON, Recipe
 from distill.recipe import Teacher as TeacherSpec
 from distill.teaching.contracts import candidates, check_contract
+from distill.teaching.earlier import check_trained_on, directory_of
 from teachers import Ensemble, Teacher, check_accuracy, check_class_order, check_features, load_teacher
 from teachers.classes import class_order
+from teachers.licences import is_free, remark
 from teachers.sources import contract_is_assumed, parse
 
 PREFLIGHT_IMAGES = 5000
@@ -34,41 +34,6 @@ ORDER_IMAGES = 30
 MODEL_FILES = (".json", ".safetensors", ".bin", ".pth")
 """Model files in a folder of timm's layout."""
 _log = logging.getLogger("distill")
-
-
-def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """The recipe that trains this teacher to its end, with the data root of the student's recipe.
-
-    Raises:
-        InputError: it cannot be read, has other data, or itself needs a teacher that a recipe trains.
-    """
-    assert spec.recipe is not None
-    teacher = with_precision(load(spec.recipe))
-    if recipe.data.name == FROM_PYTHON:
-        teacher = teacher.replace(data=teacher.data.model_copy(update={"name": FROM_PYTHON}))
-    if teacher.data.name != recipe.data.name:
-        raise InputError(
-            f"teacher.recipe: {spec.recipe} trains on {teacher.data.name}, the student on {recipe.data.name}. "
-            "Make data.name the same."
-        )
-    if any(its_teacher.recipe for its_teacher in teacher.teachers):
-        raise InputError(
-            f"teacher.recipe: {spec.recipe} needs a teacher that a recipe trains. Launch it on its own, then give "
-            "teacher.model=local-dir:ITS_EXPORT."
-        )
-    data = teacher.data.model_copy(update={"root": recipe.data.root})
-    return teacher.replace(data=data, train=teacher.train.model_copy(update={"test": True}))
-
-
-def teacher_directory(recipe: Recipe, spec: TeacherSpec) -> Path:
-    """The run directory of a teacher's recipe; its name has a digest of the recipe."""
-    teacher = teacher_recipe(recipe, spec)
-    return run.RUNS / "teachers" / f"{teacher.name}-{teacher.digest(OPERATIONAL_KEYS)[:12]}"
-
-
-def is_trained(recipe: Recipe, spec: TeacherSpec) -> bool:
-    """Whether this teacher is ready: it is no recipe, or its recipe's run is finished."""
-    return spec.recipe is None or run.is_finished(teacher_directory(recipe, spec))
 
 
 def build_teacher(
@@ -88,22 +53,36 @@ def build_teacher(
     if not recipe.teachers:
         return None
     for spec in recipe.teachers:
-        directory = teacher_directory(recipe, spec) if spec.recipe else None
-        trained_on = run.read_status(directory).get("data_digest") if directory else None
-        if trained_on not in (None, dataset.info.digest):
-            raise InputError(
-                f"teacher.recipe: {spec.recipe} was trained in {directory} on other data than these. Move that folder "
-                "away to train it again."
-            )
+        check_trained_on(recipe, spec, dataset)
     specs, classes, names = _trained(recipe), dataset.info.num_classes, dataset.info.class_names
+    maps_alone = bool(recipe.distill) and not any(section.needs.logits for section in recipe.distill)
     if isinstance(recipe.teacher, list):
         teacher = load_teacher(specs, classes, names)
     elif specs[0].model == FROM_PYTHON:
         teacher = _from_python(given, classes, class_order(specs[0], None, names))
     else:
-        teacher = load_teacher(specs[0], classes, names)
+        teacher = load_teacher(specs[0], classes, names, any_classifier=maps_alone)
     _log.info("teacher: %s", teacher.describe())
+    if not teacher.num_classes:
+        _check_without_classifier(recipe, teacher)
+    for member, origin in zip(_members(teacher), teacher.origins, strict=True):
+        _log.log(
+            logging.INFO if origin.license is None or is_free(origin.license) else logging.WARNING,
+            "%s", remark(member.name, origin.license),
+        )  # fmt: skip
     return teacher.to(accelerator.device)
+
+
+def _check_without_classifier(recipe: Recipe, teacher: Teacher) -> None:
+    """Raise InputError if the recipe sets what only a teacher with a classifier has."""
+    for key, what in (("min_accuracy", "accuracy"), ("classes", "order of classes"), ("cache", "logits to store")):
+        values = [getattr(spec, key) for spec in recipe.teachers]
+        if any(value is not None and value is not False for value in values):
+            raise InputError(f"teacher.{key}: {teacher.name} has no classifier, so it has no {what}; leave {key} out.")
+
+
+def _members(teacher: Teacher) -> Sequence[Teacher]:
+    return teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
 
 
 def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int, order: list[int] | None) -> Teacher:
@@ -124,18 +103,26 @@ def _from_python(given: tuple[nn.Module, InputContract] | None, num_classes: int
 def _trained(recipe: Recipe) -> list[TeacherSpec]:
     """The recipe's teachers, with the exports of those that recipes train."""
     return [
-        spec.model_copy(update={"recipe": None, "model": f"local-dir:{teacher_directory(recipe, spec) / 'export'}"})
-        if spec.recipe
-        else spec
+        spec.model_copy(
+            update={"ema": None}
+            | ({"recipe": None, "model": f"local-dir:{directory_of(recipe, spec) / 'export'}"} if spec.recipe else {})
+        )
         for spec in recipe.teachers
     ]
+
+
+def described_origins(teacher: Teacher) -> dict[str, str]:
+    """Licence and base model of a teacher, of an ensemble those of its members in their order; for metadata."""
+    models = [origin.base_model for origin in teacher.origins if origin.base_model]
+    licences = ", ".join(origin.license or "unknown" for origin in teacher.origins)
+    return {"teacher_license": licences, **({"base_model": ", ".join(models)} if models else {})}
 
 
 def weights_digests(recipe: Recipe, teacher: Teacher | None) -> dict[str, str]:
     """SHA-256 (hex) of the teachers' local files, and of downloaded weights under the model's name."""
     if teacher is None:
         return {}
-    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    members = _members(teacher)
     digests: dict[str, str] = {}
     for spec, member in zip(_trained(recipe), members, strict=True):
         assert spec.model is not None
@@ -166,10 +153,6 @@ def run_preflight(
         InputError: a teacher is worse than its `min_accuracy`, or its outputs are unusable; the message names the
             likely causes.
     """
-    if not teacher.num_classes and any(spec.min_accuracy is not None for spec in recipe.teachers):
-        raise InputError(
-            f"teacher.min_accuracy: {teacher.name} has no classifier, so it has no accuracy; leave min_accuracy out."
-        )
     check_contracts(recipe, teacher, dataset, accelerator)
     split, members, keys = _asked(recipe, teacher, dataset)
     models = list(dict.fromkeys([*members, teacher]))  # the last output is the ensemble's
@@ -181,6 +164,7 @@ def run_preflight(
         "samples": len(outputs[-1]),
         "teacher": teacher.describe(),
         "teacher_sha256": teacher.digest,
+        **described_origins(teacher),
     }
     if not teacher.num_classes:
         check_features(teacher, outputs[-1])
@@ -222,7 +206,7 @@ def _asked(recipe: Recipe, teacher: Teacher, dataset: Dataset) -> tuple[Split, S
     its key in the recipe.
     """
     split: Split = "validation" if dataset.info.sizes.get("validation") else "train"
-    members = teacher.teachers if isinstance(teacher, Ensemble) else [teacher]
+    members = _members(teacher)
     keys = [f"teacher.{index}" if isinstance(recipe.teacher, list) else "teacher" for index in range(len(members))]
     return split, members, keys
 
@@ -240,6 +224,7 @@ def _sample(
             batch_size=SMALLEST_BATCH,
             start=start,
             stop=stop,
+            what="preflight",
         )
         for start, stop in ranges
     ]

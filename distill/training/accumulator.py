@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -66,10 +67,12 @@ class MetricAccumulator:
             yield batch
             requested = time.perf_counter()
 
-    def add(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Add a micro-batch's loss and its parts, scalars on the device."""
-        self.names = ("loss", *(f"loss/{name}" for name in parts))
-        self._micro_batches.append(torch.stack([loss.detach(), *parts.values()]))
+    def add(
+        self, loss: Tensor, parts: Mapping[str, Tensor], measurements: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Add a micro-batch's loss, its parts and what methods measured, scalars on the device."""
+        self.names = ("loss", *(f"loss/{name}" for name in parts), *measurements)
+        self._micro_batches.append(torch.stack([loss.detach(), *parts.values(), *measurements.values()]))
 
     def step(self, skipped: Tensor) -> None:
         """Finish an optimizer step. The losses of a `skipped` one (bool [], on the device) are not summed."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from distill.data.augment import Augmenter
+from distill.data.views import MultiCrop
 from distill.recipe.schema import Train
 
 _log = logging.getLogger("distill")
@@ -37,8 +38,9 @@ class Compilation:
 
     Compiled are the training forward passes of student and teacher. Their shapes are fixed (the micro-batch), so on
     CUDA each network becomes a CUDA graph ("reduce-overhead"); with `data.growth` the student has one for each of its
-    two sizes, the second compiled where its images grow. Evaluation has other shapes and modes; it uses entry
-    points that are not compiled (`Student.logits`, the teacher as it was loaded), so it triggers no recompilation.
+    two sizes, the second compiled where its images grow, and with `data.views` one for each size of views. Evaluation
+    has other shapes and modes; it uses entry points that are not compiled (`Student.logits`, the teacher as it was
+    loaded), so it triggers no recompilation.
 
     A graph's replay overwrites its previous outputs: logits, and gradients in the parameters. All that a step derives
     from them (losses, weights, EMA, stored logits) has its own memory, and `zero_grad` drops the gradients, so one mark
@@ -76,7 +78,7 @@ class Compilation:
         if self.enabled:
             module.compile(dynamic=False, mode="reduce-overhead" if self.graphs else None)
 
-    def apply_to_augmentation(self, augmenter: Augmenter) -> None:
+    def apply_to_augmentation(self, augmenter: Augmenter | MultiCrop) -> None:
         """Compile it on CUDA if the networks are; on a CPU eager code is faster, since it skips unaffected images."""
         if self.enabled and self.on_cuda:
             augmenter.compile()

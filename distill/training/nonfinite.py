@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.errors import RunFailed
 from distill.students.attention.base import AttentionKind, named_in
+from distill.teaching.moving_average import move_towards
 from distill.training.joined import copy_joined, joined
 
 MAX_NAMED = 16
@@ -51,15 +52,22 @@ class NonFiniteSteps:
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        teacher: nn.Module | None = None,
     ) -> None:
-        """`model` and `optimizer` as accelerate prepared them; `student` is the module within `model`."""
+        """`model` and `optimizer` as accelerate prepared them; `student` is the module within `model`; `teacher` one in
+        training mode, whose batch statistics change too.
+        """
         self._accelerator, self._prepared = accelerator, optimizer
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._statistics: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         """Of batch norms; all of one type are copied in one launch."""
-        for module in student.modules():
+        for module in [*student.modules(), *(teacher.modules() if teacher is not None else ())]:
             for buffer in module.buffers() if isinstance(module, _NormBase) else ():
                 self._statistics[buffer.dtype].append(buffer)
         self._statistics_before: dict[torch.dtype, Tensor] = {}
@@ -220,8 +228,6 @@ class Ema:
         """average += (1 - decay) (value - average), with the decay of step `step`; unchanged if `skipped`. Counts, and
         what attention kinds do not average, are copied.
         """
-        differences = torch._foreach_sub(self._values, self._averages)
-        torch._foreach_mul_(differences, (~skipped).float() * (1.0 - self._ema.get_decay(step)))
-        torch._foreach_add_(self._averages, differences)
+        move_towards(self._averages, self._values, (~skipped).float() * (1.0 - self._ema.get_decay(step)))
         for average, value in self._copied:
             average.copy_(value)

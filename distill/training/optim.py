@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def build_optimizer(spec: Optim, model: nn.Module, methods: nn.Module | None = N
     decay, and AdamW where the optimizer is Muon.
 
     Weight decay applies to matrices and kernels only: not to biases, norms, and what the model lists in
-    `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group has an `lr_scale`.
+    `no_weight_decay()` (tokens and position embeddings). With `layer_decay` each group has an `lr_scale`, with
+    `weight_decay_end` each has `decays`.
 
     Raises:
         InputError: unknown optimizer, one that needs second derivatives, or one that this machine cannot have.
@@ -55,14 +57,18 @@ def _build(spec: Optim, model: nn.Module, methods: nn.Module | None) -> torch.op
         arguments["fused"] = True
     if "ns_steps" in parameters:
         arguments |= _muon_arguments(model)
+    decay = spec.weight_decay or spec.weight_decay_end or 0.0
     optimizer = create_optimizer_v2(
-        model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay, **arguments
+        model, opt=spec.name, lr=spec.lr, weight_decay=decay, layer_decay=spec.layer_decay, **arguments
     )
     if isinstance(optimizer, Muon) and optimizer.defaults["algo"] == "muon":
         optimizer = BatchedMuon.of(optimizer)
-    for group in param_groups_weight_decay(methods, spec.weight_decay) if methods is not None else ():
+    for group in param_groups_weight_decay(methods, decay) if methods is not None else ():
         if group["params"]:
             optimizer.add_param_group(group | ({"use_fallback": True} if "ns_steps" in parameters else {}))
+    if spec.weight_decay_end is not None:
+        for group in optimizer.param_groups:
+            group["decays"] = group["weight_decay"] > 0
     return optimizer
 
 
@@ -97,6 +103,16 @@ def learning_rate(spec: Optim, step: int, *, steps_per_epoch: int, total_steps: 
     return spec.min_lr + (spec.lr - spec.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
+def weight_decay(spec: Optim, step: int, *, total_steps: int) -> float:
+    """Weight decay of optimizer step `step` (from 0): a cosine from `weight_decay` to `weight_decay_end` (Caron et al.
+    2021, arXiv 2104.14294), or constant. `total_steps` as of the learning rate.
+    """
+    if spec.weight_decay_end is None:
+        return spec.weight_decay
+    way = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+    return spec.weight_decay_end + (spec.weight_decay - spec.weight_decay_end) * way
+
+
 def warn_of_long_warmup(spec: Optim, *, steps_per_epoch: int, total_steps: int) -> None:
     """Log a warm-up that does not end within the run's `total_steps`."""
     warmup = spec.warmup_epochs * steps_per_epoch
@@ -112,3 +128,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set it on every group, times the group's `lr_scale` (layer decay) if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set it on every group that has any, where it is scheduled."""
+    for group in optimizer.param_groups:
+        if group.get("decays"):
+            group["weight_decay"] = value
+
+
+@torch.no_grad()
+def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale each gradient, in place, to a norm of at most `limit` (up to torch's 1e-6). Without synchronising."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())

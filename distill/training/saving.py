@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from pydantic import TypeAdapter
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -60,7 +59,8 @@ class TrainState:
     methods: nn.Module
     """Parameters and buffers of the losses."""
     source: TeacherSource | None
-    ema: ModelEmaV3 | None
+    ema: nn.Module | None
+    """The student with averaged weights."""
     optimizer: AcceleratedOptimizer
     scaler: torch.amp.GradScaler | None
     keep: int
@@ -72,7 +72,7 @@ class TrainState:
         if self.source is not None:
             states["teacher"] = dict(self.source.state_dict())
         if self.ema is not None:
-            states["ema"] = self.ema.module.state_dict()
+            states["ema"] = self.ema.state_dict()
         return {stem: state for stem, state in states.items() if state}
 
 
@@ -187,7 +187,7 @@ def _load(train_state: TrainState, folder: Path, state: Mapping[str, Any]) -> No
     if train_state.source is not None and train_state.source.state_dict():
         train_state.source.load_state_dict(checkpoint.read_tensors(folder, "teacher"))
     if train_state.ema is not None:
-        train_state.ema.module.load_state_dict(checkpoint.read_tensors(folder, "ema"))
+        train_state.ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
     train_state.optimizer.load_state_dict(checkpoint.read_optimizer(folder))
     if train_state.scaler is not None and state["scaler"] is not None:
         train_state.scaler.load_state_dict(state["scaler"])

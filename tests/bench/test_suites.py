@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_and_writes_json_and_markdown(
     assert figures["machine"]["threads"] >= 1
     assert figures["machine"]["matrix_gflops"] == {}  # none of these rows is compared with it
     assert {"torch", "timm"} <= set(figures["machine"]["versions"])
-    assert len(figures["rows"]) == 2
+    assert len(figures["rows"]) == 3
     printed, markdown = capsys.readouterr().out, path.with_suffix(".md").read_text(encoding="utf-8")
     for row in figures["rows"]:
         assert row["repetitions"] == 3

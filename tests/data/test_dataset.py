@@ -89,13 +89,6 @@ def test_views_are_functions_of_their_number() -> None:
     assert all(not torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_a_stream_that_crops_has_one_view(make_folder: Any) -> None:
-    data = {"name": "folder", "root": str(make_folder()), "resolution": 12, "augment": {"random_resized_crop": {}}}
-    opened(Data(**data, stream=False)).set_views(2)  # held in memory, each view has a crop of its own
-    with pytest.raises(InputError, match=r"data\.augment\.random_resized_crop"):
-        opened(Data(**data, stream=True, workers=0)).set_views(2)
-
-
 def test_processes_and_micro_batches_change_nothing(spec: Data) -> None:
     whole = list(opened(spec).training_batches(BatchPlan(0, 8), epoch=3))
     ranks = [opened(spec, num_processes=2, process_index=rank) for rank in range(2)]

@@ -18,7 +18,7 @@ from distill.errors import InputError
 from distill.exports.prediction import Transform
 from distill.inputs import InputContract, Preparation
 from distill.recipe import Data
-from distill.recipe.schema import RandomResizedCrop
+from distill.recipe.augment import RandomResizedCrop
 
 CPU = torch.device("cpu")
 

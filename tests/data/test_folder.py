@@ -21,7 +21,7 @@ from distill.data.facts import facts
 from distill.data.stream import Draw, crop_box
 from distill.errors import InputError
 from distill.recipe import Data
-from distill.recipe.schema import RandomResizedCrop
+from distill.recipe.augment import RandomResizedCrop
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from distill.data.affine import resample
 from distill.data.policies import JITTERED, MOVES, Layer, Operation, Operations, Policy, rand_augment, trivial_augment
 from distill.data.randomness import hashes, keys
 from distill.recipe import Augment
-from distill.recipe.schema import RandAugment
+from distill.recipe.augment import RandAugment
 
 HEIGHT, WIDTH = 24, 32
 TIMM = {

@@ -81,6 +81,24 @@ def test_sequential(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: in
     assert (torch.cat(images) * 255)[:, 0, 0, 0].round().tolist() == list(range(3, 10))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_of_a_sequential_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int) -> None:
+    shards(monkeypatch)
+    views = [{"kind": "global", "size": 6}, {"kind": "local", "size": 3, "count": 2}]
+    dataset = open_dataset(spec("wds/x", tmp_path, workers=workers, views=views), seed=0, device=CPU)
+    dataset.set_views("all")
+    plan = BatchPlan(0, 8, accumulation=2)
+    whole = list(dataset.training_batches(plan, epoch=1))
+    again = list(dataset.training_batches(plan, epoch=1, first_step=3))
+    assert [view.shape for view in (whole[0][0].images, *whole[0][0].views)] == [
+        (4, 3, side, side) for side in (6, 3, 3)
+    ]
+    for step, later in zip(whole[3:], again, strict=True):
+        for one, other in zip(step, later, strict=True):
+            assert torch.equal(one.images, other.images)
+            assert all(torch.equal(*pair) for pair in zip(one.views, other.views, strict=True))
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_split_that_is_short_is_found_when_it_is_opened(
     split: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -80,7 +80,9 @@ class _FixedStudent(nn.Module):
         super().__init__()
         self.heads, self.maps = heads, maps
 
-    def forward(self, images: Tensor, blocks: tuple[int, ...] = (), side: int | None = None) -> Any:
+    def forward(
+        self, images: Tensor, blocks: tuple[int, ...] = (), side: int | None = None, embed: bool = False
+    ) -> Any:
         return Features(self.heads, {block: self.maps[block] for block in blocks})
 
 

@@ -104,6 +104,18 @@ def test_a_block_with_costs_has_what_was_measured_of_them(tmp_path: Path, make_c
     assert rows(text)["students-refiner"][8:10] == ["not run", "not run"]
 
 
+def test_a_block_of_features_has_what_their_tests_measured(tmp_path: Path, make_cell: MakeCell) -> None:
+    for seed, knn in ((0, 40.0), (1, 42.0)):
+        status = make_cell("ssl-dino", seed) / "status.json"
+        metrics = {"student/knn": knn, "student/linear": 50.5}
+        status.write_text(json.dumps(json.loads(status.read_text()) | {"metrics": metrics}))
+    collect([tmp_path / "there"], tmp_path / "kept")
+    text = section(build.build(read_cells(tmp_path / "kept"))["README.md"], "What do images without labels teach?")
+    found = rows(text)["ssl-dino"]
+    assert found[2:] == ["2 of 3", "41.00 ± 1.41", "50.50 ± 0.00", "", "5"]
+    assert rows(text)["ssl-finetune"][3:6] == ["not run"] * 3
+
+
 def test_the_speed_of_arms_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert speed.main(["laptop", "--repetitions", "2"], to=tmp_path) == 0

@@ -80,18 +80,19 @@ def _training(machine: Machine) -> Iterator[Row]:
     where = f"memory, training {student.model}/4 32 px, batch {student.batch_size}, fp32"
     if not machine.wants(where):
         return
-    plain, areas, taught = (
+    plain, areas, taught, dino = (
         Arm(name, partial(_train, student.recipe(**sections), machine.device))
         for name, sections in (
             ("ordinary attention", {}),
             ("areas of 2", arms.with_areas()),
             ("distilling", arms.distilling(DEPTH)),
+            ("dino, 2 + 8 views", arms.self_distilling()),
         )
     )
-    peaks = _peaks(machine, [plain, areas, taught])
+    peaks = _peaks(machine, [plain, areas, taught, dino])
     untaught = plain._replace(name="not distilling")
     peaks[untaught.name] = peaks[plain.name]
-    for a, b in ((areas, plain), (taught, untaught)):
+    for a, b in ((areas, plain), (taught, untaught), (dino, untaught)):
         yield compare(where, peaks, a, b, of="bytes")
 
 

@@ -1,6 +1,6 @@
 """The training step alone, on one fixed batch: area attention and other kinds over ordinary, pyramids over ViTs,
-compiled over eager, each distillation method over plain training, one that has ended, optimizers, and how near the step
-comes to the machine's matrix rate.
+compiled over eager, each distillation method over plain training, one that has ended, DINO with ten views over plain
+training, optimizers, and how near the step comes to the machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def measure(machine: Machine) -> Iterator[Row]:
     yield from _pyramids(machine, replace(student, model="vit_nano", patch_size=4))
     yield from _methods(machine, student)
     yield from _ended(machine, student)
+    yield from _self_distillation(machine, student)
     yield from _optimizers(machine, student)
     yield from _growth(machine, student)
     if machine.on_cuda:
@@ -117,6 +118,21 @@ def _ended(machine: Machine, student: Student) -> Iterator[Row]:
     ended = step_arm("hard, and guide that has ended", student.recipe(**guided), accelerator, teacher, at=0.75)
     alone = step_arm("hard", student.recipe(**arms.distilling(DEPTH, "hard")), accelerator, teacher)
     yield compare(where, machine.interleave([ended, alone]), ended, alone, of="time")
+
+
+def _self_distillation(machine: Machine, student: Student) -> Iterator[Row]:
+    """Time of an image with all its views over that of one view with a label, and time per multiply-add likewise."""
+    where = f"self-distillation, step, {student}"
+    by_work = f"self-distillation, time per multiply-add, {student}"
+    if not machine.wants(where, by_work):
+        return
+    accelerator = arms.accelerator(student.precision)
+    plain = step_arm("plain training", student.recipe(student={"distillation_token": False}), accelerator)
+    dino = step_arm("dino, 2 + 8 views", student.recipe(**arms.self_distilling()), accelerator)
+    times = machine.interleave([plain, dino])
+    yield compare(where, times, dino, plain, of="time", matrix_rate=machine.matrix_rate(student.precision))
+    per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, dino)}
+    yield compare(by_work, per_flop, dino, plain, of="time")
 
 
 def _optimizers(machine: Machine, student: Student) -> Iterator[Row]:

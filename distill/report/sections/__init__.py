@@ -7,6 +7,7 @@ from distill.report.sections import (
     calibration,
     classes,
     cost,
+    features,
     fidelity,
     learning,
     made,
@@ -17,7 +18,7 @@ from distill.report.sections import (
     tokens,
 )
 
-ORDER = (pairs, seeds, learning, fidelity, calibration, classes, robustness, pictures, tokens, cost, made)
+ORDER = (pairs, seeds, features, learning, fidelity, calibration, classes, robustness, pictures, tokens, cost, made)
 
 
 def sections(comparison: Comparison) -> list[Section]:

@@ -83,10 +83,14 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
 def build(comparison: Comparison) -> Section | None:
     found = []
     for row in comparison.rows:
+        if row.by_neighbours:  # shares of votes are no probabilities that anything was trained to give
+            continue
         analysis = row.source.analysis
         # A teacher may have been trained on the images that are held out from the student: nothing is fitted on them.
         validation = None if analysis is None or row.model == "teacher" else analysis.validation(row.output)
         found.append((row, calibration(row.logits, comparison.labels, validation)))
+    if all(row.model == "teacher" for row, _ in found):
+        return None
     records = [{"model": comparison.name(row), "nll": row.metrics.nll, **values._asdict()} for row, values in found]
     caption = "Expected calibration error over 15 bins of equal width, in percentage points."
     if any(values.temperature is not None for _, values in found):

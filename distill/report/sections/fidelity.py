@@ -113,7 +113,7 @@ def build(comparison: Comparison) -> Section | None:
     found = [
         (row, fidelity(row.logits, teacher.logits, comparison.labels))
         for row in comparison.rows
-        if row.model != "teacher" and (teacher := comparison.teacher_of(row.run)) is not None
+        if row.model != "teacher" and not row.by_neighbours and (teacher := comparison.teacher_of(row.run)) is not None
     ]
     if not found:
         return None
@@ -122,6 +122,7 @@ def build(comparison: Comparison) -> Section | None:
         for name in comparison.runs
         if (teacher := comparison.teacher_of(name)) is not None
         and (student := comparison.row(name, "student")) is not None
+        and not student.by_neighbours
         and (control := comparison.control_of(name)) is not None
     }
     models = [{"model": comparison.name(row), **values._asdict()} for row, values in found]

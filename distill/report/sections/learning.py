@@ -19,6 +19,19 @@ PLOTS = {
         "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on.",
     ),
     "heads": ("Heads", "top-1 (%)", "The same of each head alone."),
+    "knn": (
+        "Nearest neighbours",
+        "k-NN (%)",
+        "Accuracy of the nearest training images by the student's features after each epoch, on the split that "
+        "checkpoints are chosen on.",
+    ),
+    "entropy": (
+        "Entropy of the teacher's answers",
+        "entropy (nats)",
+        "Mean entropy of the answers of the moving-average teacher. Collapsed answers have 0 throughout, or the "
+        "logarithm of the number of prototypes.",
+    ),
+    "kl": ("Distance from the teacher", "KL (nats)", "KL of the teacher's answers to the student's; 0 in a collapse."),
     "loss": ("Training loss", "training loss", "Mean training loss of each epoch."),
     "parts": ("Parts of the loss", "loss", "Its parts by themselves, without their weights."),
     "rate": ("Learning rate", "learning rate", "Learning rate, mean of each epoch."),
@@ -38,10 +51,17 @@ def build(comparison: Comparison) -> Section | None:
             caption += " Dashed: the teacher on the test images."
         if kind == "loss" and len({curve.model for curve in curves}) > 1:
             caption += " Student and control minimise different losses, each on its own scale."
-        plots.append(Plot(kind, title, caption, draw(comparison, kind), filed=kind in ("top1", "loss")))
+        plots.append(Plot(kind, title, caption, draw(comparison, kind), filed=kind in ("top1", "knn", "loss")))
     if not plots:
         return None
-    return Section("learning", "Learning curves", _says(comparison.curves["top1"], comparison.several), plots, None)
+    chosen_by = [*comparison.curves["top1"], *_selecting_neighbours(comparison)]
+    return Section("learning", "Learning curves", _says(chosen_by, comparison.several), plots, None)
+
+
+def _selecting_neighbours(comparison: Comparison) -> list[Curve]:
+    """Curves of nearest neighbours by which checkpoints were chosen: those of runs without a classifier."""
+    chosen = {(row.run, row.model) for row in comparison.wholes if row.by_neighbours}
+    return [curve for curve in comparison.curves["knn"] if (curve.run, curve.model) in chosen]
 
 
 def _says(top1: Sequence[Curve], several: bool) -> str:

@@ -56,11 +56,19 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
             yield "teacher and its inputs", str(preflight["teacher"])
         if "teacher_sha256" in preflight:
             yield "teacher's weights, SHA-256", str(preflight["teacher_sha256"])
+        for key, name in (("teacher_license", "teacher's licence"), ("base_model", "teacher's weights are those of")):
+            if key in preflight:
+                yield name, str(preflight[key])
         if isinstance(top1 := preflight.get("teacher/top1"), int | float):
             where = f" on {preflight['samples']:,} {preflight.get('split')} images" if preflight.get("samples") else ""
             yield "preflight", f"{top1:.2f} %{where}"
+    images = run.status.get("training_images") or {}
+    if images.get("unlabelled"):
+        yield "training images", ", ".join(f"{number:,} {kind}" for kind, number in images.items())
     if run.data_digest is not None:
         yield "data, SHA-256", run.data_digest
+    if digest := run.status.get("unlabelled_digest"):
+        yield "unlabelled images, SHA-256", digest
     exported = run.status.get("exported")
     if exported is not None:
         yield "exported weights", f"{exported['weights']}, step {exported['step']}"

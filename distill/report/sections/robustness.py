@@ -15,7 +15,8 @@ def build(comparison: Comparison) -> Section | None:
         (row, record)
         for row in comparison.rows
         if row.source.analysis is not None
-        and (record := _record(comparison.name(row), row.output, row.source.analysis.values["robustness"])) is not None
+        and (measured := row.source.analysis.values.get("robustness")) is not None
+        and (record := _record(comparison.name(row), row.output, measured)) is not None
     ]
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Distributed prediction of a split in file order, evaluators, and the predictions file."""
+"""Distributed prediction of a split in file order, and the predictions file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from distill.console import track
 from distill.data import Dataset, Split
 from distill.errors import RunFailed
-from distill.features import mean_over_heads
 from distill.files.checksum import CHECKSUM
 from distill.files.tensors import write_tensors
 from distill.launching.processes import with_process_index
 from distill.launching.signals import stoppable
 from distill.out_of_memory import is_out_of_memory, release_frames
-from distill.report.metrics import are_numbers, measure
-from distill.students import Student
-from teachers import Teacher
 
 SMALLEST_BATCH = 128
 _log = logging.getLogger("distill")
@@ -37,12 +34,14 @@ def predict(
     batch_size: int,
     start: int = 0,
     stop: int | None = None,
+    what: str = "evaluation",
 ) -> list[Tensor]:
     """Run `forward` over samples `start` to `stop` - 1 (None: to the end) of a split, each exactly once.
 
     Args:
         forward: images [B, C, H, W] in [0, 1] -> logits, one [B, classes] per output.
         batch_size: per process.
+        what: the console calls this.
 
     Returns:
         One float32 [N, classes] on the CPU per output, in file order, the same on every process.
@@ -54,7 +53,7 @@ def predict(
     batches = stoppable(with_process_index(batches), -(-share // batch_size))
     part = batch_size
     rows = []
-    for images, _ in batches:
+    for images, _ in track(batches, what, -(-min(share, max(0, size - first)) // batch_size)):
         before = part
         while (outputs_of_batch := _forward_in_parts(forward, images, part)) is None:
             if part == 1:
@@ -99,75 +98,6 @@ def _gather(output: Tensor, share: int, accelerator: Accelerator) -> Tensor:
     padded = torch.zeros(share, output.shape[1], device=output.device)
     padded[: len(output)] = output
     return accelerator.gather(padded)
-
-
-class Evaluator:
-    """Evaluates a student on a split, on all processes together."""
-
-    primary: str
-    """Name of the value by which checkpoints are selected; higher is better."""
-
-    def __call__(self, student: Student, split: Split) -> dict[str, float]:
-        """Values by name, the same on every process. Leaves the student in eval mode."""
-        raise NotImplementedError
-
-
-class Classification(Evaluator):
-    """Accuracies in percent of each head and of their mean, and agreement with the teacher."""
-
-    primary = "student/top1"
-
-    def __init__(self, dataset: Dataset, accelerator: Accelerator, *, batch_size: int = SMALLEST_BATCH) -> None:
-        """`batch_size`: images at a time on each process."""
-        self.dataset, self.accelerator, self.batch_size = dataset, accelerator, max(SMALLEST_BATCH, batch_size)
-        self.teacher_logits: dict[Split, Tensor] = {}
-        """[N, classes] by split, for the agreement."""
-
-    def predict_teacher(self, teacher: Teacher, split: Split) -> Tensor:
-        """The teacher's logits [N, classes] on a split, stored for the agreement."""
-        (self.teacher_logits[split],) = self._predict(lambda images: [teacher(images)], split)
-        return self.teacher_logits[split]
-
-    def predict(self, student: Student, split: Split) -> dict[str, Tensor]:
-        """The student's logits on a split, as `named_heads`, and `teacher` if predicted before."""
-        student.eval()
-        outputs = self._predict(lambda images: list(student.logits(images).values()), split)
-        named = named_heads(dict(zip(student.heads, outputs, strict=True)))
-        return named | ({"teacher": self.teacher_logits[split]} if split in self.teacher_logits else {})
-
-    def __call__(self, student: Student, split: Split) -> dict[str, float]:
-        return accuracies(self.predict(student, split), self.dataset.labels(split))
-
-    def _predict(self, forward: Callable[[Tensor], Sequence[Tensor]], split: Split) -> list[Tensor]:
-        return predict(forward, self.dataset, split, self.accelerator, batch_size=self.batch_size)
-
-
-def named_heads(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`student.HEAD` for each head, and `student.fused`, their mean."""
-    return {f"student.{head}": of_head for head, of_head in logits.items()} | {"student.fused": mean_over_heads(logits)}
-
-
-def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-    """Metrics under the names of `metrics.jsonl`; `student/top1` is that of the mean over heads."""
-    teacher = predictions.get("teacher")
-    values: dict[str, float] = {}
-    warn_of_missing(predictions)
-    for name, logits in predictions.items():
-        key = "student" if name == "student.fused" else name
-        metrics = measure(logits.numpy(), labels.numpy(), None if teacher is None else teacher.numpy())
-        values |= {f"{key}/top1": metrics.top1, f"{key}/top5": metrics.topk, f"{key}/nll": metrics.nll}
-        if key == "student" and metrics.agreement is not None:
-            values["agreement"] = metrics.agreement
-    return values
-
-
-def warn_of_missing(predictions: Mapping[str, Tensor]) -> None:
-    """Log for which outputs rows of logits [N, classes] are not numbers."""
-    for name, logits in predictions.items():
-        if missing := int((~are_numbers(logits.numpy())).sum()):
-            _log.warning(
-                "%s: %d of %d rows of logits are not numbers; they count as wrong answers", name, missing, len(logits)
-            )
 
 
 def save_predictions(
