@@ -129,6 +129,8 @@ def stages_of(recipe: Recipe, location: RunLocation) -> list[str]:
     """What the launch has to do, one after the other."""
     earlier = [stage_of(spec) for spec in earlier_runs(recipe) if not is_trained(recipe, spec)]
     analysis = ["analysis"] if location.analysed and recipe.report.analysis == "full" else []
+    if not recipe.train.test:
+        return [*earlier, "student"]
     return [*earlier, "student", *analysis, *(["control", *analysis] if recipe.control else [])]
 
 
