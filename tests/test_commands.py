@@ -44,9 +44,10 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def start(*arguments: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, under the one thread that `accelerate launch` gives."""
+    """Python with these arguments, under the one thread that `accelerate launch` gives, and no terminal's width."""
+    given = {key: value for key, value in environment(OMP_NUM_THREADS="1").items() if key != "COLUMNS"}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment(OMP_NUM_THREADS="1"), input=stdin,
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=given, input=stdin,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

@@ -97,7 +97,7 @@ def test_the_commands_print_it(runs: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_a_killed_run_says_how_to_go_on(
     command: list[str], begins: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("distill.console.console.width", 200)
     file = runs / "deep" / "killed" / "environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"command": command}))
     monkeypatch.chdir(runs)

@@ -175,7 +175,7 @@ def test_the_time_by_what_it_went_to(toy: Toy, tmp_path: Path, monkeypatch: pyte
     takes(2.0, Trainer, "train_step")
     takes(10.0, Classification, "__call__")
     takes(50.0, finishing, "export_selected")
-    monkeypatch.setattr(finishing, "analyse", lambda *args: None)
+    monkeypatch.setattr(finishing, "analyse", lambda *args, **options: None)
     takes(100.0, finishing, "analyse")
     train, report = {"max_steps": 8, "epochs": 2, "log_every": 5}, {"analysis": "full"}
     recipe, out = short(toy, train=train, report=report), tmp_path / "run"
@@ -337,7 +337,7 @@ def test_the_test_accuracy_is_known_before_the_analysis(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known: list[str] = []
-    monkeypatch.setattr(finishing, "analyse", lambda path, *_: known.extend(events(path)))
+    monkeypatch.setattr(finishing, "analyse", lambda path, *_, **options: known.extend(events(path)))
     distill.train(short(toy, report={"analysis": "full"}), out=tmp_path / "run")
     assert known[-1] == "eval"
     assert events(tmp_path / "run").count("eval") == known.count("eval")

@@ -63,6 +63,8 @@ def tracking_of(trainer: Trainer, directory: Run) -> Tracking:
         trainer.accelerator,
         total_steps=trainer.total_steps,
         steps_per_epoch=trainer.steps_per_epoch,
+        stage="student",
+        later_steps=0,
     )
 
 

@@ -56,6 +56,7 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
         name: module for name, module in student.model.named_modules() if isinstance(module, Attention | AttentionKind)
     }
     blocks = [student.model.get_submodule(name.rpartition(".")[0]) for name in attention]
+    expected = (0, max(1, len(student.heads)))  # the class token of a student without heads
     with _recording(attention.values()) as calls, _recording(blocks) as block_calls:
         _answer(student, images)
     if not calls:
@@ -63,7 +64,6 @@ def look(student: Student, images: Tensor, drawn: int) -> Seen | None:
     count = calls[0][1][0].shape[1]
     side = math.isqrt(count)
     prefix = count - side**2
-    expected = (0, max(1, len(student.heads)))  # the class token of a student without heads
     if prefix not in expected or any(tokens.shape[:-1] != (len(images), count) for _, (tokens, *_), _ in calls):
         return None
     patches, areas = [], {}

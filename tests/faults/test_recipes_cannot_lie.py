@@ -34,7 +34,7 @@ def typos(word: str) -> set[str]:
     return (deleted | transposed | inserted | substituted) - {word, ""}
 
 
-LISTS = {"distill", "pairs"}
+LISTS = {"distill", "pairs", "views"}
 """Keys of lists of sections."""
 
 
