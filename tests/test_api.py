@@ -387,6 +387,7 @@ def test_a_run_without_teacher_and_with_a_time_limit_in_a_script_of_two_processe
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.soak
 def test_a_notebook(tmp_path: Path) -> None:
     """Executed by a kernel of its own, where an event loop runs on the main thread."""
     nbclient = pytest.importorskip("nbclient")

@@ -89,6 +89,7 @@ def test_a_recipe_and_one_for_its_teacher(photos: Path, command: Command, tmp_pa
     assert {name: (tmp_path / name).read_text() for name in texts} == texts
 
 
+@pytest.mark.soak
 def test_class_folders_and_a_file(command: Command, tmp_path: Path) -> None:
     image_folder(tmp_path / "birds", CLASSES, {"": 10}, width=33, height=80)
     weights(tmp_path / "own.pth")
@@ -197,6 +198,7 @@ def test_bad_input(
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.soak
 def test_greyscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the images, and of the teacher's inputs."""
     monkeypatch.chdir(tmp_path)

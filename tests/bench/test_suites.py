@@ -38,7 +38,9 @@ def kind(row: Row) -> tuple[str, ...]:
     return (*(text.replace("vit_tiny", "vit_nano").replace("bf16", "fp32") for text in plain), row["of"])
 
 
-@pytest.mark.parametrize("name", ["attention", "inference", "step", "teacher", "memory"])
+@pytest.mark.parametrize(
+    "name", ["attention", "inference", "step", "teacher", pytest.param("memory", marks=pytest.mark.soak)]
+)
 def test_a_suite_yields_the_rows_that_are_on_record(name: str, tmp_path: Path) -> None:
     machine = Machine(CPU, ("vit_nano",), tmp_path, batch_size=8, repetitions=2)
     rows = list(import_module(f"distill.bench.suites.{name}").measure(machine))

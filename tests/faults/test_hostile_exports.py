@@ -113,12 +113,17 @@ def test_commands_say_it_once(good: Path, image: Path, tmp_path: Path, command: 
     assert done.stderr.startswith(f"error: {folder}")
 
 
-def test_hostile_folders_of_teachers(good: Path, tmp_path: Path) -> None:
+OF_TEACHERS = ["no JSON", "deep lists", "a key twice", "400 digits", "no architecture", "architecture is a list",
+               "architecture of the hub", "mean is NaN", "std is 0", "size is huge", "size of two", "unknown argument",
+               "argument checkpoint_path", "terabytes of image", "gigabytes of image", "many blocks"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", [OF_TEACHERS[::3], pytest.param(OF_TEACHERS, marks=pytest.mark.soak)], ids=["some", "all"]
+)
+def test_hostile_folders_of_teachers(good: Path, tmp_path: Path, names: list[str]) -> None:
     """Their config.json has no digest, and may be of timm's or of an older form."""
     assert distill.load_teacher(f"local-dir:{good}", 4).num_classes == 4
-    names = ["no JSON", "deep lists", "a key twice", "400 digits", "no architecture", "architecture is a list",
-             "architecture of the hub", "mean is NaN", "std is 0", "size is huge", "size of two", "unknown argument",
-             "argument checkpoint_path", "terabytes of image", "gigabytes of image", "many blocks"]  # fmt: skip
     for number, name in enumerate(names):
         folder = hostile.hostile_export(good, tmp_path / str(number), config=hostile.HOSTILE_CONFIGS[name])
         text = message(lambda folder=folder: distill.load_teacher(f"local-dir:{folder}", 4), folder)

@@ -179,7 +179,7 @@ def test_weight_decay_spares_tables_of_biases(name: str) -> None:
     assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", [NANO[0], *(pytest.param(name, marks=pytest.mark.soak) for name in NANO[1:])])
 def test_compiled_and_exported_it_is_the_same(name: str) -> None:
     model = create(name, distilled=True, depths=[1, 1], heads=[3, 6]).train()
     model.set_distilled_training(True)

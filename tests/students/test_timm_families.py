@@ -60,7 +60,7 @@ def _modules_of(name: str) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        name if index % 3 == 0 else pytest.param(name, marks=pytest.mark.soak)
+        name if index % 6 == 0 else pytest.param(name, marks=pytest.mark.soak)
         for index, name in enumerate([*SMALLEST, *LARGER])
     ],
 )

@@ -103,7 +103,11 @@ def test_positions_are_resampled_only_to_another_size(monkeypatch):
     assert resampled == [(12, 12)]
 
 
-@pytest.mark.parametrize(("name", "attention"), FURTHER, ids=str)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [case if index in (0, 3) else pytest.param(*case, marks=pytest.mark.soak) for index, case in enumerate(FURTHER)],
+    ids=str,
+)
 def test_torch_compile_gives_the_same_logits_and_gradients(name, attention):
     torch.compiler.reset()  # one process counts the recompilations of all tests
     model = create(name, distilled=True, attention=attention, depth=2).train()

@@ -100,6 +100,7 @@ def test_a_finished_sweep_runs_nothing_again(swept: tuple[Path, str]) -> None:
     assert "begins" not in launched.output
 
 
+@pytest.mark.soak
 def test_pilots_of_teachers_are_ranked_with_their_own_accuracy(toy: Toy, tmp_path: Path) -> None:
     recipe = toy.mapping(train=TRAIN | {"epochs": 2000}, student=STUDENT) | {"distill": [{"method": "hard"}]}
     (tmp_path / "work").mkdir()
