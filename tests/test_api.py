@@ -352,6 +352,7 @@ def test_ctrl_c_saves_and_what_was_handed_over_is_asked_for_again(tmp_path: Path
     assert [line["step"] for line in run.metrics("train")] == list(range(1, 41))
 
 
+@pytest.mark.soak
 def test_a_run_without_teacher_and_with_a_time_limit_in_a_script_of_two_processes(tmp_path: Path) -> None:
     script = """
         import os, sys

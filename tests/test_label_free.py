@@ -154,6 +154,7 @@ def test_the_export_has_no_classifier_and_says_so(finished: Path, command: Comma
         distill.export(finished, tmp_path / "cls", head="cls")
 
 
+@pytest.mark.soak
 def test_onnx_gives_the_features(finished: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     distill.export(finished, tmp_path / "exported", onnx=True)

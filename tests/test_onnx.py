@@ -154,6 +154,7 @@ def test_half_and_one_head_together_without_the_data(
     assert "`model.onnx`" in card
 
 
+@pytest.mark.soak
 def test_an_onnx_file_of_another_model_is_never_announced(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
