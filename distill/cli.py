@@ -232,7 +232,7 @@ def validate(options: argparse.Namespace) -> None:
     from distill.validation import doubtful, missing
 
     recipe = load(options.target, options.overrides)
-    if problems := [Problem(found.keys[0], found.message) for found in missing(recipe, plugins=bool(options.plugin))]:
+    if problems := [Problem.of(found) for found in missing(recipe, plugins=bool(options.plugin))]:
         raise InputError(listed(problems, options.target))
     for warning in doubtful(recipe):
         print(f"warning: {visible(warning)}", file=sys.stderr)

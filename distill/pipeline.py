@@ -368,7 +368,7 @@ def described(student: Student, channels: int, recipe: Recipe) -> str:
     """What the student is and costs."""
     side = recipe.data.resolution
     flops = count_flops(student, torch.zeros(1, channels, side, side))
-    parameters = sum(parameter.numel() for parameter in student.parameters())
+    parameters = count_parameters(student, None)["student"]
     return f"{recipe.student.model}, {parameters / 1e6:.2f} M parameters, {flops / 1e9:.4f} GFLOPs an image"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from distill.options import Key, Problem
 from distill.recipe import FROM_PYTHON, Recipe, Teacher, reader_names, reader_of
 from distill.recipe.installed import optimizers, own_students, timm_models, torchvision_models
+from teachers.addresses import parse
 from teachers.zoo import ZOO
 
 SUGGESTED = 3
@@ -59,16 +60,16 @@ def _teacher(teacher: Teacher, at: Key, plugins: bool) -> Iterator[Problem]:
         if path is not None and not Path(path).is_file():
             yield Problem(((*at, key),), f"no such file: {path}")
     name = teacher.model
-    if name is None or name == FROM_PYTHON or name in ZOO or name.startswith("hf_hub:"):
+    if name is None or name == FROM_PYTHON:
         return
-    prefix, _, rest = name.partition(":" if name.startswith("local-dir:") else "/")
-    if prefix == "local-dir":
-        if not (Path(rest) / "config.json").is_file():
-            yield Problem(((*at, "model"),), f"no model of timm's layout there (no config.json): {rest}")
-    elif prefix == "torchvision" and rest:
-        yield from _unknown(rest, torchvision_models(), (*at, "model"))
-    elif not plugins:
-        yield from _unknown(name, [*ZOO, *timm_models()], (*at, "model"))
+    address = parse(name)
+    match address.scheme:
+        case "local-dir" if not (Path(address.name) / "config.json").is_file():
+            yield Problem(((*at, "model"),), f"no model of timm's layout there (no config.json): {address.name}")
+        case "torchvision":
+            yield from _unknown(address.name, torchvision_models(), (*at, "model"))
+        case "timm" if not plugins:
+            yield from _unknown(address.name, [*ZOO, *timm_models()], (*at, "model"))
 
 
 def _unknown(name: str, known: Iterable[str], at: Key) -> Iterator[Problem]:

@@ -32,6 +32,8 @@ SPEED = HERE / "speed"
 TRAINING_IMAGES = 50_000
 """Of CIFAR-10."""
 STYLES = ("-", "--", ":")
+Tests = Mapping[tuple[str, str], tuple[Difference, float]]
+"""Of a block, by arm and the arm that it is tested against: the difference, and its p after Holm's adjustment."""
 INTRODUCTION = """\
 # Results
 
@@ -105,17 +107,17 @@ def table(cells: Cells, block: Block) -> str:
         return _table_of_features(cells, block)
     header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "95 % interval", "p", "p, Holm",
               "p over seeds", "in common", "minutes"]  # fmt: skip
-    adjusted = _adjusted(cells, block)
-    rows = [_row(cells, adjusted, *row) for row in block.rows]
+    tested = _tests(cells, block)
+    rows = [_row(cells, tested, *row) for row in block.rows]
     return lines(header, rows, words=(0, 1, 5, 11))
 
 
-def _adjusted(cells: Cells, block: Block) -> dict[tuple[str, str], float]:
-    """By arm and the arm that it is tested against: p after Holm's adjustment for the tests of the block."""
-    pairs = [(row[0], row[1]) for row in block.rows if len(row) > 1]
-    found = {pair: difference(cells.rights(pair[0]), cells.rights(pair[1])) for pair in pairs}
-    tested = {pair: test.p for pair, test in found.items() if test is not None}
-    return dict(zip(tested, holm(list(tested.values())), strict=True))
+def _tests(cells: Cells, block: Block) -> Tests:
+    pairs = dict.fromkeys((row[0], row[1]) for row in block.rows if len(row) > 1)
+    measured = ((pair, difference(cells.rights(pair[0]), cells.rights(pair[1]))) for pair in pairs)
+    found = {pair: test for pair, test in measured if test is not None}
+    adjusted = holm([test.p for test in found.values()])
+    return {pair: (test, p) for (pair, test), p in zip(found.items(), adjusted, strict=True)}
 
 
 def _table_with_costs(cells: Cells, block: Block) -> str:
@@ -123,9 +125,9 @@ def _table_with_costs(cells: Cells, block: Block) -> str:
     measured: dict[str, Any] = read_json(SPEED / f"{block.name}.json")
     header = ["arm", "", "parameters", "GFLOPs", "images/s", "epochs", "minutes", "seeds", "top-1 %", "agreement %",
               "against", "points", "95 % interval", "p", "p, Holm", "p over seeds"]  # fmt: skip
-    rows, adjusted = [], _adjusted(cells, block)
+    rows, tests = [], _tests(cells, block)
     for row in block.rows:
-        name, says, seeds, top1, _, against, *tested, _, _ = _row(cells, adjusted, *row)
+        name, says, seeds, top1, _, against, *tested, _, _ = _row(cells, tests, *row)
         cost, recipe = measured["arms"][row[0]], load_arm(row[0], 0)
         minutes = (1 - recipe.data.validation) * TRAINING_IMAGES * recipe.train.epochs / cost["images_per_second"] / 60
         agreement = _number(cells.agreement(row[0]), ".2f") if top1 != NOT_RUN else NOT_RUN
@@ -153,12 +155,12 @@ def _table_of_features(cells: Cells, block: Block) -> str:
     return f"{lines(header, rows, words=(0, 1))}\n\n{said}"
 
 
-def _row(cells: Cells, adjusted: Mapping[tuple[str, str], float], arm: str, against: str | None = None) -> list[str]:
+def _row(cells: Cells, tests: Tests, arm: str, against: str | None = None) -> list[str]:
     values = cells.top1(arm)
     tested = ["none", "", "", "", "", "", ""]
     if against is not None:
-        found = difference(cells.rights(arm), cells.rights(against))
-        told = [NOT_RUN] * 6 if found is None else _tested(cells, arm, against, found, adjusted[arm, against])
+        found = tests.get((arm, against))
+        told = [NOT_RUN] * 6 if found is None else _tested(cells, arm, against, *found)
         tested = [f"`{against}`", *told]
     measured = [_spread(values), _number(cells.validation(arm), ".2f")] if values else [NOT_RUN, NOT_RUN]
     minutes = _number(cells.minutes(arm), ".1f") if values else NOT_RUN

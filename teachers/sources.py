@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torchvision
@@ -24,6 +24,7 @@ from distill.files.regular import read_bytes
 from distill.inputs import InputContract
 from distill.out_of_memory import bounded_allocation
 from distill.recipe.reading import short
+from teachers.addresses import parse
 from teachers.contracts import contract_of, interpolation_of, timm_contract
 from teachers.heads import take_off_classifier
 from teachers.licences import Origin, identifier, of_folder, of_hub
@@ -34,29 +35,6 @@ MOST_TENSORS = 10_000
 """Of a teacher's weights."""
 _log = logging.getLogger("distill")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-
-
-Scheme = Literal["zoo", "local-dir", "hf_hub", "torchvision", "timm"]
-_PREFIXES: dict[str, Scheme] = {
-    "local-dir:": "local-dir", "hf_hub:": "hf_hub", "hf-hub:": "hf_hub", "torchvision/": "torchvision"
-}  # fmt: skip
-
-
-class Address(NamedTuple):
-    """Where a teacher's `model` is found, and its name or folder there."""
-
-    scheme: Scheme
-    name: str
-
-
-def parse(model: str) -> Address:
-    """Parse a recipe's `teacher.model`: a name in the zoo, one with a prefix, or else a timm name."""
-    if model in ZOO:
-        return Address("zoo", model)
-    for prefix, scheme in _PREFIXES.items():
-        if model.startswith(prefix):
-            return Address(scheme, model.removeprefix(prefix))
-    return Address("timm", model)
 
 
 class Source(NamedTuple):

@@ -52,6 +52,7 @@ LAYERS = [
     "distill.files",
     "distill.launching",
     "teachers.cifar_resnet",
+    "teachers.addresses",
     "teachers.zoo",
     "distill.recipe",
     "distill.registry",

@@ -99,6 +99,7 @@ def test_all_at_once(validated) -> None:
         {"student": {"model": "gcvit_xxtiny", "patch_size": None}},
         {"student": {"model": "resnet18.a1_in1k", "patch_size": None, "pretrained": True}},
         {"teacher": {"model": "hf_hub:somebody/anything"}},
+        {"teacher": {"model": "hf-hub:somebody/anything"}},
         {"teacher": {"model": "torchvision/resnet50"}},
         {"optim": {"name": "bnbadamw8bit"}},
         {"data": {"name": "hfds/somebody/anything"}},

@@ -57,9 +57,10 @@ def export_run(
         student = one_head(student, head)
 
     def inspect(folder: Path) -> None:
-        dataset = _test_set(path) if half or onnx else None
-        if half or onnx:
-            _compare_on_test_set(student, folder, dataset)
+        if not (half or onnx):
+            return
+        dataset = _test_set(path)
+        _compare_on_test_set(student, folder, dataset)
         if int8 is None:
             return
         if dataset is None:

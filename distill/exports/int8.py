@@ -9,10 +9,8 @@ there, with 7 a tenth of a point.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ from distill.data import Dataset
 from distill.data.randomness import permutation
 from distill.errors import InputError
 from distill.exports.folder import Differs
-from distill.exports.onnx_file import ONNX_FILE, FromPixels
+from distill.exports.onnx_file import ONNX_FILE, FromPixels, errors_only, onnx_logits, open_session
 from distill.report.statistics import PairedTest, mcnemar
 from distill.students import Student
 
@@ -161,7 +159,7 @@ def quantize(source: Path, target: Path, images: Sequence[Tensor], nodes: Collec
             return None if batch is None else {"images": batch.numpy()}
 
     prepared = target.with_suffix(".prepared.onnx")
-    with _quietly():
+    with errors_only("root"):  # onnxruntime logs there which weights have no channels
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
@@ -182,24 +180,18 @@ def sensitivities(source: Path, images: Sequence[Tensor], layers: Mapping[str, s
     """How much each layer alone, quantized, changes the logits: layer, mean squared change; the largest first."""
     few = list(torch.cat(list(images))[:SENSITIVITY_IMAGES].split(BATCH))
     target = source.with_name("sensitivity.onnx")
-    expected = _logits(source, few)
+    expected = onnx_logits(source, few)
     found = []
     for layer, node in layers.items():
         quantize(source, target, few, [node])
-        found.append((layer, float(np.square(_logits(target, few) - expected).mean())))
+        found.append((layer, (onnx_logits(target, few) - expected).square().mean().item()))
         target.unlink()
     return sorted(found, key=lambda pair: -pair[1])
 
 
 def measure(source: Path, target: Path, student: Student, dataset: Dataset) -> Cost:
     """The int8 file `target` beside the float32 file `source`, on all test images, in turns."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    sessions = [
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in (source, target)
-    ]
+    sessions = [open_session(path) for path in (source, target)]
     labels = dataset.labels("test")
     decisions: tuple[list[Any], list[Any]] = [], []
     for images, _ in dataset.evaluation_batches("test", 0, len(labels), BATCH):
@@ -223,22 +215,3 @@ def measure(source: Path, target: Path, student: Student, dataset: Dataset) -> C
         (1000 * median(seconds[0]), 1000 * median(seconds[1])),
         (source.stat().st_size, target.stat().st_size),
     )
-
-
-def _logits(file: Path, batches: Sequence[Tensor]) -> Any:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(None, {"images": batch.numpy()})[0] for batch in batches])
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without onnxruntime's remarks on weights that have no channels."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

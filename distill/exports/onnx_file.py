@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from distill.version import __version__
 
 ONNX_FILE = "model.onnx"
 OPSET = 18
+EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
+"""They log what the exporter has to say of its own code."""
 TOLERANCE = 1e-4
 """Largest difference between the logits of onnxruntime and of torch."""
 LARGEST = 2**31 - 2**20
@@ -61,7 +63,8 @@ def write_onnx(student: Student, path: Path, class_names: Sequence[str]) -> None
         raise InputError("--onnx: the student is larger than the 2 GiB that fit into an ONNX file; leave --onnx away.")
     example = example_images(student)
     try:
-        with _quietly():
+        with errors_only(*EXPORTER_LOGGERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -99,13 +102,18 @@ def example_images(student: Student, number: int = 2) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
-def onnx_logits(path: Path, batches: Iterable[Tensor]) -> Tensor:
-    """What onnxruntime makes of images [B, C, size, size] in [0, 1]: float32 [N, classes]."""
+def open_session(path: Path) -> Any:
+    """onnxruntime's session of a file, on the CPU, with as many threads as torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_logits(path: Path, batches: Iterable[Tensor]) -> Tensor:
+    """What onnxruntime makes of images [B, C, size, size] in [0, 1]: float32 [N, classes]."""
+    session = open_session(path)
     return torch.cat([torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) for images in batches])
 
 
@@ -131,15 +139,14 @@ def compare_logits(logits: Tensor, expected: Tensor) -> Compared:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what the exporter says of its own code."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+def errors_only(*names: str) -> Iterator[None]:
+    """These loggers log nothing below an error."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from distill import options
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
 from distill.recipe.inheritance import with_bases
@@ -30,6 +31,11 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'.'.join(short(part) for part in self.path) or 'recipe'}: {self.message}"
+
+    @classmethod
+    def of(cls, combination: options.Problem) -> Problem:
+        """A problem of values that do not fit together, under the first of their keys."""
+        return cls(combination.keys[0], combination.message)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -80,7 +86,7 @@ def resolve(
     if recipe is not None:
         broken = {problem.path for problem in invalid}
         problems += [
-            Problem(check.keys[0], check.message)
+            Problem.of(check)
             for check in impossible_combinations(recipe)
             if not any(key[: len(path)] == path for key in check.keys for path in broken)
         ]

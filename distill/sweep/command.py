@@ -150,9 +150,7 @@ def _begin(sweep: Sweep, out: Path) -> None:
         if foreign:
             raise InputError(f"{out}: exists and is no sweep (it has {foreign[0]}). Choose another --out.")
         absent = [
-            Problem(found.keys[0], found.message)
-            for recipe in sweep.samples
-            for found in missing(recipe, plugins=bool(sweep.plugins))
+            Problem.of(found) for recipe in sweep.samples for found in missing(recipe, plugins=bool(sweep.plugins))
         ]
         if absent:
             raise InputError(listed(absent, sweep.source, "sweep"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
+from distill.files.metrics import MetricsFile
 from distill.sweep import axes
 from distill.sweep.axes import Axis, Values
 from distill.sweep.schema import Sweep
@@ -65,7 +66,7 @@ class Study:
         for lock in folder.glob(f"{JOURNAL}.lock*"):  # of a process that was killed
             lock.unlink()
         try:
-            _cut_incomplete_line(journal)
+            MetricsFile(journal).repair()  # one object a line there, too
             self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
             self._study = optuna.create_study(
                 study_name=STUDY,
@@ -214,12 +215,3 @@ def _value(one: Axis, stored: Any) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
-
-
-def _cut_incomplete_line(journal: Path) -> None:
-    """Remove what a killed process had not finished to write."""
-    if journal.exists():
-        content = journal.read_bytes()
-        if (end := content.rfind(b"\n") + 1) < len(content):
-            with journal.open("r+b") as file:
-                file.truncate(end)

@@ -22,9 +22,10 @@ from distill.recipe import Teacher as TeacherSpec
 from distill.teaching.contracts import candidates, check_contract
 from distill.teaching.earlier import check_trained_on, directory_of
 from teachers import Ensemble, Teacher, check_accuracy, check_class_order, check_features, load_teacher
+from teachers.addresses import parse
 from teachers.classes import class_order
 from teachers.licences import is_free, remark
-from teachers.sources import contract_is_assumed, parse
+from teachers.sources import contract_is_assumed
 
 PREFLIGHT_IMAGES = 5000
 PREFLIGHT_RANGES = 10

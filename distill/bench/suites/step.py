@@ -5,7 +5,7 @@ training, optimizers, and how near the step comes to the machine's matrix rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,8 +51,7 @@ def _area_over_plain(machine: Machine, student: Student) -> Iterator[Row]:
     for arm in areas:
         yield compare(where, times, arm, plain, of="time", matrix_rate=rate)
     # Both arms in FLOP/s: the ratio of their speeds is the share of the rate, taken round by round.
-    per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, product)}
-    yield compare(share, per_flop, plain, product, of="speed")
+    yield compare(share, _per_flop(times, plain, product), plain, product, of="speed")
 
 
 def _kinds(machine: Machine, student: Student) -> Iterator[Row]:
@@ -82,10 +81,14 @@ def _pyramids(machine: Machine, student: Student) -> Iterator[Row]:
     ]
     nano, micro, *pyramids = (step_arm(f"{one.model}/{one.patch_size}", one.recipe(), accelerator) for one in models)
     times, rate = machine.interleave([nano, micro, *pyramids]), machine.matrix_rate(student.precision)
-    per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (nano, *pyramids)}
+    per_flop = _per_flop(times, nano, *pyramids)
     for arm in pyramids:
         yield compare(where, times, arm, micro, of="time", matrix_rate=rate)
         yield compare(by_work, per_flop, arm, nano, of="time")
+
+
+def _per_flop(times: Mapping[str, Sequence[float]], *of: Arm) -> dict[str, list[float]]:
+    return {arm.name: [time / arm.flops for time in times[arm.name]] for arm in of}
 
 
 def _methods(machine: Machine, student: Student) -> Iterator[Row]:
@@ -131,8 +134,7 @@ def _self_distillation(machine: Machine, student: Student) -> Iterator[Row]:
     dino = step_arm("dino, 2 + 8 views", student.recipe(**arms.self_distilling()), accelerator)
     times = machine.interleave([plain, dino])
     yield compare(where, times, dino, plain, of="time", matrix_rate=machine.matrix_rate(student.precision))
-    per_flop = {arm.name: [time / arm.flops for time in times[arm.name]] for arm in (plain, dino)}
-    yield compare(by_work, per_flop, dino, plain, of="time")
+    yield compare(by_work, _per_flop(times, plain, dino), dino, plain, of="time")
 
 
 def _optimizers(machine: Machine, student: Student) -> Iterator[Row]:
