@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +55,8 @@ def test_tensorboard_has_each_step_once_after_a_resume(
     else:
         with pytest.raises(Interrupted):
             go(recipe, out, stop)
+    # TensorBoard reads event files in the order of their names: the second, then a counter that is compared as text.
+    time.sleep(1)
     go(recipe, out, None, resume=out / resume if stop is not None else out)
     (folder,) = {path.parent for path in (out / "toy").glob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder)).Reload()
