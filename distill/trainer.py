@@ -87,7 +87,7 @@ class Trainer:
         )
         dataset.use_unlabelled(bool(recipe.distill))  # nothing else learns from them
         self.steps_per_epoch = dataset.steps_per_epoch(self.plan)
-        self.schedule_steps = train.epochs * self.steps_per_epoch
+        self.schedule_steps = max(1, round(train.epochs * self.steps_per_epoch))
         self.total_steps = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         warn_of_long_warmup(recipe.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         self.student: Student = build_student(

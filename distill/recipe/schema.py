@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
 from distill.options import (
     Interpolation,
@@ -270,8 +270,15 @@ class Optim(Section):
     )
 
 
+def _whole(number: float) -> float:
+    """An int where it is whole, so that 2.0 and 2 are the same recipe."""
+    return int(number) if number == int(number) else number
+
+
 class Train(Section):
-    epochs: int = Field(300, gt=0, description="Passes over the training set.")
+    epochs: Annotated[float, Field(gt=0), AfterValidator(_whole), PlainSerializer(_whole, int | float)] = Field(
+        300, description="Passes over the training set; 2.5: two and a half."
+    )
     batch_size: int = Field(1024, gt=0, description="Global batch size, over all processes.")
     gradient_accumulation: int = Field(
         1,

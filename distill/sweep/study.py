@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ class Study:
             return optuna.pruners.NopPruner()
         return optuna.pruners.HyperbandPruner(
             min_resource=stop.min_epochs,
-            max_resource=max(stop.min_epochs, self.sweep.resolved.train.epochs),
+            max_resource=max(stop.min_epochs, math.ceil(self.sweep.resolved.train.epochs)),
             reduction_factor=stop.factor,
         )
 

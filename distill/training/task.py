@@ -54,7 +54,7 @@ class Task(nn.Module):
         multi_crop: bool = False,
         average: MovingAverage | None = None,
         global_views: int = 0,
-        epochs: int = 1,
+        epochs: float = 1,
     ) -> None:
         """
         Args:
