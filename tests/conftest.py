@@ -44,6 +44,17 @@ launch has limits of its own.
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 """For what is to hold on a GPU too; where there is none, the CPU rehearses it."""
 
+
+def some(cases: Iterable[Any], *kept: int) -> list[Any]:
+    """The parameters of a long test: those at `kept` (by default the first) run in the suite, the others by -m soak."""
+    return [
+        case
+        if index in (kept or (0,))
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.soak)
+        for index, case in enumerate(cases)
+    ]
+
+
 SHARED = Path(os.environ.get("DISTILL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 

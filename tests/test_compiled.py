@@ -83,6 +83,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
     return [torch.cat([gradient.flatten() for gradient in one]) for one in gradients]
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_several_backward_passes_through_compiled_areas_are_right_or_refused() -> None:
     """In float64: in float32 eager gradients are off by more than what is to be seen. Code compiled for a backward pass

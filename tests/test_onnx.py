@@ -20,7 +20,7 @@ from distill.exports.folder import load_export
 from distill.exports.onnx_file import FromPixels, compare_logits, onnx_logits, write_onnx
 from distill.run import read_recipe
 from distill.students import Student, build_student
-from tests.conftest import Command, Toy
+from tests.conftest import Command, Toy, some
 from tests.students.helpers import KINDS, student_options
 
 CLASSES = list("abcdefg")
@@ -61,8 +61,7 @@ SPECS = [
 @torch.no_grad()
 @pytest.mark.parametrize(
     "spec",
-    # An export takes ten seconds: those of one kind of graph each here, the others by -m soak.
-    [spec if index in (0, 4, 7) else pytest.param(spec, marks=pytest.mark.soak) for index, spec in enumerate(SPECS)],
+    some(SPECS, 0, 7),  # an export takes ten seconds
     ids=str,
 )
 def test_onnxruntime_and_exported_programs_answer_as_torch_does(spec: dict[str, Any], tmp_path: Path) -> None:
@@ -135,6 +134,7 @@ def test_the_command_exports_what_the_run_predicted(finished: Path, tmp_path: Pa
     torch.testing.assert_close(logits, predicted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.soak
 def test_half_and_one_head_together_without_the_data(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from distill.errors import Interrupted
 from distill.recipe import Recipe, from_mapping
-from tests.conftest import Toy
+from tests.conftest import Toy, some
 from tests.test_pipeline_variants import exported_answers
 from tests.test_resume import go, same_end, train_lines
 from tests.warm import launch
@@ -38,7 +38,7 @@ def recipe_of(toy: Toy, family: str, **train: Any) -> Recipe:
     return recipe
 
 
-@pytest.mark.parametrize("family", PYRAMIDS)
+@pytest.mark.parametrize("family", some(PYRAMIDS))
 def test_a_stopped_run_goes_on_bit_for_bit_and_its_export_answers_as_it_did(
     toy: Toy, family: str, tmp_path: Path
 ) -> None:
@@ -55,7 +55,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_its_export_answers_as_it_did(
     torch.testing.assert_close(found["student.fused"], answers, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", PYRAMIDS)
+@pytest.mark.parametrize("family", some(PYRAMIDS, 1))
 def test_two_processes_use_every_parameter_and_learn_what_one_does(toy: Toy, family: str, tmp_path: Path) -> None:
     recipe = recipe_of(toy, family, epochs=1, max_steps=3, ema=None)
     recipe = recipe.replace(student=recipe.student.model_copy(update={"drop_path": 0.0}))

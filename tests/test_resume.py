@@ -285,6 +285,7 @@ def test_resuming_from_an_older_checkpoint_and_from_behind_a_damaged_one(
     same_end(undisturbed, out)
 
 
+@pytest.mark.soak
 def test_a_killed_command_goes_on_with_resume_auto(toy: Toy, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "distill.train", str(toy.recipe), "--out", str(out), "--resume", "auto"]

@@ -79,11 +79,8 @@ CASES: dict[str, tuple[int, Callable[[], None], tuple[str, ...], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["mixed in pairs", "one of two"], pytest.param(list(CASES), marks=pytest.mark.soak)],
-    ids=["some", "all"],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("names", [["mixed in pairs", "one of two"], list(CASES)], ids=["some", "all"])
 def test_following_the_messages_ends_in_settings_that_fit(
     toy: Toy, tmp_path: Path, counted: Counted, names: list[str]
 ) -> None:

@@ -14,6 +14,7 @@ from distill.errors import InputError
 from distill.exports.folder import load_export, write_export
 from distill.recipe.loading import from_mapping
 from distill.students import Student, build_student
+from tests.conftest import some
 from tests.students.helpers import student_options
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -91,7 +92,7 @@ def test_timms_models_have_an_embedding_too(model: str, places: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"model": "vit_nano", "patch_size": 8}, {"model": "focal_nano"}, {"model": "resnet18"}]
+    "keys", some([{"model": "vit_nano", "patch_size": 8}, {"model": "focal_nano"}, {"model": "resnet18"}])
 )
 def test_a_student_without_a_head_is_exported_as_its_features(keys: dict[str, Any], tmp_path: Path) -> None:
     student = student_of(0, **keys).eval()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import distill.students  # noqa: F401 (registers the architectures)
+from tests.conftest import some
 
 PUBLISHED = {
     "regionvit_tiny": 13_842_676,
@@ -179,7 +180,7 @@ def test_weight_decay_spares_tables_of_biases(name: str) -> None:
     assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("name", [NANO[0], *(pytest.param(name, marks=pytest.mark.soak) for name in NANO[1:])])
+@pytest.mark.parametrize("name", some(NANO))
 def test_compiled_and_exported_it_is_the_same(name: str) -> None:
     model = create(name, distilled=True, depths=[1, 1], heads=[3, 6]).train()
     model.set_distilled_training(True)

@@ -11,6 +11,7 @@ from timm.models import is_model_in_modules
 
 from distill.students import build_student
 from teachers import Teacher
+from tests.conftest import some
 from tests.students.helpers import student_options
 
 SMALLEST = [
@@ -57,13 +58,7 @@ def _modules_of(name: str) -> list[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if index % 6 == 0 else pytest.param(name, marks=pytest.mark.soak)
-        for index, name in enumerate([*SMALLEST, *LARGER])
-    ],
-)
+@pytest.mark.parametrize("name", some(ALL := [*SMALLEST, *LARGER], *range(0, len(ALL), 6)))
 def test_maps_stand_beside_the_plain_logits(name: str) -> None:
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")

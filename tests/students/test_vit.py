@@ -12,6 +12,7 @@ import torch
 import distill.students  # noqa: F401 (registers the architectures)
 from distill.recipe import VIT_SIZES
 from distill.students.vit import AttentionVisionTransformer
+from tests.conftest import some
 from tests.students.helpers import KINDS, of_kind
 
 NANO = {"img_size": 32, "patch_size": 4, "num_classes": 10}
@@ -105,7 +106,7 @@ def test_positions_are_resampled_only_to_another_size(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [case if index in (0, 3) else pytest.param(*case, marks=pytest.mark.soak) for index, case in enumerate(FURTHER)],
+    some(FURTHER, 3),
     ids=str,
 )
 def test_torch_compile_gives_the_same_logits_and_gradients(name, attention):
