@@ -7,6 +7,7 @@ from typing import Any
 
 from distill import registry
 from distill.options import Problem
+from distill.recipe.schema import Data
 from distill.recipe.variants import reader_of
 
 UNBALANCED = 1.5
@@ -23,7 +24,8 @@ def check(recipe: Any) -> Iterator[Problem]:
     """What does not fit together, whatever the data."""
     data = recipe.data
     reader = reader_of(data.name)
-    if reader is not None and registry.options_of("datasets")[reader].in_order:
+    options = None if reader is None else registry.options_of("datasets")[reader]
+    if options is not None and issubclass(options, Data) and options.in_order:
         for key in ("class_weights", "sampler", "long_tail"):
             if getattr(data, key) is not None:
                 yield Problem(
