@@ -100,12 +100,13 @@ def _measured(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, Me
 
 def table(measured: Mapping[str, Metrics]) -> Table:
     """A table for the console."""
-    shown = Table("model", "correct", "top-1 %", "top-5 %", "NLL")
+    shown = Table("model", "correct", "top-1 %", "macro %", "top-5 %", "NLL")
     for name, metrics in measured.items():
         shown.add_row(
             name,
             f"{metrics.top1_correct:,} of {metrics.samples:,}",
             f"{metrics.top1:.2f}",
+            f"{metrics.macro:.2f}",
             f"{metrics.topk:.2f}",
             f"{metrics.nll:.4f}",
         )

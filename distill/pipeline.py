@@ -237,6 +237,7 @@ def _execute(
             "running",
             data_digest=dataset.info.digest,
             data_sizes=dict(dataset.info.sizes),
+            class_images=dict(zip(dataset.info.class_names, dataset.info.class_images, strict=False)),
             selected_by=trainer.evaluator.primary,
             unlabelled_digest=dataset.info.unlabelled_digest,
             data_left_out={"count": len(left_out), "first": left_out[:MAX_NAMED]},

@@ -91,6 +91,9 @@ def check_data(location: RunLocation, dataset: Dataset) -> None:
         )
     if location.resumed and status.get("unlabelled_digest") not in (None, dataset.info.unlabelled_digest):
         raise InputError(f"{location.directory}: this run began with other images than those of data.unlabelled now.")
+    counted = dict(zip(dataset.info.class_names, dataset.info.class_images, strict=False))
+    if location.resumed and status.get("class_images", counted) != counted:
+        raise InputError(f"{location.directory}: this run began with other training images of each class than now.")
 
 
 def check_variants(location: RunLocation, variants: dict[str, str]) -> None:

@@ -110,7 +110,8 @@ class Tracking:
         self._evaluated = prefix
         self.run.log("eval", step=step, epoch=epoch, split=split, weights=weights, **values)
         self.run.status(metrics=dict(values))
-        shown = [f"{name} {values[key]:.2f} %" for key, name in SHOWN.items() if key in values]
+        names = {"student/macro": "macro", **SHOWN} if self._recipe.train.select == "macro" else SHOWN
+        shown = [f"{name} {values[key]:.2f} %" for key, name in names.items() if key in values]
         newest = shown[0] if shown else ""
         self.display.accuracy(f"epoch {epoch:.2f}  {split} {', '.join(shown)} ({weights} weights)", newest)
 

@@ -19,6 +19,7 @@ from torch import nn
 from distill import registry
 from distill.cores import CoreContention
 from distill.data import Batch, BatchPlan, Dataset, Split
+from distill.data.imbalance import class_weights
 from distill.errors import Interrupted, RunFailed
 from distill.evaluation import build_evaluator
 from distill.files.digests import state_digest
@@ -119,6 +120,8 @@ class Trainer:
         self.source = self._source() if recipe.distill else None
         self.task = build_task(recipe, self.student, self.source, self.average, num_classes=info.num_classes)
         self.task.labelled_images = dataset.labelled_images(self.plan)
+        if (weights := class_weights(recipe.data, info.class_names, info.class_images)) is not None:
+            self.task.class_weights = torch.tensor(weights, device=accelerator.device)
         self.task.methods.to(accelerator.device)
         dataset.set_views(self.task.views)
         self.optimizer = accelerator.prepare(build_optimizer(recipe.optim, self.student.model, self.task.methods))

@@ -50,8 +50,19 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield from _unknown(name, reader_names(), ("data", "name"))
     elif name in FOLDERS and not root.is_dir():
         yield Problem((("data", "root"),), f"no such folder: {root}")
+    elif name in FOLDERS and isinstance(weights := recipe.data.class_weights, list):
+        classes = _class_folders(root / "train" if (root / "train").is_dir() else root)
+        if len(weights) != len(classes):
+            yield Problem(
+                (("data", "class_weights"),),
+                f"{len(weights)} weights for {len(classes)} classes; give one for each of {', '.join(classes)}",
+            )
     elif name.endswith((".safetensors", ".csv")) and not (root / name).is_file():
         yield Problem((("data", "name"),), f"no such file: {root / name}")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _teacher(teacher: Teacher, at: Key, plugins: bool) -> Iterator[Problem]:

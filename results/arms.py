@@ -13,8 +13,8 @@ from distill.recipe import OPERATIONAL_KEYS, Recipe, load, read_yaml
 
 HERE = Path(__file__).resolve().parent
 ARMS = {path.stem: path for path in sorted((HERE / "recipes").glob("*.yaml"))}
-TAUGHT_BY = "teacher"
-"""The arm that comes with its students: no campaign runs it, and it has one seed."""
+TEACHER_ARMS = ("teacher", "clothing-teacher")
+"""Arms that come with their students: no campaign runs them, and they have one seed."""
 
 
 class Cells(Section):
@@ -43,6 +43,7 @@ class Block(Section):
     )
     goals: list[Goal] = Field([])
     features: bool = Field(False, description="Whether the table is of features: k-NN, a linear probe, and top-1.")
+    classes: bool = Field(False, description="Whether the table has averages over the classes.")
     costs: bool = Field(False, description="Whether the table has what the students cost, measured by results.speed.")
 
 
@@ -86,7 +87,7 @@ def cells(campaign: str) -> list[tuple[str, int]]:
 def all_cells() -> Iterator[tuple[str, int]]:
     for campaign in PLAN.campaigns:
         yield from cells(campaign)
-    yield TAUGHT_BY, 0
+    yield from ((arm, 0) for arm in TEACHER_ARMS)
 
 
 def seeds_of(arm: str) -> list[int]:

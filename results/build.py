@@ -42,14 +42,15 @@ results.campaign cpu --runs DIR` (or `gpu`, `gpu-short`) runs what is missing, `
 its files here; [LOG.md](LOG.md) is the log of what was tried and learned. An arm is a recipe in [recipes](recipes), run
 by `accelerate launch distill/train.py results/recipes/ARM.yaml seed=SEED`.
 
-CIFAR-10. Top-1 accuracy is that of the 10,000 test images, which each run reads once, at its end, for the weights that
-were chosen on its validation images: mean and standard deviation over the seeds. A difference is that of the answers
-under the seeds that both arms have; p is that of McNemar's exact test of all of them together, in which an image counts
-once a seed: it speaks of the networks that were trained. "p over seeds", a paired t-test of their accuracies, asks how
-far other seeds would agree, and over three seeds it shows only what is large. "p, Holm" is p adjusted for the tests of
-its table; the other two are not. The interval of a difference is that of a bootstrap over seeds and images. "In common"
-says what the two arms share under each seed: the weights that they began from, and the batches that they saw. Minutes
-are those of a run from its first step to its test, without its pauses, whatever else the machine had to do."""
+CIFAR-10, where a question says nothing else. Top-1 accuracy is that of the test images (of CIFAR-10 10,000), which each
+run reads once, at its end, for the weights that were chosen on its validation images: mean and standard deviation over
+the seeds. A difference is that of the answers under the seeds that both arms have; p is that of McNemar's exact test of
+all of them together, in which an image counts once a seed: it speaks of the networks that were trained. "p over seeds",
+a paired t-test of their accuracies, asks how far other seeds would agree, and over three seeds it shows only what is
+large. "p, Holm" is p adjusted for the tests of its table; the other two are not. The interval of a difference is that
+of a bootstrap over seeds and images. "In common" says what the two arms share under each seed: the weights that they
+began from, and the batches that they saw. Minutes are those of a run from its first step to its test, without its
+pauses, whatever else the machine had to do."""
 
 
 def main(*, runs: Path = HERE / "runs", to: Path = HERE) -> int:
@@ -105,6 +106,8 @@ def table(cells: Cells, block: Block) -> str:
         return _table_with_costs(cells, block)
     if block.features:
         return _table_of_features(cells, block)
+    if block.classes:
+        return _table_of_classes(cells, block)
     header = ["arm", "", "seeds", "top-1 %", "validation %", "against", "points", "95 % interval", "p", "p, Holm",
               "p over seeds", "in common", "minutes"]  # fmt: skip
     tested = _tests(cells, block)
@@ -153,6 +156,24 @@ def _table_of_features(cells: Cells, block: Block) -> str:
         rows.append([f"`{arm}`", markdown(says(arm)), seeds, *told, str(load_arm(arm, 0).train.epochs)])
     said = "Votes of the 20 nearest training images, and a linear classifier, on frozen features; on the test images."
     return f"{lines(header, rows, words=(0, 1))}\n\n{said}"
+
+
+def _table_of_classes(cells: Cells, block: Block) -> str:
+    """The arms with averages over the classes."""
+    header = ["arm", "", "seeds", "top-1 %", "macro %", "worst class %", "against", "points", "95 % interval", "p",
+              "p, Holm", "p over seeds", "minutes"]  # fmt: skip
+    rows, tests = [], _tests(cells, block)
+    for row in block.rows:
+        name, says, seeds, top1, _, against, *tested, _, minutes = _row(cells, tests, *row)
+        metrics = cells.metrics(row[0])
+        found = [[getattr(of_run, key) for of_run in metrics] for key in ("macro", "worst_class")]
+        averages = [_spread(values) if values else NOT_RUN for values in found]
+        rows.append([name, says, seeds, top1, *averages, against, *tested, minutes])
+    said = (
+        "Macro: the mean of the accuracies of the classes on the test images; worst class: the lowest of them. "
+        "Differences and their tests are of top-1."
+    )
+    return f"{lines(header, rows, words=(0, 1, 6))}\n\n{said}"
 
 
 def _row(cells: Cells, tests: Tests, arm: str, against: str | None = None) -> list[str]:
@@ -210,7 +231,8 @@ def _model(recipe: Recipe) -> str:
 def _schedule(recipe: Recipe) -> str:
     train, held_out = recipe.train, recipe.data.validation
     share = f"{100 * held_out:g} %" if held_out < 1 else f"{held_out:,g}"
-    return f"{train.epochs} epochs in batches of {train.batch_size:,}, {share} of the training images held out"
+    chosen_on = f"{share} of the training images held out" if recipe.data.name != "folder" else "a folder to choose on"
+    return f"{train.epochs} epochs in batches of {train.batch_size:,}, {chosen_on}"
 
 
 def _machine(cells: Cells, arm: str) -> str | None:

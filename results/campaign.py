@@ -1,11 +1,13 @@
 """Runs a whole campaign of plan.yaml unattended: each arm under each seed, by the real command, one after the other.
 
-    python -m results.campaign cpu|gpu|gpu-short --runs DIR [key=value ...] [--hours H] [--minutes M] [--list]
+    python -m results.campaign cpu|gpu|... --runs DIR [key=value ...] [--hours H] [--minutes M] [--list]
 
-In the project's folder. The overrides, such as data.root=DIR, go to all runs. What is finished, in DIR or among the
-collected results, is skipped; what was stopped or killed goes on at its newest checkpoint; a failed run does not stop
-the others. To use half of the cores, or one of several GPUs, for a run, start a campaign on each (`taskset -c 0`,
-CUDA_VISIBLE_DEVICES=0): each leaves to the others what they run. Ctrl-C and SIGTERM stop it, resumable.
+In the project's folder. The overrides, such as data.root=DIR, go to all runs, so the arms of a campaign have their
+data in one folder: that of cifar10.safetensors, of `clothing` the one with train, val and test (plan.yaml). What is
+finished, in DIR or among the collected results, is skipped; what was stopped or killed goes on at its newest
+checkpoint; a failed run does not stop the others. To use half of the cores, or one of several GPUs, for a run, start
+a campaign on each (`taskset -c 0`, CUDA_VISIBLE_DEVICES=0): each leaves to the others what they run. Ctrl-C and
+SIGTERM stop it, resumable.
 `gpu-short` is for a machine that is there for minutes: a run of it takes less than four of one large GPU, and
 `--minutes 4` stops one that would take longer. `gpu` has runs of 300 and 900 epochs.
 The exit code is 0 if nothing failed, 1 if something did, 2 if it could not begin, 75 if it was stopped.

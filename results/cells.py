@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import InputError
-from distill.report.metrics import Predictions, decisions, read_predictions
+from distill.report.metrics import Metrics, Predictions, decisions, measure, read_predictions
 from distill.report.runs import Record, RunFiles, read_run
 from distill.report.statistics import Right, bootstrap_over_seeds, mcnemar, paired
 from distill.run import read_recipe
@@ -57,6 +57,11 @@ class Cells:
     def top1(self, arm: str) -> list[float]:
         """On the test set, in percent, by seed."""
         return list(map(_percent, self.rights(arm).values()))
+
+    def metrics(self, arm: str) -> list[Metrics]:
+        """On the test set, by seed."""
+        found = (run.predictions for run in self.of(arm))
+        return [measure(predictions.logits["student.fused"], predictions.labels) for predictions in found]
 
     def tested(self, arm: str, name: str) -> list[float]:
         """A value of the runs' test, such as 'student/knn', by seed."""
@@ -155,7 +160,9 @@ def read_cells(folder: Path) -> Cells:
     known = {run.path.name for run in runs} | {TEACHERS}
     if strange := sorted(path.name for path in folder.glob("[!.]*") if path.name not in known):
         raise InputError(f"{folder}: no cells of plan.yaml: {', '.join(strange)}.")
+    first: dict[str, RunFiles] = {}
     for run in runs:
-        if not np.array_equal(run.predictions.labels, runs[0].predictions.labels):
-            raise InputError(f"{run.path}: measured on another test set than {runs[0].path}. Remove or rerun it.")
+        other = first.setdefault(run.recipe["data"]["name"], run)
+        if not np.array_equal(run.predictions.labels, other.predictions.labels):
+            raise InputError(f"{run.path}: measured on another test set than {other.path}. Remove or rerun it.")
     return Cells(folder, found)

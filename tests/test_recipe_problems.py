@@ -147,6 +147,13 @@ def test_a_missing_choice_among_shapes_is_said_in_words_of_the_recipe(raw: dict[
         ("data.augment.color_jitter.hue=0.6", ["less than or equal to 0.5"]),
         ("data.augment.trivial_augment=1", ["boolean", "1"]),
         ("student.drop_path=1", ["less than 1"]),
+        ("data.class_weights=[1.0, 0.0]", ["greater than 0"]),
+        ("data.class_weights=[1, -2]", ["greater than 0"]),
+        ("data.class_weights=[1]", ["at least 2"]),
+        ("data.class_weights=even", ["'balanced'", "'even'"]),
+        ("data.sampler=random", ["'balanced'", "'random'"]),
+        ("data.long_tail=1", ["greater than 1"]),
+        ("train.select=worst", ["'top1' or 'macro'", "'worst'"]),
     ],
 )
 def test_wrong_values_are_refused_without_a_guess(override: str, words: list[str]) -> None:
@@ -218,6 +225,13 @@ def test_numbers_are_finite(key: str, value: str) -> None:
         (["train.batch_size=10", "train.gradient_accumulation=4"], "train.batch_size", "4 micro-batches"),
         (["train.batch_size=9", "data.augment.mixup=0.8"], "train.batch_size", "pairs"),
         (["optim.min_lr=0.1"], "optim.min_lr", "0.001"),
+        (["data.class_weights=balanced", "data.sampler=balanced"], "data.class_weights", "equally often already"),
+        (["data.class_weights=[1, 2]", "distill=[{method: guide}]", "label_weight=0"], "data.class_weights", "nothing"),
+        (["train.select=macro", "distill=[{method: guide}]", "label_weight=0"], "train.select", "neighbours"),
+        (["train.select=macro", "data.validation=0"], "train.select", "nothing is selected"),
+        (["data={name: wds/x, sampler: balanced}"], "data.sampler", "order, and its classes are not counted"),
+        (["data={name: tfds/x, class_weights: [1, 2]}"], "data.class_weights", "random access"),
+        (["data={name: hfids/x, long_tail: 10}"], "data.long_tail", "set it to null"),
     ],
 )
 def test_impossible_combinations_are_refused(overrides: list[str], path: str, words: str) -> None:
@@ -239,7 +253,8 @@ def test_impossible_combinations_are_refused(overrides: list[str], path: str, wo
         ["student.attention.blocks=[]"],
         ["student.attention.blocks=[5, 0]"],
         ["data.validation=5000"],
-        ["data.validation=0", "data.select_on=test"],
+        ["data.validation=0", "data.select_on=test", "train.select=macro"],
+        ["data.class_weights=[1, 2.5]", "data.sampler=balanced", "data.long_tail=1.5"],
         ["student={model: resnet18, pretrained: true}"],
         ["optim.warmup_epochs=1000", "train.epochs=1"],
         ["train.batch_size=12", "train.gradient_accumulation=3", "data.augment.cutmix=1.0"],

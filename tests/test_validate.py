@@ -82,6 +82,16 @@ def test_one_problem_each(changes: dict[str, Any], message: str, validated) -> N
     assert message in problems[0]
 
 
+def test_weights_of_classes_that_a_folder_does_not_have(validated) -> None:
+    for name in ("train/cat", "train/dog", "train/eel", "train/.cache", "test/cat"):
+        Path("photos", name).mkdir(parents=True)
+    folder = {"name": "folder", "root": "photos"}
+    code, (_, problem) = validated(data={**folder, "class_weights": [1.0, 2.0]})
+    assert code == 2
+    assert "data.class_weights: 2 weights for 3 classes; give one for each of cat, dog, eel" in problem
+    assert validated(data={**folder, "class_weights": [1.0, 2.0, 3.0]}) == (0, [])
+
+
 def test_all_at_once(validated) -> None:
     code, lines = validated(
         teacher={"model": "resnet81", "weights": "no.pth"},

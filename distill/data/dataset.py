@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.data.augment import Augmenter, to_float
 from distill.data.batches import Batch, BatchPlan
+from distill.data.imbalance import balanced_draws
 from distill.data.mixing import one_hot
 from distill.data.randomness import permutation
 from distill.data.views import MultiCrop
@@ -36,6 +37,8 @@ class DatasetInfo:
     """SHA-256 (hex) that identifies the data."""
     sizes: dict[str, int]
     """Images in 'train', 'validation' (0: no such split) and 'test'."""
+    class_images: tuple[int, ...] = ()
+    """Labelled training images of each class; empty: not counted."""
     pixels: str = ""
     """The sizes of the images as they are stored, in words; empty: not known."""
     fitted: bool = False
@@ -57,7 +60,7 @@ class DatasetInfo:
 
     def of_training(self, size: int) -> DatasetInfo:
         """The same with so many training images and no other split."""
-        return replace(self, sizes={"train": size, "validation": 0, "test": 0}, left_out=())
+        return replace(self, sizes={"train": size, "validation": 0, "test": 0}, class_images=(), left_out=())
 
 
 class RawBatch(NamedTuple):
@@ -67,8 +70,8 @@ class RawBatch(NamedTuple):
     """uint8 [B, C, H, W]: the whole images or, of a stream with random crops, those of view 0."""
     labels: Tensor
     """int64 [B]"""
-    indices: Tensor
-    """int64 [B], positions in the training split."""
+    draws: Tensor
+    """int64 [B], of N training images: draw d is that at position d % N of the split, augmented by d."""
     crops: tuple[Tensor, ...] = ()
     """Random crops of views 1, 2, ..., uint8 [B, C, size, size] each."""
 
@@ -146,24 +149,32 @@ class Dataset(ABC):
         return self._augmented(plan, epoch, first_step)
 
     def _augmented(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+        size = self.info.sizes["train"]
         for step in self._raw_steps(plan, epoch, first_step):
             micro_batches = []
             for raw in step:
                 (images, *views), targets = self._views(raw, plan.seed, epoch)
-                micro_batches.append(Batch(images, targets, raw.labels, raw.indices, tuple(views)))
+                micro_batches.append(Batch(images, targets, raw.labels, raw.draws % size, tuple(views)))
             yield micro_batches
 
     def _views(self, raw: RawBatch, seed: int, epoch: int) -> tuple[list[Tensor], Tensor]:
         """The images by view, and the targets of the first."""
         given = (raw.images, *raw.crops)
         if isinstance(self.augmenter, MultiCrop):
-            views = self.augmenter(given, raw.indices, seed=seed, epoch=epoch, views=self.views)
+            views = self.augmenter(given, raw.draws, seed=seed, epoch=epoch, views=self.views)
             return views, one_hot(raw.labels, self.info.num_classes)
         made = [
-            self.augmenter(given[view if raw.crops else 0], raw.labels, raw.indices, seed=seed, epoch=epoch, view=view)
+            self.augmenter(given[view if raw.crops else 0], raw.labels, raw.draws, seed=seed, epoch=epoch, view=view)
             for view in range(self.views)
         ]
         return [images for images, _ in made], made[0][1]
+
+    def _draws(self, seed: int, epoch: int, device: torch.device) -> Tensor:
+        """The draws of an epoch in their order, int64 [training images]; see `RawBatch.draws`."""
+        size = self.info.sizes["train"]
+        if self.spec.sampler is None or bool((labels := self.labels("train")).min() < 0):  # images without labels
+            return permutation(seed, epoch, size, device)
+        return balanced_draws(labels, seed, epoch).to(device)
 
     @abstractmethod
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
@@ -193,6 +204,11 @@ class ResidentSplit(NamedTuple):
     def size(self) -> int:
         return len(self.labels) if self.rows is None else len(self.rows)
 
+    @property
+    def own_labels(self) -> Tensor:
+        """int64 [size]."""
+        return self.labels if self.rows is None else self.labels[self.rows]
+
 
 class ResidentDataset(Dataset):
     """uint8 tensors on the device; splits are row indices into them, without copies."""
@@ -211,9 +227,7 @@ class ResidentDataset(Dataset):
                 moved[id(tensor)] = tensor.to(device)
             return moved[id(tensor)]
 
-        self._cpu_labels = {
-            name: split.labels if split.rows is None else split.labels[split.rows] for name, split in splits.items()
-        }
+        self._cpu_labels = {name: split.own_labels for name, split in splits.items()}
         self._splits = {
             name: ResidentSplit(
                 on_device(split.images), on_device(split.labels), None if split.rows is None else split.rows.to(device)
@@ -249,9 +263,10 @@ class ResidentDataset(Dataset):
 
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
         train = self._splits["train"]
-        order = permutation(plan.seed, epoch, train.size, self.device)
+        draws = self._draws(plan.seed, epoch, self.device)
+        order = draws % train.size
         for step in range(first_step, plan.steps_per_epoch(train.size)):
-            yield [RawBatch(*self._take(train, order[part]), order[part]) for part in plan.slices(step)]
+            yield [RawBatch(*self._take(train, order[part]), draws[part]) for part in plan.slices(step)]
 
     def evaluation_batches(
         self, split: Split, start: int, stop: int, batch_size: int

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distill.data.dataset import DatasetInfo
+from distill.data.imbalance import class_weights
 from distill.recipe import FROM_PYTHON, Data
+from distill.recipe.imbalance import is_unbalanced
 
 MOST_NAMES = 12
 
@@ -26,6 +28,7 @@ def facts(info: DatasetInfo, spec: Data, *, methods: bool = True) -> Iterator[tu
     names = ", ".join(info.class_names[:MOST_NAMES])
     more = info.num_classes - MOST_NAMES
     yield "classes", f"{info.num_classes}: {names}" + (f" and {more:,} more" if more > 0 else "")
+    yield from _balance(info, spec)
     colour = {1: "greyscale, 1 channel", 3: "colour, 3 channels"}.get(info.channels, f"{info.channels} channels")
     yield "images", f"{info.pixels or 'of unknown sizes'}; {colour}; {_fitted(info, spec)}"
     if (growth := spec.growth) is not None:
@@ -36,6 +39,23 @@ def facts(info: DatasetInfo, spec: Data, *, methods: bool = True) -> Iterator[tu
         yield "views", ", ".join(crops)
     if info.pack is not None:
         yield "pack", f"{info.pack}, {Path(info.pack).stat().st_size / 1e6:,.1f} MB"
+
+
+def _balance(info: DatasetInfo, spec: Data) -> Iterator[tuple[str, str]]:
+    """How many images the classes have, where that differs much, and what the recipe does about it."""
+    if is_unbalanced(info.class_images):
+        why = f" (data.long_tail={spec.long_tail:g})" if spec.long_tail is not None else ""
+        yield "balance", f"{_range(info.class_names, info.class_images, ',d')} labelled training images a class{why}"
+    if (weights := class_weights(spec, info.class_names, info.class_images)) is not None:
+        yield "weights", f"{_range(info.class_names, weights, '.3g')}, in the label loss and in methods on logits"
+    if spec.sampler is not None:
+        yield "sampler", f"each class equally often (data.sampler={spec.sampler})"
+
+
+def _range(names: Sequence[str], values: Sequence[float], form: str) -> str:
+    """The smallest and the largest value, with their classes."""
+    ends = (of(zip(values, names, strict=True)) for of in (min, max))
+    return " to ".join(f"{value:{form}} ({name})" for value, name in ends)
 
 
 def _use(info: DatasetInfo, spec: Data, methods: bool) -> str:

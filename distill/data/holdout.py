@@ -47,12 +47,18 @@ def hold_out(
             + ("label; keep more labels" if split == "labelled" else "training image; hold out less")
         )
     hashed = hashes(keys(seed, 0, [split]), torch.arange(len(labels)) if rows is None else rows)[0]
+    held_out = rank_in_class(labels, hashed) < quota[labels]
+    return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+def rank_in_class(labels: Tensor, hashed: Tensor) -> Tensor:
+    """int64 [N]: the place of each row among those of its class by rising hash, from 0; of equal ones in file order."""
     by_hash = torch.argsort(hashed, stable=True)
     by_class = by_hash[torch.argsort(labels[by_hash], stable=True)]
-    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    held_out[by_class] = rank < quota[labels[by_class]]
-    return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+    sizes = torch.bincount(labels)
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    return rank
 
 
 def keep_labels(labels: Tensor, amount: float, seed: int, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from distill.data.facts import range_of
 from distill.data.given import GivenData
 from distill.data.holdout import hold_out, keep_labels
 from distill.data.images import ImageRules, is_grey, size_of
+from distill.data.imbalance import long_tail
 from distill.data.packed import PIXELS, Packed
 from distill.data.stream import Reader, StreamDataset, StreamSplit
 from distill.data.unlabelled import MixedDataset
@@ -117,6 +118,7 @@ class Opening:
                 "validation": splits["validation"].size if "validation" in splits else 0,
                 "test": splits["test"].size,
             },
+            class_images=_counted(splits["train"].own_labels, packed.class_names),
             pixels=packed.metadata.get(PIXELS) or ("" if fitted else range_of({(images.shape[3], images.shape[2])})),
             fitted=fitted,
             pack=packed.path if Path(packed.path).is_file() else None,
@@ -161,7 +163,12 @@ class Opening:
         }
         held_out = self._held_out(splits["test"].rows)
         info = self.describe(class_names, rules, sizes, content, name, pixels=self._pixels(readers["train"]))
-        info = replace(info, digest=_with_names(info.digest, held_out), held_out=held_out)
+        info = replace(
+            info,
+            digest=_with_names(info.digest, held_out),
+            held_out=held_out,
+            class_images=_counted(splits["train"].labels, class_names),
+        )
         return StreamDataset(info, self.spec, self.device, splits, rules=rules, workers=self.workers)
 
     def _pixels(self, train: Reader) -> str:
@@ -314,11 +321,18 @@ def _rows(labels: dict[str, Tensor], spec: Data, seed: int) -> dict[str, tuple[s
             all_of_them = torch.arange(len(labels["train"])) if train is None else train
             remaining, held_out = hold_out(labels["train"][all_of_them], spec.validation, seed)
             train, rows["validation"] = all_of_them[remaining], ("train", all_of_them[held_out])
+    left = torch.arange(len(labels["train"])) if train is None else train
+    if spec.long_tail is not None:
+        train = left = left[long_tail(labels["train"][left], spec.long_tail, seed, left)]
     if spec.labelled is not None:
-        left = torch.arange(len(labels["train"])) if train is None else train
         kept, others = keep_labels(labels["train"][left], spec.labelled, spec.labelled_seed, left)
         train, rows["unlabelled"] = left[kept], ("train", left[others])
     return {"train": ("train", train), **rows}
+
+
+def _counted(labels: Tensor, class_names: Sequence[str]) -> tuple[int, ...]:
+    """Images of each class."""
+    return tuple(torch.bincount(labels, minlength=len(class_names)).tolist())
 
 
 def channel_statistics(split: ResidentSplit, chunk: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -37,6 +37,7 @@ TEST_NAMES = ("validation", "test", "val")
 
 class Options(Data):
     names: ClassVar[Sequence[str]] = ("hfids/", "tfds/", "wds/")
+    in_order: ClassVar[bool] = True
 
 
 class _Decoder(torch_data.IterableDataset):

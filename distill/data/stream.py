@@ -18,7 +18,7 @@ from distill.data.fitting import Box, frame
 from distill.data.geometry import RESIZED_CROP_DRAWS, crop_boxes
 from distill.data.images import ImageRules, Source, decode, to_square
 from distill.data.loading import items, worker_loader
-from distill.data.randomness import hashes, keys, permutation, view_suffix
+from distill.data.randomness import hashes, keys, view_suffix
 from distill.errors import InputError
 from distill.recipe import Data
 from distill.recipe.augment import RandomResizedCrop
@@ -58,9 +58,13 @@ class StreamSplit(NamedTuple):
     def labels(self) -> Tensor:
         return self.reader.labels if self.rows is None else self.reader.labels[self.rows]
 
+    @property
+    def size(self) -> int:
+        return len(self.reader.labels if self.rows is None else self.rows)
+
 
 class Draw(NamedTuple):
-    """Arguments of a training image's random crops, besides its index."""
+    """Arguments of a training image's random crops, besides its number."""
 
     seed: int
     epoch: int
@@ -69,7 +73,9 @@ class Draw(NamedTuple):
 
 
 Request = tuple[list[int], Draw | None]
-"""The positions of a batch in its split, and the draw of its crops (None: centre crops)."""
+"""The images of a batch by their positions in the split, in training by `RawBatch.draws`, and the draw of their crops
+(None: centre crops).
+"""
 
 
 @lru_cache(maxsize=128)
@@ -109,7 +115,7 @@ def crop_box(
 
 
 class _Decoder(torch_data.Dataset):
-    """Runs in the workers: a request -> uint8 [B, C, R, R], labels, positions, and the crops of further views.
+    """Runs in the workers: a request -> uint8 [B, C, R, R], labels, its numbers, and the crops of further views.
 
     Returns errors of broken images instead of raising them, since the loader would add the worker's stack trace.
     """
@@ -118,24 +124,25 @@ class _Decoder(torch_data.Dataset):
         self.split, self.spec, self.rules = split, spec, rules
 
     def __getitem__(self, request: Request) -> tuple[Tensor, ...] | InputError:
-        positions, draw = request
-        indices = torch.tensor(positions)
-        rows = indices if self.split.rows is None else self.split.rows[indices]
+        numbers, draw = request
+        drawn = torch.tensor(numbers)
+        positions = drawn % self.split.size
+        rows = positions if self.split.rows is None else self.split.rows[positions]
         images = []
         try:
-            for position, row in zip(positions, rows.tolist(), strict=True):
+            for number, row in zip(numbers, rows.tolist(), strict=True):
                 image = decode(*self.split.reader.source(row), self.rules)
-                images.append(squares(image, position, draw, self.spec, self.rules))
+                images.append(squares(image, number, draw, self.spec, self.rules))
         except InputError as error:
             return error
         first, *others = map(torch.stack, zip(*images, strict=True))
-        return first, self.split.reader.labels[rows], indices, *others
+        return first, self.split.reader.labels[rows], drawn, *others
 
 
 def raw_batch(item: Sequence[Tensor], device: torch.device) -> RawBatch:
-    """What workers give, images, labels, positions and further crops, on the device."""
-    images, labels, indices, *crops = (tensor.to(device, non_blocking=True) for tensor in item)
-    return RawBatch(images, labels, indices, tuple(crops))
+    """What workers give, images, labels, draws and further crops, on the device."""
+    images, labels, draws, *crops = (tensor.to(device, non_blocking=True) for tensor in item)
+    return RawBatch(images, labels, draws, tuple(crops))
 
 
 class _Requests(torch_data.Sampler):
@@ -148,11 +155,10 @@ class _Requests(torch_data.Sampler):
         return self.iterator
 
 
-def _training_requests(plan: BatchPlan, epoch: int, first_step: int, count: int, views: int) -> Iterator[Request]:
-    order = permutation(plan.seed, epoch, count)
-    for step in range(first_step, plan.steps_per_epoch(count)):
+def _training_requests(plan: BatchPlan, epoch: int, first_step: int, draws: Tensor, views: int) -> Iterator[Request]:
+    for step in range(first_step, plan.steps_per_epoch(len(draws))):
         for part in plan.slices(step):
-            yield order[part].tolist(), Draw(plan.seed, epoch, views)
+            yield draws[part].tolist(), Draw(plan.seed, epoch, views)
 
 
 class StreamDataset(Dataset):
@@ -201,7 +207,8 @@ class StreamDataset(Dataset):
 
     def _raw_steps(self, plan: BatchPlan, epoch: int, first_step: int) -> Iterator[list[RawBatch]]:
         count = self.info.sizes["train"]
-        self._requests.iterator = _training_requests(plan, epoch, first_step, count, self.views)
+        draws = self._draws(plan.seed, epoch, torch.device("cpu"))
+        self._requests.iterator = _training_requests(plan, epoch, first_step, draws, self.views)
         decoded = self._decoded(self._train_loader)
         for _ in range(first_step, plan.steps_per_epoch(count)):
             yield [next(decoded) for _ in range(plan.accumulation)]

@@ -27,6 +27,7 @@ def accuracies(predictions: Mapping[str, Tensor], labels: Tensor) -> dict[str, f
         key = "student" if name == "student.fused" else name
         metrics = measure(logits.numpy(), labels.numpy(), None if teacher is None else teacher.numpy())
         values |= {f"{key}/top1": metrics.top1, f"{key}/top5": metrics.topk, f"{key}/nll": metrics.nll}
+        values |= {f"{key}/macro": metrics.macro, f"{key}/worst_class": metrics.worst_class}
         if key == "student" and metrics.agreement is not None:
             values["agreement"] = metrics.agreement
     return values

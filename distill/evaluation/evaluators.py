@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -73,8 +73,6 @@ class Classification(Evaluator):
     student's features tell by themselves.
     """
 
-    primary = "student/top1"
-
     def __init__(
         self,
         dataset: Dataset,
@@ -82,12 +80,14 @@ class Classification(Evaluator):
         *,
         batch_size: int = SMALLEST_BATCH,
         options: Evaluation | None = None,
+        select: Literal["top1", "macro"] = "top1",
     ) -> None:
         """
         Raises:
             InputError: there are fewer labelled training images than neighbours are asked for.
         """
         super().__init__(dataset, accelerator, batch_size=batch_size)
+        self.primary = f"student/{select}"
         wanted = options is not None and (options.knn or options.linear)
         self.frozen = FrozenFeatures(dataset, self._run, options) if options is not None and wanted else None
 
@@ -165,4 +165,6 @@ def build_evaluator(
     """
     if recipe.label_free:
         return LabelFree(dataset, accelerator, recipe.evaluation, batch_size=batch_size)
-    return Classification(dataset, accelerator, batch_size=batch_size, options=recipe.evaluation)
+    return Classification(
+        dataset, accelerator, batch_size=batch_size, options=recipe.evaluation, select=recipe.train.select
+    )

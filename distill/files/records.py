@@ -67,6 +67,7 @@ class Status(Record):
     phase: Name | None = None
     data_digest: Name | None = None
     data_sizes: dict[Name, Count] = {}
+    class_images: dict[Name, Count] = {}
     selected_by: Name | None = None
     unlabelled_digest: Name | None = None
     training_images: dict[Name, Count] = {}

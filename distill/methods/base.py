@@ -33,6 +33,8 @@ class StepInputs(NamedTuple):
     """Epochs that are done."""
     average: Sequence[Features] = ()
     """Embeddings and regions by the student's moving average, by global view, without gradients (`teacher.ema`)."""
+    weights: Tensor | None = None
+    """float32 [B]: of a mixed image the mean of its labels' (`data.class_weights`), 1 without a label. None: all 1."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,23 @@ class Method(nn.Module):
 
 
 class LogitsMethod(Method):
-    """Compares the logits of the student's distillation head, else of its only head, with the teacher's."""
+    """Compares the logits of the student's distillation head, else of its only head, with the teacher's.
+
+    With `data.class_weights` the loss is the mean over samples of weight * loss of the sample, which `compare` computes
+    for one sample after the other (vectorised by `torch.vmap`); unless it compares samples with each other, which have
+    no loss of their own then.
+    """
 
     def forward(self, step: StepInputs) -> Tensor:
         student, teacher = step.student[0].logits, step.teacher[0].logits
-        return self.compare(student.get("dist", student["cls"]), teacher["cls"], step.targets)
+        pairs = student.get("dist", student["cls"]), teacher["cls"], step.targets
+        if step.weights is None or self.options.needs.compares_samples:
+            return self.compare(*pairs)
+        losses = torch.vmap(lambda *sample: self.compare(*(tensor[None] for tensor in sample)))(*pairs)
+        return (step.weights * losses).mean()
 
     def compare(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-        """[B, classes] each -> a scalar."""
+        """[B, classes] each -> a scalar, the mean over samples unless `needs.compares_samples`."""
         raise NotImplementedError
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from distill.methods.base import LogitsMethod
 from distill.methods.precision import at_least_float32
+from distill.methods.soft import divergence
 from distill.options import LogitsOptions, Needs, NonNegative, Positive, Weight, WeightSchedule, weight
 from distill.registry import register
 
@@ -68,10 +69,7 @@ def _decoupled(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor,
         # p_t is the sigmoid of this margin, so log p_t and log(1 - p_t) are exact even for p_t close to 0 or 1.
         margin = logits.gather(1, label[:, None]) - others.logsumexp(dim=1, keepdim=True)
         pairs.append((F.logsigmoid(torch.cat([margin, -margin], dim=1)), F.log_softmax(others, dim=1)))
-    tckd, nckd = (
-        F.kl_div(of_student, of_teacher, reduction="none", log_target=True).sum(dim=1)
-        for of_student, of_teacher in zip(*pairs, strict=True)
-    )
+    tckd, nckd = (divergence(of_student, of_teacher).sum(dim=1) for of_student, of_teacher in zip(*pairs, strict=True))
     return tckd, nckd
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from distill.options import Key, Problem
-from distill.recipe import views
+from distill.recipe import imbalance, views
 from distill.recipe.installed import own_students, timm_models
 from distill.recipe.schema import Recipe, Teacher
 
@@ -24,6 +24,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         if amount >= 1 and amount != int(amount):
             yield Problem((("data", key),), f"a share below 1 or a whole count, got {amount}")
     yield from _unlabelled(recipe)
+    yield from imbalance.check(recipe)
     if data.growth is not None and data.growth.start >= data.resolution:
         yield Problem(
             (("data", "growth", "start"), ("data", "resolution")),

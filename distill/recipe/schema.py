@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PlainSerializer
+from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag
 
 from distill.options import (
     Interpolation,
     Key,
     MethodOptions,
     Options,
+    Positive,
     Probability,
     Problem,
     Section,
@@ -47,6 +48,16 @@ def _colour(value: str | list[int]) -> str | list[int]:
 Colour = Annotated[Text | list[int], AfterValidator(_colour)]
 
 
+def _weights_shape(value: Any) -> str:
+    return "list" if isinstance(value, list) else "word"
+
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag("word")] | Annotated[list[Positive], Field(min_length=2), Tag("list")],
+    Discriminator(_weights_shape),
+]
+
+
 class Growth(Section):
     start: Side = Field(16, description="Side in pixels of the student's training images at first.")
     until: Annotated[Probability, Field(gt=0.0)] = Field(
@@ -59,6 +70,8 @@ class Data(Options):
 
     names: ClassVar[Sequence[str]] = ()
     """Values of `name` for this reader; `hfds/` is a prefix, `.safetensors` a suffix."""
+    in_order: ClassVar[bool] = False
+    """Whether training images come in the order of a reader, without random access and before labels are known."""
     name: Text = Field(
         "cifar10",
         description="A small torchvision set (cifar10, cifar100, mnist, ...), digits, folder, a packed "
@@ -110,6 +123,22 @@ class Data(Options):
         lt=1,
         description="Share of each batch without labels; null: that of the training images; 0: they are left out, and "
         "an epoch has as many steps as with them.",
+    )
+    class_weights: ClassWeights | None = Field(
+        None,
+        description="Weights in the label loss and in methods on logits that take each image by itself: one for each "
+        "class, in their order, or 'balanced', the inverse of its number of training images. null: all the same.",
+    )
+    sampler: Literal["balanced"] | None = Field(
+        None,
+        description="'balanced': an epoch draws each class equally often, as many images as there are, so those of "
+        "rare classes many times; null: each image once.",
+    )
+    long_tail: float | None = Field(
+        None,
+        gt=1,
+        description="For experiments: keep ever fewer training images from the first class to the last, which has this "
+        "many times fewer than the first; after validation and test, which stay whole. null: keep all.",
     )
     image_column: Text | None = Field(
         None,
@@ -326,6 +355,11 @@ class Train(Section):
     )
     evaluate_every: int | None = Field(
         None, gt=0, description="Epochs between evaluations on the validation split; null: every epoch."
+    )
+    select: Literal["top1", "macro"] = Field(
+        "top1",
+        description="What weights are selected by: accuracy, or macro accuracy, the mean of the accuracies of the "
+        "classes. A run without labels is selected by its neighbours.",
     )
     checkpoint_every: int | None = Field(
         None, gt=0, description="Steps between checkpoints; null: every epoch.", json_schema_extra=MAY_CHANGE

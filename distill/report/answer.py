@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
+from distill.recipe.imbalance import is_unbalanced
 from distill.report.comparison import Comparison
 from distill.report.page import Column, Table
 from distill.report.statistics import EQUAL, SIGNIFICANT, PairedTest, p_text
@@ -75,6 +78,7 @@ def main_table(comparison: Comparison, *, narrow: bool = False) -> Table:
         ("model", "label", ""),
         ("top-1 %", "top1", ".2f"),
         ("95 % interval", "top1_interval", "{0[0]:.2f} to {0[1]:.2f}".format),
+        *([("macro %", "macro", ".2f")] if _unbalanced(comparison) else []),
         (f"top-{comparison.k} %", "topk", ".2f"),
         ("NLL", "nll", ".4f"),
         ("agreement %", "agreement", ".2f"),
@@ -85,18 +89,25 @@ def main_table(comparison: Comparison, *, narrow: bool = False) -> Table:
         ("file, MB", "megabytes", ".2f"),
     ]
     if narrow:
-        wide = ("top1_interval", "gflops", "images_per_second", "latency_ms", "megabytes")
+        wide = ("top1_interval", "macro", "gflops", "images_per_second", "latency_ms", "megabytes")
         columns = [column for column in columns if column[1] not in wide]
     records = [{"label": row.label, **comparison.record(row)} for row in comparison.rows]
-    return Table.of("models", _caption(comparison, speed=not narrow), records, columns)
+    return Table.of("models", _caption(comparison, narrow=narrow), records, columns)
 
 
-def _caption(comparison: Comparison, *, speed: bool) -> str:
+def _unbalanced(comparison: Comparison) -> bool:
+    """Whether some classes have so many test images that accuracy is mostly theirs."""
+    return is_unbalanced(np.bincount(comparison.labels).tolist())
+
+
+def _caption(comparison: Comparison, *, narrow: bool) -> str:
     """What the columns are."""
     text = (
         f"{comparison.samples:,} test images; intervals are Wilson's. NLL: negative log-likelihood of the labels, in "
         "nats."
     )
+    if not narrow and _unbalanced(comparison):
+        text += " Macro: mean of the accuracies of the classes, which have different numbers of test images."
     if any(row.by_neighbours for row in comparison.rows):
         text += (
             " k-NN: the answer is the class with the most votes of the nearest training images; its probabilities are "
@@ -109,7 +120,7 @@ def _caption(comparison: Comparison, *, speed: bool) -> str:
         for run in comparison.runs.values()
         if run.analysis is not None
     }
-    if speed and batches:
+    if batches and not narrow:
         on = "; ".join(f"batches of {batch} on {device}" for batch, device in batches.items())
         text += (
             f" Speed: in evaluation, float32, {on}; teacher and student in turns, medians of five rounds. The control "

@@ -28,9 +28,9 @@ class Curve(NamedTuple):
 
 Curves = Mapping[str, list[Curve]]
 """By what they show: `loss` (in training), its unweighted `parts`, `rate` (of learning), `speed` (images per second in
-training); accuracy in percent on the split that checkpoints are chosen on, `top1` of the fused heads, `heads` of each
-alone, `knn` of nearest neighbours; `entropy` of the answers of a moving-average teacher, and `kl` of the student's to
-them. Without a curve it is empty.
+training); accuracy in percent on the split that checkpoints are chosen on, `top1` of the fused heads, `macro` where
+checkpoints are chosen by it, `heads` of each alone, `knn` of nearest neighbours; `entropy` of the answers of a
+moving-average teacher, and `kl` of the student's to them. Without a curve it is empty.
 """
 
 
@@ -57,7 +57,8 @@ def _measured(run: RunFiles) -> Iterator[tuple[str, str, list[Record], str]]:
     raw = [event for event in lines if event.get("weights") != "ema"]
     yield from (("heads", head, raw, f"student.{head}/top1") for head in ("cls", "dist"))
     averaged = [event for event in lines if event.get("weights") == "ema"]
-    for kind in ("top1", "knn"):
+    by_macro = run.status.get("selected_by") == "student/macro"
+    for kind in ("top1", *(["macro"] if by_macro else []), "knn"):
         yield kind, split, raw, f"student/{kind}"
         yield kind, f"{split}, EMA", averaged, f"student/{kind}"
     for kind, ending in (("entropy", ENTROPY), ("kl", KL)):

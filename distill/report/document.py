@@ -70,7 +70,7 @@ def render_html(comparison: Comparison, shown: list[Section]) -> str:
 
 def to_json(comparison: Comparison, shown: list[Section]) -> dict[str, Any]:
     """The report's numbers as plain data."""
-    curves = {kind: [curve._asdict() for curve in comparison.curves[kind]] for kind in ("loss", "top1", "knn")}
+    curves = {kind: [curve._asdict() for curve in comparison.curves[kind]] for kind in ("loss", "top1", "macro", "knn")}
     data = {
         "runs": {name: str(run.path) for name, run in comparison.runs.items()},
         "test_images": comparison.samples,

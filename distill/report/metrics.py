@@ -62,6 +62,10 @@ class Metrics(NamedTuple):
     topk_correct: int
     nll: float
     """Mean negative log-likelihood of the labels in nats."""
+    macro: float
+    """Macro accuracy: the mean of the accuracies of the classes that have test images (their recalls)."""
+    worst_class: float
+    """The lowest of them."""
     agreement: float | None = None
     """On which share of the images the decision is the teacher's, right or wrong; None without a teacher."""
     agreements: int | None = None
@@ -145,6 +149,9 @@ def measure(logits: Floats, labels: Ints, teacher: Floats | None = None) -> Metr
     k = min(5, classes)
     ranks = np.where(are_numbers(logits), _ranks(logits, labels), classes)
     top1_correct, topk_correct = int((ranks == 0).sum()), int((ranks < k).sum())
+    images = np.bincount(labels, minlength=classes)
+    present = images > 0
+    by_class = np.bincount(labels[ranks == 0], minlength=classes)[present] / images[present]
     agreements = None if teacher is None else int(agree(decisions(logits), decisions(teacher)).sum())
     return Metrics(
         samples=samples,
@@ -154,6 +161,8 @@ def measure(logits: Floats, labels: Ints, teacher: Floats | None = None) -> Metr
         topk=100.0 * topk_correct / samples,
         topk_correct=topk_correct,
         nll=mean_nll(logits, labels),
+        macro=100.0 * float(by_class.mean()),
+        worst_class=100.0 * float(by_class.min()),
         agreement=None if agreements is None else 100.0 * agreements / samples,
         agreements=agreements,
     )

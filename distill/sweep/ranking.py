@@ -54,7 +54,8 @@ def record(sweep: Sweep, study: Study, folder: Path) -> dict[str, Any]:
     progress = {trial.number: Progress.of(paths[trial.number]) for trial in trials if trial.state != "waiting"}
     groups = ranked(trials)
     begun = [found for found in progress.values() if found.samples is not None]
-    samples = begun[0].samples if begun else None
+    # Wilson's interval is of counts, which the mean over classes is not.
+    samples = begun[0].samples if begun and begun[0].metric != "student/macro" else None
     best = {trial.seed: trial.value for trial in groups[0]} if groups else {}
     tested = [trial for trial in groups[0] if run.is_finished(paths[trial.number])] if groups and sweep.tested else []
     return {

@@ -198,6 +198,8 @@ def describe(recipe: Recipe, teacher: Teacher, dataset: Dataset, precision: str)
         "classes": dataset.info.num_classes,
         "validation": recipe.data.validation,
         "select_on": recipe.data.select_on,
+        "sampler": recipe.data.sampler,
+        "long_tail": recipe.data.long_tail,
         "resolution": recipe.data.resolution,
         "augment": (recipe.data.views[0] if recipe.data.views else recipe.data.augment).model_dump(mode="json"),
         "seed": recipe.seed,

@@ -80,6 +80,8 @@ class Task(nn.Module):
         self.views: int | Literal["all"] = "all" if "all" in needed else self.compared
         self.labelled_images: float | None = None
         """See `Dataset.labelled_images`."""
+        self.class_weights: Tensor | None = None
+        """float32 [classes], on the device; None: all 1."""
         self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
         self._kinds = [module for module in student.modules() if isinstance(module, AttentionKind)]
@@ -107,7 +109,17 @@ class Task(nn.Module):
         # that a cache holds, and they cost little beside the student's three passes.
         student = self._ask_student(views, compared, self.side(progress))
         epoch = round(progress * self.epochs, 9)  # whole at the first step of an epoch
-        step = StepInputs(student, teacher, batch.targets, batch.indices, progress, epoch, average)
+        weights_of = self.class_weights
+        step = StepInputs(
+            student,
+            teacher,
+            batch.targets,
+            batch.indices,
+            progress,
+            epoch,
+            average,
+            None if weights_of is None else (batch.targets * weights_of).sum(1).where(batch.labels >= 0, 1.0),
+        )
         with torch.autocast(batch.targets.device.type, enabled=False):
             parts = {}
             if self.student.heads:
@@ -118,6 +130,7 @@ class Task(nn.Module):
                     all_heads=self._label_all_heads,
                     labelled=None if self.labelled_images is None else batch.labels >= 0,
                     number=self.labelled_images,
+                    weights=weights_of,
                 )
             parts |= {name: method(step) for name, method in teaching.items()}
             terms = [weights[name] * part for name, part in parts.items()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.data import Batch, BatchPlan, Dataset, open_dataset
+from distill.data.imbalance import balanced_draws
 from distill.data.randomness import permutation
 from distill.errors import InputError
 from distill.recipe import Data
@@ -20,15 +21,17 @@ AUGMENT = {"crop_padding": 2, "hflip": True, "random_erasing": 0.3, "mixup": 0.8
 CROP = {"random_resized_crop": {}, "hflip": True, "mixup": 0.8}
 
 
-@pytest.fixture(params=["digits", "packed folder", "stream", "stream in one process"])
+@pytest.fixture(params=["digits", "balanced digits", "packed folder", "stream", "balanced stream in one process"])
 def spec(request: pytest.FixtureRequest, make_folder: Any) -> Data:
     if request.param == "digits":
         return Data(name="digits", validation=0.1, augment=AUGMENT)
+    if request.param == "balanced digits":
+        return Data(name="digits", validation=0.1, augment=AUGMENT, sampler="balanced")
     root = str(make_folder())
     if request.param == "packed folder":
         return Data(name="folder", root=root, resolution=12, validation=6, augment=AUGMENT)
-    workers = 2 if request.param == "stream" else 0
-    return Data(name="folder", root=root, resolution=12, validation=6, augment=CROP, stream=True, workers=workers)
+    keys: dict[str, Any] = {"workers": 2} if request.param == "stream" else {"workers": 0, "sampler": "balanced"}
+    return Data(name="folder", root=root, resolution=12, validation=6, augment=CROP, stream=True, **keys)
 
 
 def opened(spec: Data, **arguments: Any) -> Dataset:
@@ -70,7 +73,9 @@ def test_an_epoch_is_its_order(spec: Data) -> None:
     dataset = opened(spec)
     for epoch in (0, 1):
         batches = [joined(step) for step in dataset.training_batches(BatchPlan(9, 8), epoch)]
-        order = permutation(9, epoch, dataset.info.sizes["train"])
+        size = dataset.info.sizes["train"]
+        drawn = None if spec.sampler is None else balanced_draws(dataset.labels("train"), 9, epoch) % size
+        order = permutation(9, epoch, size) if drawn is None else drawn
         assert torch.equal(joined(batches).indices, order[: len(batches) * 8])
 
 

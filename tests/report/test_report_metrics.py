@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from sklearn.metrics import log_loss, recall_score, top_k_accuracy_score
 
 from distill.errors import InputError
 from distill.report.metrics import decisions, measure, read_predictions
@@ -46,6 +46,19 @@ def test_figures_equal_loops_and_libraries(classes: int) -> None:
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
     assert found.nll == pytest.approx(log_loss(labels, probabilities, labels=np.arange(classes)), rel=1e-9)
     assert top1 == int((torch.from_numpy(logits).argmax(1) == torch.from_numpy(labels)).sum())
+
+
+def test_averages_over_classes_are_those_of_scikit_learn() -> None:
+    draw = np.random.default_rng(1)
+    labels = draw.choice(6, 400, p=[0.6, 0.2, 0.1, 0.06, 0.04, 0.0])  # a class without images has no accuracy
+    logits = draw.normal(size=(400, 6)).astype(np.float32)
+    logits[np.arange(400), labels] += 1.5 * (labels < 3)
+    found, answers = measure(logits, labels), logits.argmax(1)
+    by_class = recall_score(labels, answers, labels=np.arange(5), average=None)
+    assert found.macro == pytest.approx(100 * by_class.mean(), rel=1e-12)
+    assert found.worst_class == pytest.approx(100 * by_class.min(), rel=1e-12)
+    logits[labels == 3] = np.nan
+    assert measure(logits, labels).worst_class == 0.0
 
 
 def test_equal_logits_rank_by_class_index() -> None:

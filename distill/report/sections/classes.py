@@ -70,12 +70,16 @@ def build(comparison: Comparison) -> Section | None:
     parts: list[Part] = [
         Plot("classes", "Accuracy by class", f"Of {of}.", _chart(comparison, models, names)),
         _table(models, student, names, folded=not whole),
+        _averages(models, names),
     ]
     if whole:
         parts += [_matrix(model, index, names, folded=model is not student) for index, model in enumerate(models)]
     known = [(value, names[index]) for index, value in enumerate(student.accuracy) if value is not None]
     (worst, where), (best, at) = min(known), max(known)
-    says = f"The student's accuracy runs from {worst:.2f} % ({where}) to {best:.2f} % ({at})"
+    says = (
+        f"The student's accuracy runs from {worst:.2f} % ({where}) to {best:.2f} % ({at}), and its mean over the "
+        f"classes is {student.row.metrics.macro:.2f} %"
+    )
     if pairs := most_confused(student.matrix, PAIRS):
         label, taken_for, images = pairs[0]
         times = "once" if images == 1 else f"{images:,} times"
@@ -93,6 +97,8 @@ def build(comparison: Comparison) -> Section | None:
         {
             "model": model.name,
             "accuracy": dict(zip(names, model.accuracy, strict=True)),
+            "macro": model.row.metrics.macro,
+            "worst_class": model.row.metrics.worst_class,
             "most_confused": [
                 {"class": names[label], "taken_for": names[taken_for], "count": images}
                 for label, taken_for, images in most_confused(model.matrix, PAIRS)
@@ -122,6 +128,27 @@ def _table(models: list[Model], student: Model, names: tuple[str, ...], *, folde
     header += [f"against {other.row.model}" for other in others]
     caption = "Accuracy by class; the student against the others, in points."
     return Table("per-class", caption, header, rows, folded=folded, span=2)
+
+
+def _averages(models: list[Model], names: tuple[str, ...]) -> Table:
+    records = []
+    for model in models:
+        metrics = model.row.metrics
+        records.append({"model": model.name, **metrics._asdict(), "worst": names[_worst(model.accuracy)]})
+    columns: list[Column] = [
+        ("model", "model", ""),
+        ("worst class", "worst", ""),
+        ("its accuracy %", "worst_class", ".2f"),
+        ("macro %", "macro", ".2f"),
+        ("top-1 %", "top1", ".2f"),
+    ]
+    caption = "Macro: mean of the accuracies of the classes, however many test images they have."
+    return Table.of("class-averages", caption, records, columns)
+
+
+def _worst(accuracy: list[float | None]) -> int:
+    """The class of the lowest accuracy, the first of equals."""
+    return min((value, index) for index, value in enumerate(accuracy) if value is not None)[1]
 
 
 def _chart(comparison: Comparison, models: list[Model], names: tuple[str, ...]) -> Chart:

@@ -18,6 +18,11 @@ PLOTS = {
         "top-1 (%)",
         "Accuracy of the fused heads after each epoch, on the split that checkpoints are chosen on.",
     ),
+    "macro": (
+        "Macro accuracy",
+        "macro accuracy (%)",
+        "The mean of the accuracies of the classes after each epoch, by which checkpoints were chosen.",
+    ),
     "heads": ("Heads", "top-1 (%)", "The same of each head alone."),
     "knn": (
         "Nearest neighbours",
@@ -51,10 +56,13 @@ def build(comparison: Comparison) -> Section | None:
             caption += " Dashed: the teacher on the test images."
         if kind == "loss" and len({curve.model for curve in curves}) > 1:
             caption += " Student and control minimise different losses, each on its own scale."
-        plots.append(Plot(kind, title, caption, draw(comparison, kind), filed=kind in ("top1", "knn", "loss")))
+        plots.append(Plot(kind, title, caption, draw(comparison, kind), filed=kind in ("top1", "macro", "knn", "loss")))
     if not plots:
         return None
-    chosen_by = [*comparison.curves["top1"], *_selecting_neighbours(comparison)]
+    macro = comparison.curves["macro"]
+    by_macro = {(curve.run, curve.model) for curve in macro}
+    top1 = [curve for curve in comparison.curves["top1"] if (curve.run, curve.model) not in by_macro]
+    chosen_by = [*top1, *macro, *_selecting_neighbours(comparison)]
     return Section("learning", "Learning curves", _says(chosen_by, comparison.several), plots, None)
 
 
