@@ -224,7 +224,9 @@ def evaluate(
 
     Args:
         target: a run or its directory, a recipe, or a teacher's name.
-        overrides, data, teacher: as for `train`.
+        overrides: as for `train`.
+        data: as for `train`.
+        teacher: as for `train`.
 
     Returns:
         Metrics by output: `student.fused`, `student.cls`, `student.dist`, `teacher`.
