@@ -48,6 +48,9 @@ def main() -> int:
         print("usage: python -m docs.build SITE", file=sys.stderr)
         return 2
     site = Path(sys.argv[1])
+    if site.exists() and not (site / "sitemap.xml").exists():
+        print(f"error: {site}: exists, and is no site. Name another folder.", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         assemble(work)
@@ -85,17 +88,15 @@ def _linked(text: str, page: str, pages: list[str], work: Path) -> str:
     """
 
     def link(found: re.Match[str]) -> str:
-        image, words, target, _ = found.groups()
+        image, words, target, anchor = found.groups(default="")
         path = ((ROOT / page).parent / unquote(target)).resolve()
-        name = path.relative_to(ROOT).as_posix()
-        inner = LINK.sub(link, words)
-        if name in pages:
-            return found[0].replace(words, inner) if inner != words else found[0]
-        if not path.is_file() or path.suffix in (".py", ".md", ""):
-            return inner
-        (work / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, work / "pages" / name)
-        return f"{image}[{inner}]({target})"
+        name, inner = path.relative_to(ROOT).as_posix(), LINK.sub(link, words)
+        if path.exists() and name not in pages:  # of what leads nowhere Zensical says where it is
+            if not path.is_file() or path.suffix in (".py", ".md", ""):
+                return inner
+            (work / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, work / "pages" / name)
+        return f"{image}[{inner}]({target}{anchor})"
 
     return LINK.sub(link, text)
 

@@ -129,10 +129,12 @@ def _variants(path: str, key: str, options: dict[str, Any]) -> Iterator[str]:
     if common:
         yield f"All have\n\n{_keys(common)}"
     for name, properties in found.items():
-        names = getattr(options[name], "models", ()) or ["any other of timm"] if key == "model" else [name]
-        yield f"#### {key}: {', '.join(names)}"
-        if key != "model":
-            yield properties[key].get("description", "")
+        models = getattr(options[name], "models", None)
+        yield f"#### {name}" if models is None else f"#### family {name}"
+        if models is None:
+            yield f"`{key}: {name}`. {properties[key].get('description', '')}"
+        else:
+            yield f"`model`: {', '.join(f'`{model}`' for model in models) or 'any other of timm'}."
         own = {one: value for one, value in properties.items() if one not in {*common, key}}
         if own:
             yield _keys(own)
@@ -144,7 +146,7 @@ def _keys(properties: Node) -> str:
         mark = r"\*" if value.get("may_change") else ""
         default = "" if "default" not in value else f"`{json.dumps(value['default'])}`"
         if isinstance(value.get("default"), dict) and ("$ref" in value or "oneOf" in value):
-            default = "see there"
+            default = "below"
         rows.append([f"`{name}`{mark}", _type(value), default, value.get("description", "")])
     return _table(["key", "type", "default", "meaning"], rows)
 

@@ -29,6 +29,8 @@ from distill.files.text import write_text
 from results.arms import HERE
 
 ROOT = HERE.parent
+COLUMNS = ("arm", "", "seeds", "top-1 %", "against", "points", "95 % interval", "p, Holm", "minutes")
+"""Of results/README.md, which has more of each arm."""
 BLOCK = re.compile(r"^(<!-- filled: (\w+)(.*?) -->\n)(.*?)^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,29 +56,35 @@ def filled(text: str) -> str:
 
 
 def arms(names: Sequence[str]) -> str:
-    """The first row of each arm in results/README.md, under the header of their table."""
+    """The first row of each arm in results/README.md, in some of its columns."""
     lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
-    header = next(index for index, line in enumerate(lines) if line.startswith("| arm |  | seeds | top-1 %"))
-    rows = [_first(lines, name) for name in names]
-    return "\n".join([lines[header], lines[header + 1], *rows])
+    first = next(index for index, line in enumerate(lines) if line.startswith("| arm |  | seeds | top-1 %"))
+    header = _cells(lines[first])
+    rows = [header, _cells(lines[first + 1])]
+    for name in names:
+        found = next((line for line in lines if line.startswith(f"| `{name}` |")), None)
+        if found is None:
+            raise InputError(f"results/README.md: no arm '{name}'.")
+        rows.append(_cells(found))
+    return "\n".join(_row([row[header.index(column)] for column in COLUMNS]) for row in rows)
 
 
-def _first(lines: Sequence[str], arm: str) -> str:
-    found = next((line for line in lines if line.startswith(f"| `{arm}` |")), None)
-    if found is None:
-        raise InputError(f"results/README.md: no arm '{arm}'.")
-    return found
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def goals(names: Sequence[str]) -> str:
     """The goals of these arms that have been measured, in the order of results/README.md, without their question."""
     lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("| question | goal |"))
-    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[header + 2 :]))
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    wanted = [[arm, goal, measured, met] for _, goal, arm, measured, met in cells if arm.strip("`") in names]
-    rows = [f"| {' | '.join(row)} |" for row in wanted if row[2] != "not run"]
-    return "\n".join(["| run | goal | measured | met |", "| :--- | :--- | :--- | :--- |", *rows])
+    rows = [_cells(line) for line in itertools.takewhile(lambda line: line.startswith("|"), lines[header + 2 :])]
+    wanted = [[arm, goal, measured, met] for _, goal, arm, measured, met in rows if arm.strip("`") in names]
+    run = [_row(row) for row in wanted if row[2] != "not run"]
+    return "\n".join([_row(["run", "goal", "measured", "met"]), _row([":---"] * 4), *run])
 
 
 def report(names: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ def test_every_key_of_a_recipe_is_there_once_in_its_section() -> None:
     rows = {name: re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE) for name, text in sections.items()}
     assert rows["The recipe itself"] == list(Recipe.model_fields)
     assert [name for name, keys in rows.items() if len(set(keys)) != len(keys)] == []
-    assert {"max_area", "key_mode", "value_mode", "top_k"} <= set(rows["kind: area"])
-    assert {"temperature", "standardize"} <= set(rows["method: soft"])
+    assert {"max_area", "key_mode", "value_mode", "top_k"} <= set(rows["area"])
+    assert {"temperature", "standardize"} <= set(rows["soft"])
     named = {key for keys in rows.values() for key in keys}
     keys = {part for key in load(ROOT / "recipes" / "cifar10" / "laptop.yaml").flat() for part in key.split(".")}
     assert {key for key in keys if not key.isdigit()} - named == {"method"}
