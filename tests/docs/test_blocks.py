@@ -184,6 +184,7 @@ def _in_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_python(names: dict[str, Any], folder: Path) -> None:
     assert names["run"].status["state"] == "finished"
+    assert names["run"].metrics("eval")[-1]["student/top1"] > 60
     assert names["logits"].shape == (297, 10)
     assert names["names"] == [str(digit) for digit in range(10)]
     assert {"report.html", "runs", "students"} <= {path.name for path in folder.iterdir()}
