@@ -10,17 +10,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from distill.cli import main
-from distill.data import open_dataset
 from distill.errors import InputError
 from distill.exports import onnx_file
 from distill.exports.folder import load_export
 from distill.exports.onnx_file import FromPixels, compare_logits, onnx_logits, write_onnx
-from distill.run import read_recipe
 from distill.students import Student, build_student
-from tests.conftest import Command, Toy
+from tests.conftest import Toy
 from tests.students.helpers import KINDS, student_options
 
 CLASSES = list("abcdefg")
@@ -118,21 +115,6 @@ def finished(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("distill.exports.folder._compare_with_reloaded", lambda *args: None)
         assert main(["train", str(toy.recipe), *overrides, "--out", str(out)]) == 0
     return out
-
-
-def test_the_command_exports_what_the_run_predicted(finished: Path, tmp_path: Path, command: Command) -> None:
-    """On the full test set, in real processes."""
-    result = command("export", finished, "--to", "student", "--onnx")
-    assert result.returncode == 0, result.stderr
-    assert "on 50 test images" in result.stdout
-    assert result.stdout.splitlines()[-1] == "student"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
-    dataset = open_dataset(read_recipe(finished).data, seed=0, device=torch.device("cpu"))
-    images = (images for images, _ in dataset.evaluation_batches("test", 0, 50, 20))
-    logits = onnx_logits(tmp_path / "student" / "model.onnx", images)
-    predicted = load_file(finished / "predictions.safetensors")["student.fused"]
-    assert torch.equal(logits.argmax(1), predicted.argmax(1))
-    torch.testing.assert_close(logits, predicted, rtol=0, atol=1e-4)
 
 
 def test_half_and_one_head_together_without_the_data(

@@ -51,7 +51,7 @@ def _blocks(page: str, lines: list[str]) -> Iterator[Block]:
             before = [text for text in lines[max(0, start - 4) : start] if text.strip()]
             reason = re.fullmatch(r"<!-- not run: (.+) -->", before[-1]) if before else None
             said = before[-2] if reason and len(before) > 1 else before[-1] if before else ""
-            file = re.match(r"`([\w.-]+\.\w+)`[^.]*:$", said)
+            file = re.match(r"`([\w-]+\.(?:yaml|py|sbatch))`[^.]*:$", said)
             text = "\n".join([*lines[start + 1 : number], ""])
             yield Block(
                 page, start + 1, lines[start][3:], text, reason and reason[1], file and file[1],

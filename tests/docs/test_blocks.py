@@ -20,12 +20,15 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import distill
 from distill import cli
+from distill.data import open_dataset
+from distill.exports.onnx_file import onnx_logits
 from distill.files.contents import METRICS, RUN_FILES
 from distill.recipe import from_mapping, load
-from distill.run import read_metrics
+from distill.run import read_metrics, read_recipe
 from distill.sweep.schema import read_sweep
 from tests import warm
 from tests.conftest import image_folder
@@ -112,7 +115,8 @@ class World:
     """
 
     folder: Path
-    done: set[str] = field(default_factory=set)
+    done: dict[str, str] = field(default_factory=dict)
+    """What each command printed."""
 
     def run(self, page: str) -> dict[str, Any]:
         """All blocks of a page; returns the names that its Python blocks, one program, have defined."""
@@ -131,13 +135,13 @@ class World:
         words, output = words_of(command)
         if command in self.done or "pip" in words:
             return
-        self.done.add(command)
         assert words[0] == "distill", command
         errors = self.folder.with_name("errors")
         errors.unlink(missing_ok=True)
         launched = warm.launch(words[1:], cwd=self.folder, before=in_little_time, errors=errors, report=True)
         codes = launched.wait()
         assert codes == [0], f"{command}\n{launched.output}\n{errors.read_text()}"
+        self.done[command] = launched.output
         if output is not None:
             (self.folder / output).write_text(launched.output)
         if words[1] == "init":
@@ -182,26 +186,36 @@ def _in_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"distill.{module}.analyse", lambda *_, **__: None)
 
 
-def check_python(names: dict[str, Any], folder: Path) -> None:
+def check_python(names: dict[str, Any], world: World) -> None:
     assert names["run"].status["state"] == "finished"
     assert names["run"].metrics("eval")[-1]["student/top1"] > 60
     assert names["logits"].shape == (297, 10)
     assert names["names"] == [str(digit) for digit in range(10)]
-    assert {"report.html", "runs", "students"} <= {path.name for path in folder.iterdir()}
+    assert {"report.html", "runs", "students"} <= {path.name for path in world.folder.iterdir()}
 
 
-def check_use_of_a_student(names: dict[str, Any], folder: Path) -> None:
-    """timm and onnxruntime gave logits of the three classes; the published student reads a digit."""
+def check_use_of_a_student(names: dict[str, Any], world: World) -> None:
+    """All three ways gave answers of the three classes, the ONNX file those of the run; the published student reads a
+    digit.
+    """
     assert names["config"]["label_names"] == ["cat", "dog", "owl"]
     assert names["logits"].shape == (1, 3)
     assert [name for name, _ in sorted(names["answers"][0])] == ["cat", "dog", "owl"]
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    model, transform, labels = distill.load_student(folder / "results" / "digits-nano")
+    run = world.folder / "runs" / "photos"
+    dataset = open_dataset(read_recipe(run).data, seed=0, device=torch.device("cpu"))
+    images = (images for images, _ in dataset.evaluation_batches("test", 0, 6, 4))
+    logits = onnx_logits(world.folder / "students" / "photos" / "model.onnx", images)
+    torch.testing.assert_close(logits, distill.Run(run).predictions()["student.fused"], rtol=0, atol=1e-4)
+    printed = world.done["distill export runs/photos --to students/photos --onnx"].splitlines()
+    assert "on 6 test images" in printed[-2]
+    assert printed[-1] == "students/photos"
+    digits = load_digits()
+    model, transform, labels = distill.load_student(world.folder / "results" / "digits-nano")
     image = Image.fromarray((digits.images[0] * 15).astype("uint8"))
     assert labels[model(transform(image)[None]).argmax()] == str(digits.target[0])
 
 
-CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+CHECKS: dict[str, Callable[[dict[str, Any], World], None]] = {
     "docs/how-to/python.md": check_python,
     "docs/how-to/use-a-student.md": check_use_of_a_student,
 }
@@ -213,7 +227,7 @@ def test_blocks_run(page: str, world: World, monkeypatch: pytest.MonkeyPatch) ->
     with redirect_stdout(io.StringIO()):
         names = world.run(page)
     if page in CHECKS:
-        CHECKS[page](names, world.folder)
+        CHECKS[page](names, world)
 
 
 def test_a_run_has_the_files_and_the_keys_that_the_reference_names(world: World) -> None:
