@@ -224,9 +224,7 @@ def evaluate(
 
     Args:
         target: a run or its directory, a recipe, or a teacher's name.
-        overrides: as for `train`.
-        data: as for `train`.
-        teacher: as for `train`.
+        overrides, data, teacher: as for `train`.
 
     Returns:
         Metrics by output: `student.fused`, `student.cls`, `student.dist`, `teacher`.
