@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -540,17 +539,3 @@ def test_the_name_python_needs_python_code(command: Any, tmp_path: Path) -> None
     assert "data.name: 'python' needs data from Python code" in refused.stderr
     with pytest.raises(distill.InputError, match=r"teacher\.model: 'python' needs a module"):
         distill.train("recipe.yaml", overrides=["data.resolution=8", "student.patch_size=4"], data=held())
-
-
-def test_the_readme_says_it_as_it_is(tmp_path: Path) -> None:
-    """The blocks of its section, one after the other, as one program."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Python\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 2
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["run"].status["state"] == "finished"
-    assert names["logits"].shape == (297, 10)
-    assert names["names"] == [str(digit) for digit in range(10)]
-    assert {"report.html", "runs", "students"} <= {path.name for path in tmp_path.iterdir()}

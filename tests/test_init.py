@@ -1,4 +1,4 @@
-"""`distill init`: from a folder of images to a recipe that trains."""
+"""`distill init`: from a folder of images to a recipe. tests/docs/test_blocks.py trains with what it writes."""
 
 from __future__ import annotations
 
@@ -80,9 +80,6 @@ def test_a_recipe_and_one_for_its_teacher(photos: Path, command: Command, tmp_pa
     assert [one["method"] for one in content["distill"]] == ["hard", "guide"]
     assert yaml.safe_load(texts["my-photos-teacher.yaml"])["student"] == {"model": "cifar_resnet20"}
     assert command("validate", "my-photos.yaml").returncode == 0
-    dry = command("train", "my-photos.yaml", "--dry-run")  # a step of each
-    assert dry.returncode == 0, dry.stderr
-    assert dry.stdout.count("first step  loss") == 2
     again = command("init", "my photos", "--out", "my-photos.yaml")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("error: my-photos.yaml: is there already and is not overwritten.")

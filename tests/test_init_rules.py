@@ -1,4 +1,4 @@
-"""The rules of `distill init`, against docs/init.md and by their values."""
+"""The rules of `distill init`, against docs/reference/init.md and by their values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distill.recipe import from_mapping, read_yaml
 from distill.scaffold import contents, rules
 from distill.scaffold.rules import BUDGETS, GOALS, Goal, Images
 
-DOCS = (Path(__file__).resolve().parents[1] / "docs" / "init.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "reference" / "init.md").read_text(encoding="utf-8")
 CLOTHES = Images({"hat": 112, "shoes": 795, "shirt": 2161}, validation=341, test=372, side=128, stretch=1.3, grey=False)
 
 
 def rows(first: str) -> list[list[str]]:
-    """Cells of the table of docs/init.md whose header begins with these cells."""
+    """Cells of the table of docs/reference/init.md whose header begins with these cells."""
     lines = DOCS.partition(f"| {first} |")[2].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: lines.index("")]]
 

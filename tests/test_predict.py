@@ -247,15 +247,3 @@ def test_the_published_student_is_as_good_as_its_card_says(digits: tuple[Tensor,
         assert file.metadata()["accuracy"] == f"{100 * right / len(inputs):.2f}"
     assert names == list("0123456789")
     assert sum(path.stat().st_size for path in PUBLISHED.iterdir()) < 3_000_000
-
-
-def test_the_example_of_the_readme_runs(
-    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = (PUBLISHED.parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_student" in block]
-    Image.fromarray(digits[0][0].numpy()).save(tmp_path / "image.png")
-    (tmp_path / "results").symlink_to(PUBLISHED.parent)
-    monkeypatch.chdir(tmp_path)
-    exec(example, {})
-    assert capsys.readouterr().out == f"{digits[1][0]}\n"

@@ -25,7 +25,9 @@ RESERVED = frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", 
 class Record(BaseModel):
     """Base of all: types are strict, numbers are finite, and keys that are not listed are ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 RecordType = TypeVar("RecordType", bound=Record)
@@ -61,43 +63,76 @@ class Status(Record):
     """`status.json`."""
 
     state: Name | None = None
+    """running, finished, trained (without `train.test`), interrupted or failed."""
     reason: str | None = None
+    """Why it ended early."""
     step: Count = 0
+    """Optimizer steps that were done."""
     epoch: Size = 0.0
+    """Epochs that were done."""
     phase: Name | None = None
+    """control: the student is finished, and the control is trained."""
     data_digest: Name | None = None
+    """Of the data; a resumed run needs the same."""
     data_sizes: dict[Name, Count] = {}
+    """Number of images of each split."""
     class_images: dict[Name, Count] = {}
+    """Number of training images of each class."""
     selected_by: Name | None = None
+    """The accuracy that weights are chosen by."""
     unlabelled_digest: Name | None = None
+    """Of the images without labels."""
     training_images: dict[Name, Count] = {}
+    """Labelled and unlabelled ones."""
     parameters: dict[Name, Count | None] | None = None
+    """Of student and teacher."""
     teacher_weights: dict[Name, Name] = {}
+    """Files of the teacher's weights, and their SHA-256."""
     initial_weights: dict[Name, Name] | None = None
+    """Files that the student starts from, and their SHA-256."""
     exported: Exported | None = None
+    """Which weights were exported, and of which step."""
     metrics: dict[Name, Annotated[float, Field(allow_inf_nan=True)]] | None = None
+    """The last ones; the keys of `metrics.jsonl`."""
     seconds: dict[Name, Size] = {}
+    """Spent in training, compilation, evaluation and analysis."""
     training_seconds: Size | None = None
+    """Of training, in runs of earlier versions."""
     wandb: Name | None = None
+    """Name of the run in W&B."""
 
 
 class Environment(Record):
     """`environment.json`; a report lists these keys and no others."""
 
     command: list[Name] = []
+    """What started the run."""
     python: Name | None = None
+    """Version of Python."""
     platform: Name | None = None
+    """Operating system."""
     host: Name | None = None
+    """Name of the machine."""
     versions: dict[Name, Name | None] = {}
+    """Of this package and of those that it needs."""
     commit: Name | None = None
+    """Of the checkout."""
     processes: Count | None = None
+    """Number of processes."""
     precision: Name | None = None
+    """Of training: fp32, bf16 or fp16."""
     device: Name | None = None
+    """cpu or cuda."""
     device_name: Name | None = None
+    """Model of the CPU or GPU."""
     threads: Count | None = None
+    """CPU threads of a process."""
     cores: Size | None = None
+    """CPU cores that the processes may use."""
     tf32: dict[Name, bool | Name] | bool | Name | None = None
+    """Where a GPU may compute in TF32."""
     variants: dict[Name, Name] = {}
+    """Variants that are not of this package, with their version or SHA-256."""
 
 
 class Line(Record):

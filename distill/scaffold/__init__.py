@@ -1,1 +1,1 @@
-"""`distill init`: from a folder of images to a recipe, by rules (docs/init.md) and a few measurements."""
+"""`distill init`: from a folder of images to a recipe, by rules (docs/reference/init.md) and a few measurements."""

@@ -170,7 +170,7 @@ def _student_text(
     images, counts = found.images, found.images.counts.values()
     header = [
         f"A student for the images in {found.folder.root}; goal: {goal}. Written by `distill init`,",
-        "whose rules are in docs/init.md; `distill schema` has all keys.",
+        "whose rules are in docs/reference/init.md; `distill schema` has all keys.",
         f"Estimate, from {_steps(steps)} on {machine}: {_total(costs)}.",
         "",
         f"  {command}",

@@ -1,6 +1,6 @@
 """The rules by which `distill init` chooses the values of a recipe: functions of a few facts, without torch.
 
-docs/init.md states them, with the reasons; tests/test_init_rules.py compares both.
+docs/reference/init.md states them, with the reasons; tests/test_init_rules.py compares both.
 """
 
 from __future__ import annotations

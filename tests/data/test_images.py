@@ -1,5 +1,5 @@
 """What images mean: orientation, transparency, colour, depth, size and format, each as a viewer shows it, on every way
-to the pixels. The table in docs/images.md names these tests.
+to the pixels. The table in docs/reference/images.md names these tests.
 """
 
 from __future__ import annotations

@@ -163,8 +163,9 @@ def test_an_unknown_variant_names_the_nearest(command: Command, toy: Toy) -> Non
     assert "--plugin" in refused.stderr
 
 
-def test_the_example_of_contributing_works(toy: Toy, tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+def test_the_example_of_the_docs_works(toy: Toy, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "how-to" / "variants.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 40
     (tmp_path / "smooth_hard.py").write_text(example)
     path = recipe(toy, tmp_path, {"distill": [{"method": "smooth_hard", "smoothing": 0.2}]})
