@@ -200,10 +200,11 @@ def test_tables_that_scroll_say_so(browser: Any, reported: tuple[Path, dict[str,
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_axe_finds_nothing_serious(
-    browser: Any, reported: tuple[Path, dict[str, Any]], width: int, scheme: str
+    browser: Any, three_runs: list[Path], tmp_path: Path, width: int, scheme: str
 ) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install .[test]").Axe()
-    shown = Shown(browser, reported[0], width=width, scheme=scheme)
+    html = write_report(compare(three_runs[:1]), tmp_path / "report.html")[0]
+    shown = Shown(browser, html, width=width, scheme=scheme)
     shown.text()
     found = axe.run(shown.page, {"exclude": ["svg > g"]}).response["violations"]  # thousands of marks
     assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == []
