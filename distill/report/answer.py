@@ -8,7 +8,7 @@ from typing import Any
 from distill.report.comparison import Comparison
 from distill.report.networks import TOGETHER
 from distill.report.page import Column, Table
-from distill.report.roles import STUDENT
+from distill.report.roles import CONTROL, STUDENT
 from distill.report.sections.int8 import HEADS
 from distill.report.statistics import EQUAL, SIGNIFICANT, PairedTest, p_text, wilson
 
@@ -27,8 +27,8 @@ def answer(comparison: Comparison) -> str:
 def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
     student, control = comparison.row(name, "student"), comparison.control_of(name)
     teacher = comparison.teacher_of(name)
-    if student is None:
-        return
+    if student is None or (student.role == CONTROL and STUDENT in comparison.roles.values()):
+        return  # what a control reaches is told with its student
     whose = f"The {student.role} of {name}" if comparison.several else f"The {student.role}"
     whose += f" ({student.architecture})" if student.architecture else ""
     low, high = student.top1_interval

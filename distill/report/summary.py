@@ -80,8 +80,10 @@ def summarise(comparison: Comparison) -> Summary:
 
 
 def title_of(comparison: Comparison) -> str:
-    """Names of the recipes, or of runs whose recipes are not known."""
-    return ", ".join(dict.fromkeys(str(run.recipe.get("name") or name) for name, run in comparison.runs.items()))
+    """Names of the students' recipes, or of runs whose recipes are not known; without any, of all."""
+    names = {name: str(run.recipe.get("name") or name) for name, run in comparison.runs.items()}
+    students = [names[name] for name, role in comparison.roles.items() if role == STUDENT]
+    return ", ".join(dict.fromkeys(students or names.values()))
 
 
 def tiles(student: Standing) -> list[Tile]:

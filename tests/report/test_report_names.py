@@ -44,7 +44,8 @@ def test_a_run_that_is_a_control_is_called_one_and_serves_as_one(make_run: MakeR
     control = comparison.control_of("soft")
     assert control is not None
     assert comparison.name(control) == "plain: control"
-    assert "The control of plain (vit_nano) answers" in answer(comparison)
+    assert "The same network trained without the teacher reaches" in answer(comparison)
+    assert answer(compare(runs[1:])).startswith("The student without teacher (vit_nano) answers")
     assert [student.called for student in standings(comparison)] == ["soft"]
     other = compare([runs[0], make_run("other", outputs=STUDENT_ONLY, seed=2, recipe=CONTROL | {"seed": 4})])
     assert other.roles["other"] == "student without teacher"

@@ -42,7 +42,7 @@ def build(comparison: Comparison) -> Section | None:
     caption = "Students against their teachers, their controls and each other."
     parts = [Table.of("pairs", caption, first, COLUMNS)] if first else []
     if others:
-        caption = f"{len(others)} other pairs, those with single heads among them." if first else "Pairs of models."
+        caption = f"{len(others)} other pairs of models and heads." if first else "Pairs of models."
         parts.append(Table.of("pairs-others", caption, others, COLUMNS, folded=bool(first)))
     # The name by which readers of report.json know it.
     return Section("verdicts", "Pair by pair", says, parts, every)

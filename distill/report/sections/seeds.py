@@ -24,7 +24,7 @@ def build(comparison: Comparison) -> Section | None:
     if not groups:
         return None
     spreads = [
-        {"recipe": name, "model": model, "seeds": list(by_seed), **_spread(by_seed)}
+        {"recipe": name, "model": next(iter(by_seed.values())).role, "seeds": list(by_seed), **_spread(by_seed)}
         for name, models in groups.items()
         for model, by_seed in models.items()
     ]
@@ -73,6 +73,8 @@ def _tests(groups: Groups, labels: Ints) -> Iterator[dict[str, Any]]:
         if "control" in models:
             yield from _test(called[name], models["student"], "its control", models["control"], labels)
     for (a, one), (b, other) in combinations(groups.items(), 2):
+        if one.get("control") == other["student"] or other.get("control") == one["student"]:
+            continue  # runs that are the controls of others: tested with their students
         yield from _test(called[a], one["student"], called[b], other["student"], labels)
 
 
