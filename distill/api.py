@@ -248,16 +248,27 @@ def evaluate(
 
 
 @reachable()
-def compare(runs: Sequence[str | PathLike[str]], out: str | PathLike[str]) -> Report:
+def compare(runs: Sequence[str | PathLike[str]], out: str | PathLike[str], *, measure: bool = False) -> Report:
     """Compare teacher, student and control of finished runs in a report; `out` ends in .html.
 
+    Args:
+        measure: measure the speeds of all their networks, in turns on this machine; else they are those that each run
+            measured at its end.
+
     Raises:
-        InputError: a run is missing, unfinished, damaged or of another test set, or `out` is no HTML file.
+        InputError: a run is missing, unfinished, damaged or of another test set, `out` is no HTML file, or what is to
+            be measured cannot be loaded.
     """
     from distill.report.comparison import compare as compare_runs
-    from distill.report.document import write_report
+    from distill.report.document import check_name, write_report
 
+    check_name(Path(out))
     comparison = compare_runs([Path(run) for run in runs])
+    if measure:
+        with _alone():
+            from distill.measuring import measured_together
+
+            comparison = measured_together(comparison)
     return Report(comparison, write_report(comparison, Path(out)))
 
 

@@ -263,6 +263,9 @@ def evaluate(options: argparse.Namespace) -> None:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run directories")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="HTML", help="default: report.html")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the speed of all their networks together, on this machine"
+    )
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -271,7 +274,7 @@ def compare(options: argparse.Namespace) -> None:
     from distill.console import console, say
     from distill.report.tables import render_console
 
-    report = api.compare(options.runs, options.out)
+    report = api.compare(options.runs, options.out, measure=options.measure)
     console.print(render_console(report.comparison))
     for path in report.files:
         say(str(path))

@@ -33,11 +33,16 @@ def describe_environment(
         "processes": num_processes,
         "precision": precision,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": device_name(device),
         "threads": threads,
         "cores": cores(),
         **({"tf32": allowed_tf32()} if device.type == "cuda" else {}),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of this machine's processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _commit() -> str | None:

@@ -278,8 +278,16 @@ def test_compare(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert str(report) in printed
     rows = json.loads(report.with_suffix(".json").read_text())["rows"]
     assert {(row["run"], row["model"]) for row in rows} == {
-        ("run", "teacher"), ("run", "student"), ("run", "control"), ("control", "student"),
+        ("run", "teacher"), ("run", "student"), ("run", "control"), ("control", "control"),
     }  # fmt: skip
+    assert main(["compare", "--measure", str(finished), str(finished / "control"), "--out", str(report)]) == 0
+    assert "measuring 2 networks" in capsys.readouterr().out
+    data = json.loads(report.with_suffix(".json").read_text())
+    speeds = {(row["model"], row["latency_ms"]) for row in data["rows"]}
+    assert {model for model, _ in speeds} == {"teacher", "student", "control"}
+    assert len({speed for model, speed in speeds if model != "teacher"}) == 1
+    assert {row["measured_apart"] for row in data["rows"]} == {None}
+    assert data["summary"]["facts"]["speeds"].startswith("measured together on ")
     (finished / "status.json").write_text(json.dumps({"state": "interrupted"}))
     assert main(["compare", str(finished)]) == 2
     assert "not finished" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from distill.errors import InputError
 from distill.exports import int8
 from distill.exports.folder import load_export
 from distill.exports.int8 import INT8_FILE, Cost, calibration_images, layers_of
+from distill.report.answer import main_records
+from distill.report.comparison import compare
 from distill.report.statistics import mcnemar
 from distill.run import read_recipe
 from tests.conftest import Toy
@@ -82,6 +85,13 @@ def test_the_figures_are_those_of_the_file(exported: tuple[Path, Path, str]) -> 
     size = (folder / INT8_FILE).stat().st_size
     assert f"{size / 1e6:.2f} MB instead of {(folder / 'model.onnx').stat().st_size / 1e6:.2f}" in line
     assert line.removeprefix("int8: ").removesuffix(".") in (folder / "README.md").read_text()
+    record = json.loads((run / "int8.json").read_text())
+    assert record["correct"] == [int((answer == labels.numpy()).sum()) for answer in answers]
+    assert record["agreements"] == int((answers[0] == answers[1]).sum())
+    assert record["bytes"][1] == size
+    assert record["kept"] == ["blocks.5", "head"]
+    (quantized,) = [row for row in main_records(compare([run])) if row["label"].endswith(", int8")]
+    assert quantized["top1"] == pytest.approx(after)
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md", "config.json", "model.int8.onnx", "model.onnx", "model.safetensors",
     ]  # fmt: skip

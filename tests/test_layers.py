@@ -20,6 +20,7 @@ LAYERS = [
     "distill.cli",
     "distill.api",
     "distill.commands",
+    "distill.measuring",
     "distill.sweep",
     "distill.shipped",
     "distill.validation",

@@ -23,6 +23,7 @@ from distill.analysis.neighbours import pixel_accuracy, shown_neighbours
 from distill.console import track
 from distill.data import Dataset, Split
 from distill.data.randomness import permutation
+from distill.environment import device_name
 from distill.evaluation import named_heads
 from distill.evaluation.frozen import Found
 from distill.files.checksum import CHECKSUM
@@ -88,7 +89,7 @@ def analyse(
         corrupted = _stratified(labels, _how_many(dataset, sample[0].numel())) if student.heads else []
         if corrupted:
             _log.info("analysis for the report: %d images under %d corruptions", len(corrupted), len(CORRUPTIONS))
-        drawn = (shown[:DRAWN] + looked_at)[:DRAWN]
+        drawn = looked_at[:DRAWN]  # the same for all runs on these data, so that they can be compared
         indices = sorted({*shown, *looked_at, *corrupted})
         images = _take(dataset, indices)
         row = {index: number for number, index in enumerate(indices)}
@@ -108,6 +109,7 @@ def analyse(
             "format": FORMAT,
             "data": dataset.info.digest,
             "device": device.type,
+            "machine": device_name(device),
             "costs": costs,
         }
         if corrupted:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from distill.errors import InputError
 from distill.evaluation import SMALLEST_BATCH
 from distill.exports.card import card_of_run, check_license, render
 from distill.exports.folder import Differs, load_export, write_export
-from distill.exports.int8 import Int8, add_int8
+from distill.exports.int8 import Int8, add_int8, record_of
 from distill.exports.onnx_file import ONNX_FILE, check_installed, compare_logits, onnx_logits
 from distill.files.text import write_text
 from distill.report.metrics import measure
+from distill.report.runs import INT8
 from distill.students import Student, one_head
 
 MOST_COMPARED = 10_000
@@ -52,6 +54,7 @@ def export_run(
     if onnx:
         check_installed()
     student, class_names = load_export(path / "export")
+    recorded: list[dict[str, Any]] = []
     card = replace(card_of_run(path, class_names), head=head, license=check_license(license), half=half, onnx=onnx)
     if head != "fused":
         student = one_head(student, head)
@@ -67,6 +70,7 @@ def export_run(
             raise InputError("--int8: what it loses is measured on the run's data, and they are not at hand.")
         cost = add_int8(load_export(folder)[0], folder, dataset, int8, run.read_recipe(path).seed)
         say(f"int8: {cost.words}.")
+        recorded.append(record_of(cost, data=dataset.info.digest, head=head, kept=int8.keep_float))
         write_text(folder / "README.md", render(replace(card, int8=cost), student))
 
     try:
@@ -84,6 +88,11 @@ def export_run(
         raise InputError(f"--to {to}: cannot be written ({error.strerror or error}).") from None
     except Differs as error:
         raise InputError(f"--to {to}: not written: {error}.") from error
+    for values in recorded:
+        try:
+            write_text(path / INT8, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            say(f"{path / INT8}: cannot be written ({error.strerror or error}); reports on the run have no row of it.")
 
 
 def _test_set(path: Path) -> Dataset | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from distill.data import Dataset
 from distill.data.randomness import permutation
+from distill.environment import device_name
 from distill.errors import InputError
 from distill.exports.folder import Differs
 from distill.exports.onnx_file import ONNX_FILE, FromPixels, errors_only, onnx_logits, open_session
+from distill.report.runs import INT8_FORMAT
 from distill.report.statistics import PairedTest, mcnemar
 from distill.students import Student
 
@@ -72,6 +75,31 @@ class Cost(NamedTuple):
             f"{self.test.words}; {self.agreement:.2f} % of them decided alike; one image in {milliseconds[1]:.2f} ms "
             f"instead of {milliseconds[0]:.2f}; {megabytes[1]:.2f} MB instead of {megabytes[0]:.2f}"
         )
+
+
+def record_of(cost: Cost, *, data: str, head: str, kept: Sequence[str]) -> dict[str, Any]:
+    """Content of a run's `int8.json`; see `distill.files.records.Int8Values`.
+
+    Args:
+        data: digest of the data that it was measured on.
+        kept: layers that stay in float32.
+    """
+    return {
+        "format": INT8_FORMAT,
+        "data": data,
+        "head": head,
+        "images": cost.images,
+        "correct": [round(top1 * cost.images / 100) for top1 in cost.top1],
+        "only_int8_right": cost.test.only_first_right,
+        "only_float32_right": cost.test.only_second_right,
+        "agreements": round(cost.agreement * cost.images / 100),
+        "latency_seconds": [milliseconds / 1000 for milliseconds in cost.milliseconds],
+        "bytes": list(cost.bytes),
+        "kept": list(kept),
+        "machine": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "onnxruntime": version("onnxruntime"),
+    }
 
 
 def add_int8(student: Student, folder: Path, dataset: Dataset, asked: Int8, seed: int) -> Cost:

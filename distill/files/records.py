@@ -32,6 +32,8 @@ class Record(BaseModel):
 
 RecordType = TypeVar("RecordType", bound=Record)
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Item = TypeVar("Item")
+Pair = Annotated[list[Item], Field(min_length=2, max_length=2)]
 Size = Annotated[float, Field(ge=0.0, lt=1e18)]
 Name = Annotated[str, Field(max_length=10_000)]
 
@@ -176,6 +178,35 @@ class Robustness(Record):
         return self
 
 
+class Int8Values(Record):
+    """`int8.json`: an int8 export beside the float32 file that it was made of; pairs have float32 first."""
+
+    format: Name
+    data: Name | None = None
+    head: Literal["fused", "cls", "dist"]
+    images: Annotated[Count, Field(gt=0)]
+    correct: Pair[Count]
+    only_int8_right: Count
+    only_float32_right: Count
+    agreements: Count
+    latency_seconds: Pair[Size]
+    bytes: Pair[Count]
+    kept: list[Name] = []
+    """Layers that stay in float32."""
+    machine: Name | None = None
+    threads: Count | None = None
+    onnxruntime: Name | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Int8Values:
+        float32, int8 = self.correct
+        if int8 - float32 != self.only_int8_right - self.only_float32_right:
+            raise ValueError("the counts of right answers do not fit together")
+        if max(float32, int8, self.only_int8_right + self.only_float32_right, self.agreements) > self.images:
+            raise ValueError("more answers than images")
+        return self
+
+
 class Tokens(Record):
     names: list[Name] | None = None
     token_cosines: list[Annotated[float, Field(ge=-2.0, le=2.0)]] | None = None
@@ -194,6 +225,8 @@ class AnalysisValues(Record):
     format: Name
     data: Name | None = None
     device: Name
+    machine: Name | None = None
+    """What the device is called; None in an analysis of an earlier version."""
     costs: CostsByModel
     robustness: Robustness | None = None
     """None for a student without a classifier."""
@@ -302,9 +335,19 @@ class ExportConfig(Record):
 
 
 class LabelNames(Record):
+    label_names: list[Name] | None = None
+
+
+class InputSize(Record):
+    input_size: Annotated[list[Side], Field(min_length=3, max_length=3)] | None = None
+
+
+class ExportedNetwork(LabelNames):
     """All that a report takes of an export's `config.json`."""
 
-    label_names: list[Name] | None = None
+    architecture: Name | None = None
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: InputSize | None = None
 
 
 class Progress(Record):

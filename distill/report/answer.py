@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from distill.recipe.imbalance import is_unbalanced
 from distill.report.comparison import Comparison
+from distill.report.networks import TOGETHER
 from distill.report.page import Column, Table
-from distill.report.statistics import EQUAL, SIGNIFICANT, PairedTest, p_text
+from distill.report.roles import CONTROL, STUDENT
+from distill.report.sections.int8 import HEADS
+from distill.report.statistics import EQUAL, SIGNIFICANT, PairedTest, p_text, wilson
 
 COUNTED = (
     "GFLOPs: two operations for each multiply-add of matrix products and convolutions, by one algorithm on any device: "
@@ -26,9 +30,10 @@ def answer(comparison: Comparison) -> str:
 def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
     student, control = comparison.row(name, "student"), comparison.control_of(name)
     teacher = comparison.teacher_of(name)
-    if student is None:
-        return
-    whose = f"The student of {name}" if comparison.several else "The student"
+    if student is None or (student.role == CONTROL and STUDENT in comparison.roles.values()):
+        return  # what a control reaches is told with its student
+    whose = f"The {student.role} of {name}" if comparison.several else f"The {student.role}"
+    whose += f" ({student.architecture})" if student.architecture else ""
     low, high = student.top1_interval
     if student.by_neighbours:
         told = (
@@ -45,10 +50,11 @@ def _sentences(comparison: Comparison, name: str) -> Iterator[str]:
         )
     if teacher is not None:
         told += "; by neighbours" if student.by_neighbours else ""
-        told += f", {_against(comparison.test(student, teacher))} its teacher ({teacher.metrics.top1:.2f} %)"
+        called = f"its teacher {teacher.architecture}" if teacher.architecture else "its teacher"
+        told += f", {_against(comparison.test(student, teacher))} {called} ({teacher.metrics.top1:.2f} %)"
     yield f"{told}."
     if control is None:
-        if teacher is not None and not student.by_neighbours:
+        if teacher is not None and not student.by_neighbours and student.role == STUDENT:
             yield "Without a control nobody can tell how much of that is due to the teacher."
         return
     test = comparison.test(student, control)
@@ -76,6 +82,7 @@ def main_table(comparison: Comparison, *, narrow: bool = False) -> Table:
     columns: list[Column] = [
         *([("run", "run", "")] if comparison.several else []),
         ("model", "label", ""),
+        *([] if narrow else [("network", "network", "")]),
         ("top-1 %", "top1", ".2f"),
         ("95 % interval", "top1_interval", "{0[0]:.2f} to {0[1]:.2f}".format),
         *([("macro %", "macro", ".2f")] if _unbalanced(comparison) else []),
@@ -86,13 +93,33 @@ def main_table(comparison: Comparison, *, narrow: bool = False) -> Table:
         ("GFLOPs", "gflops", ".4f"),
         ("images/s", "images_per_second", ",.1f"),
         ("one image, ms", "latency_ms", ".2f"),
+        ("speed", "measured_apart", str),
         ("file, MB", "megabytes", ".2f"),
     ]
     if narrow:
-        wide = ("top1_interval", "macro", "gflops", "images_per_second", "latency_ms", "megabytes")
+        wide = ("top1_interval", "macro", "gflops", "images_per_second", "latency_ms", "measured_apart", "megabytes")
         columns = [column for column in columns if column[1] not in wide]
-    records = [{"label": row.label, **comparison.record(row)} for row in comparison.rows]
-    return Table.of("models", _caption(comparison, narrow=narrow), records, columns)
+    return Table.of("models", _caption(comparison, narrow=narrow), list(main_records(comparison)), columns)
+
+
+def main_records(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """What the lines of `main_table` show; that of an int8 file comes after its run's student."""
+    rows = comparison.rows
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        yield {"label": row.label, **comparison.record(row)}
+        last = following is None or (following.run, following.model) != (row.run, row.model)
+        if row.model == "student" and last and (int8 := comparison.runs[row.run].int8) is not None:
+            correct, images = int8["correct"][1], int8["images"]
+            yield {
+                "run": row.run,
+                "model": row.role,
+                "label": f"{row.role}, int8{HEADS[int8['head']]}",
+                "network": row.architecture,
+                "top1": 100 * correct / images,
+                "top1_interval": wilson(correct, images),
+                "parameters": row.parameters,
+                "megabytes": int8["bytes"][1] / 1e6,
+            }
 
 
 def _unbalanced(comparison: Comparison) -> bool:
@@ -115,22 +142,21 @@ def _caption(comparison: Comparison, *, narrow: bool) -> str:
         )
     if any(row.metrics.agreement is not None for row in comparison.rows):
         text += " Agreement: share of images on which the teacher decides the same."
-    batches = {
-        run.costs("student")["batch"]: str(run.environment.get("device_name") or run.analysis.values["device"])
-        for run in comparison.runs.values()
-        if run.analysis is not None
-    }
-    if batches and not narrow:
-        on = "; ".join(f"batches of {batch} on {device}" for batch, device in batches.items())
+    if not narrow and comparison.measured:
+        first = comparison.measured[0]
+        batch = next(iter(first.costs.values()))["batch"]
+        when = "all in turns for this report" if first.where == TOGETHER else f"in turns at the end of {first.where}"
         text += (
-            f" Speed: in evaluation, float32, {on}; teacher and student in turns, medians of five rounds. The control "
-            "is the same network as the student."
+            f" Speed: in evaluation, float32, batches of {batch} on {first.machine}, {when}, medians of five rounds. "
+            "Models of the same network are measured once, so a control has the speed of its student."
         )
-        if sum(run.analysis is not None for run in comparison.runs.values()) > 1:
+        if any(comparison.costs(row)["measured_apart"] for row in comparison.rows):
             text += (
-                " Each run was measured at its own end: compare speeds within a run; between runs they also differ by "
-                "what else the machine did, up to a tenth or more."
+                ' "Apart": measured at the end of another run, so compare it with nothing but its own teacher; '
+                "`distill compare --measure` measures all together."
             )
+    if any(run.int8 is not None for run in comparison.runs.values()):
+        text += " int8: the file of the newest `distill export --int8`; its own section has the rest."
     if any(comparison.costs(row)["gflops"] is not None for row in comparison.rows):
         text += f" {COUNTED}"
     return text

@@ -20,6 +20,9 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart by colour-blind readers, and on white as on black. One colour a run and model.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 TEACHER_COLOUR = "#808080"
+# Nobody has to tell colours apart: one shape a run and model. There are seven, so that both come again together late.
+MARKERS = ("o", "s", "^", "v", "P", "X", "h")
+TEACHER_MARKER = "D"
 # Stands in for the page's text colour, which matplotlib does not know.
 INK = "#010203"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -48,7 +51,11 @@ STYLE = {
 }
 
 DENSE = 40
-"""Marks of a line from which on they are there to be pointed at, but not to be seen."""
+"""Marks of a line from which on all are there to be pointed at, but only a few to be seen."""
+SEEN = 8
+"""Marks of such a line."""
+COORDINATES, DIGITS = {"d", "x", "y"}, 2
+"""Attributes of coordinates, and their digits behind the decimal point, in points."""
 LEGEND_WIDTH = 58
 """Characters, eight of them for a mark."""
 LEGEND_LINE = 0.21
@@ -75,7 +82,7 @@ class Chart:
         style = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "label": short(label), **style}
         with mpl.rc_context(STYLE):
             if len(x) > DENSE:
-                self.axes.plot(x, y, **{**style, "marker": ""})
+                self.axes.plot(x, y, **style, markevery=max(1, len(x) // SEEN))
                 style |= {"linestyle": "", "alpha": 0.0, "label": None}
             self.axes.plot(x, y, **style, gid=f"marks-{len(self._tips)}")
         self._tips.append(tips)
@@ -90,7 +97,7 @@ class Chart:
             with mpl.rc_context(STYLE):
                 self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
-    def to_svg(self, prefix: str) -> Markup:
+    def to_svg(self, prefix: str, title: str) -> Markup:
         """An <svg> element for the page; `prefix` keeps its ids apart from those of other charts."""
         root = ElementTree.fromstring(_svg(self.figure, prefix, transparent=True))
         for index, tips in enumerate(self._tips):
@@ -101,10 +108,15 @@ class Chart:
         for element in root.iter():
             if (target := element.attrib.pop(XLINK, None)) is not None:
                 element.set("href", target)
+            for name in COORDINATES & element.attrib.keys():
+                element.set(
+                    name, re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.{DIGITS}f}", element.get(name, ""))
+                )
             element.tag = element.tag.removeprefix(SVG)
         for name in ("width", "height"):  # scaled by the page's width, not fixed in points
             del root.attrib[name]
         root.set("role", "img")
+        root.set("aria-label", title)
         svg = ElementTree.tostring(root, encoding="unicode").replace(INK, "currentColor")
         for colour in (*COLOURS, TEACHER_COLOUR):  # the page has its own shade of each, by its background
             svg = svg.replace(colour, f"var(--c{colour.removeprefix('#')}, {colour})")

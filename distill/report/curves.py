@@ -10,6 +10,8 @@ from typing import NamedTuple
 from distill.report.collapse import ENTROPY, KL
 from distill.report.runs import Record, RunFiles
 
+MEASURING = ("train", "eval")
+"""Events with values of an epoch."""
 LARGEST = 1e12
 """Of the values that are drawn: a chart cannot show some of 1e300 beside others."""
 
@@ -38,8 +40,9 @@ def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
     curves: dict[str, list[Curve]] = defaultdict(list)
     for name, run in runs.items():
         for model, part in run.models:
+            end = max((event["epoch"] for event in part.events if event.get("event") in MEASURING), default=math.inf)
             for kind, variant, events, key in _measured(part):
-                if points := _means(_points(events, key)):
+                if points := _means(_points(events, key), end):
                     epochs, values = zip(*sorted(points.items()), strict=True)
                     curves[kind].append(Curve(name, model, variant, epochs, values))
     return curves
@@ -76,9 +79,9 @@ def _points(events: Iterable[Record], key: str) -> Iterator[tuple[float, float]]
             yield epoch, value
 
 
-def _means(points: Iterable[tuple[float, float]]) -> dict[float, float]:
-    """By whole epochs: what was logged at 2.3 and at 3.0 belongs to the third."""
+def _means(points: Iterable[tuple[float, float]], end: float) -> dict[float, float]:
+    """By whole epochs: what was logged at 2.3 and at 3.0 belongs to the third; the last one ends where the run did."""
     by_epoch: dict[float, list[float]] = defaultdict(list)
     for epoch, value in points:
-        by_epoch[math.ceil(epoch)].append(value)
+        by_epoch[min(math.ceil(epoch), end)].append(value)
     return {epoch: sum(values) / len(values) for epoch, values in by_epoch.items()}

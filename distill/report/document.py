@@ -17,9 +17,14 @@ from distill.report.answer import answer, main_table
 from distill.report.comparison import Comparison
 from distill.report.page import Plot, Section
 from distill.report.sections import sections
+from distill.report.summary import summarise
 from distill.report.tables import render_markdown
 
 TEMPLATES = Path(__file__).parent / "templates"
+OPENED = 2
+"""Sections that are not folded, the first ones."""
+FIRST_PICTURES = 12
+"""Pictures of a wall, before a reader asks for more."""
 
 
 def write_report(comparison: Comparison, html: Path, before: Sequence[Section] = ()) -> list[Path]:
@@ -32,8 +37,7 @@ def write_report(comparison: Comparison, html: Path, before: Sequence[Section] =
     Raises:
         InputError: `html` does not end in .html or is a folder.
     """
-    if html.suffix != ".html" or html.is_dir():
-        raise InputError(f"{html}: give the report a file name that ends in .html.")
+    check_name(html)
     shown = [*before, *sections(comparison)]
     filed = [part for section in shown for part in section.parts if isinstance(part, Plot) and part.filed]
     images = {plot.name: html.with_name(f"{html.stem}-{plot.name}.svg") for plot in filed}
@@ -50,6 +54,12 @@ def write_report(comparison: Comparison, html: Path, before: Sequence[Section] =
     return list(texts)
 
 
+def check_name(html: Path) -> None:
+    """Raise InputError unless a report can have this name."""
+    if html.suffix != ".html" or html.is_dir():
+        raise InputError(f"{html}: give the report a file name that ends in .html.")
+
+
 def render_html(comparison: Comparison, shown: list[Section]) -> str:
     """One file that asks the network for nothing."""
     environment = Environment(
@@ -60,11 +70,13 @@ def render_html(comparison: Comparison, shown: list[Section]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
-        title=", ".join(comparison.runs),
+        summary=summarise(comparison),
         warnings=comparison.warnings,
         answer=answer(comparison),
         table=main_table(comparison),
         sections=shown,
+        opened=OPENED,
+        first_pictures=FIRST_PICTURES,
     )
 
 
@@ -76,6 +88,7 @@ def to_json(comparison: Comparison, shown: list[Section]) -> dict[str, Any]:
         "test_images": comparison.samples,
         "k": comparison.k,
         "warnings": comparison.warnings,
+        "summary": summarise(comparison).record(),
         "answer": answer(comparison),
         "rows": [comparison.record(row) for row in comparison.rows],
         "curves": curves,

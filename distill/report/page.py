@@ -98,6 +98,7 @@ class Wall:
     """Pictures that a reader can filter by group and by class."""
 
     name: str
+    title: str
     groups: Sequence[str]
     pictures: Sequence[Picture]
     kind = "wall"

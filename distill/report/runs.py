@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from distill.errors import InputError
 from distill.files.metrics import read_lines
 from distill.files.plain_data import read_json, read_resolved
-from distill.files.records import AnalysisValues, Environment, LabelNames, Status, check
+from distill.files.records import AnalysisValues, Environment, ExportedNetwork, Int8Values, Status, check
 from distill.files.records import Record as Checked
 from distill.files.regular import check_no_links
 from distill.recipe import OPERATIONAL_KEYS, Recipe, from_mapping, known_part
@@ -25,6 +25,8 @@ from distill.report.metrics import Predictions, check_whole, read_arrays, read_p
 Record = Mapping[str, Any]
 ANALYSIS = "analysis"
 ANALYSIS_FORMAT = "1"
+INT8, INT8_FORMAT = "int8.json", "1"
+"""What the newest int8 export of a run has cost; see distill.exports.int8, which writes it."""
 TOKENS = ("class token", "distillation token")
 """Names of the tokens in an analysis that does not give them."""
 LARGEST_PICTURE = 1024
@@ -64,6 +66,8 @@ class RunFiles:
     """None for a run of an earlier version."""
     config: Record
     """config.json of the exported student."""
+    int8: Record | None
+    """None where no int8 file was exported."""
 
     @property
     def models(self) -> list[tuple[str, RunFiles]]:
@@ -115,6 +119,11 @@ class RunFiles:
             return from_mapping(self.recipe)
         except InputError:
             return None
+
+    @cached_property
+    def recipe_digest(self) -> str | None:
+        """Identifies what the run trained; None where its recipe is not known."""
+        return None if self.known_recipe is None else self.known_recipe.digest(OPERATIONAL_KEYS)
 
     @cached_property
     def control_digest(self) -> str | None:
@@ -177,7 +186,8 @@ def read_run(path: Path) -> RunFiles:
         events=tuple(read_lines(path / "metrics.jsonl", finished=True)),
         control=read_run(path / "control") if (path / "control").is_dir() else None,
         analysis=_read_analysis(path, status.get("data_digest"), predictions),
-        config=_read(LabelNames, path / "export" / "config.json") or {},
+        config=_read(ExportedNetwork, path / "export" / "config.json") or {},
+        int8=_read_int8(path, status.get("data_digest")),
     )
 
 
@@ -185,6 +195,21 @@ def _read(model: type[Checked], path: Path) -> Record | None:
     """What is known of a JSON file, checked; None if it does not exist."""
     values = read_json(path)
     return None if values is None else check(model, values, str(path)).model_dump(exclude_unset=True)
+
+
+def _read_int8(path: Path, data_digest: str | None) -> Record | None:
+    """None where there is none, or one of a later version.
+
+    Raises:
+        InputError: it is damaged, or of other data.
+    """
+    raw, file = read_json(path / INT8), path / INT8
+    if raw is None or raw.get("format") != INT8_FORMAT:
+        return None
+    values = check(Int8Values, raw, str(file)).model_dump()
+    if data_digest not in (None, values["data"]):
+        raise InputError(f"{file}: measured on other data. Write it again with `distill export {path} --int8`.")
+    return values
 
 
 def _read_analysis(path: Path, data_digest: str | None, predictions: Predictions) -> Analysis | None:

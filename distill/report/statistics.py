@@ -49,7 +49,11 @@ def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float,
 def mcnemar(first: str, second: str, first_right: Right, second_right: Right) -> PairedTest:
     """McNemar's exact test (two-sided, binomial) of two models' right answers, bool [N] on the same images."""
     only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
-    samples = len(first_right)
+    return mcnemar_of_counts(first, second, only_first, only_second, len(first_right))
+
+
+def mcnemar_of_counts(first: str, second: str, only_first: int, only_second: int, samples: int) -> PairedTest:
+    """As `mcnemar`, from the numbers of images that only one of the two has right."""
     points = 100 * (only_first - only_second) / samples
     p = float(stats.binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
     low, high = bootstrap(only_first, only_second, samples)

@@ -8,33 +8,37 @@ from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from distill.files.text import markdown
-from distill.report.answer import answer, main_table
+from distill.report.answer import answer, main_records, main_table
 from distill.report.comparison import Comparison
 from distill.report.page import Plot, Section, Table
+from distill.report.summary import summarise
 
 
 def render_console(comparison: Comparison) -> ConsoleTable:
     """The figures that fit into 80 columns for one run, and before them, what a reader must know."""
     table = main_table(comparison, narrow=True)
     warnings = [f"[bold red]Warning. {escape(text)}[/]" for text in comparison.warnings]
-    lines = [*warnings, escape(answer(comparison)), escape(table.caption)]
+    told = summarise(comparison).verdict
+    lines = [*warnings, f"[bold]{escape(told)}[/]", escape(answer(comparison)), escape(table.caption)]
     shown = ConsoleTable(caption="\n".join(lines), caption_justify="left")
     for index, name in enumerate(table.header):
         shown.add_column(name, justify="left" if index < table.text_columns else "right")
     previous = None
-    for row, cells in zip(comparison.rows, table.rows, strict=True):
-        if previous not in (None, (row.run, row.model)):
+    for record, cells in zip(main_records(comparison), table.rows, strict=True):
+        if previous not in (None, (record["run"], record["model"])):
             shown.add_section()
-        previous = row.run, row.model
+        previous = record["run"], record["model"]
         shown.add_row(*(escape(cell.text) for cell in cells))
     return shown
 
 
 def render_markdown(comparison: Comparison, shown: Sequence[Section], images: Mapping[str, str]) -> str:
     """Everything but pictures, most plots and whole recipes; `images`: addresses of plots that are files, by name."""
-    blocks = [f"# Comparison: {', '.join(map(markdown, comparison.runs))}"]
+    summary, table = summarise(comparison), main_table(comparison)
+    blocks = [f"# {markdown(summary.title)}"]
     blocks += [f"> **Warning.** {markdown(text)}" for text in comparison.warnings]
-    table = main_table(comparison)
+    blocks += [markdown(summary.asked), f"**{markdown(summary.verdict)}**", _markdown_table(summary.table())]
+    blocks += ["\n".join(f"- {name}: {markdown(text)}" for name, text in summary.facts.items())]
     blocks += [markdown(answer(comparison)), _markdown_table(table), markdown(table.caption)]
     for section in shown:
         blocks += [f"## {section.title}", markdown(section.says)]

@@ -55,14 +55,7 @@ def build_teacher(
         return None
     for spec in recipe.teachers:
         check_trained_on(recipe, spec, dataset)
-    specs, classes, names = _trained(recipe), dataset.info.num_classes, dataset.info.class_names
-    maps_alone = bool(recipe.distill) and not any(section.needs.logits for section in recipe.distill)
-    if isinstance(recipe.teacher, list):
-        teacher = load_teacher(specs, classes, names)
-    elif specs[0].model == FROM_PYTHON:
-        teacher = _from_python(given, classes, class_order(specs[0], None, names))
-    else:
-        teacher = load_teacher(specs[0], classes, names, any_classifier=maps_alone)
+    teacher = load_frozen(recipe, dataset.info.num_classes, dataset.info.class_names, given)
     _log.info("teacher: %s", teacher.describe())
     if not teacher.num_classes:
         _check_without_classifier(recipe, teacher)
@@ -72,6 +65,26 @@ def build_teacher(
             "%s", remark(member.name, origin.license),
         )  # fmt: skip
     return teacher.to(accelerator.device)
+
+
+def load_frozen(
+    recipe: Recipe,
+    classes: int,
+    names: Sequence[str],
+    given: tuple[nn.Module, InputContract] | None = None,
+) -> Teacher:
+    """The recipe's teacher or ensemble, of which there must be one, on the CPU; `given` as for `build_teacher`.
+
+    Raises:
+        InputError: a teacher cannot be loaded, or does not fit these classes.
+    """
+    specs = _trained(recipe)
+    maps_alone = bool(recipe.distill) and not any(section.needs.logits for section in recipe.distill)
+    if isinstance(recipe.teacher, list):
+        return load_teacher(specs, classes, names)
+    if specs[0].model == FROM_PYTHON:
+        return _from_python(given, classes, class_order(specs[0], None, names))
+    return load_teacher(specs[0], classes, names, any_classifier=maps_alone)
 
 
 def _check_without_classifier(recipe: Recipe, teacher: Teacher) -> None:

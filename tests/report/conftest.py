@@ -50,19 +50,22 @@ def metrics_lines(epochs: int, *, select_on: str, ema: bool, teacher: bool) -> l
     return lines
 
 
-def write_analysis(path: Path, draw: np.random.Generator, outputs: Sequence[str], *, data: str = DIGEST) -> None:
+def write_analysis(
+    path: Path, draw: np.random.Generator, outputs: Sequence[str], *, data: str = DIGEST, latency: float = 0.00321
+) -> None:
     """As `distill.analysis` leaves it: four pictures, two of them with the attention of three blocks."""
     counted = [*outputs, *(["agreement"] if "teacher" in outputs else [])]
     correct = {
         name: {output: draw.integers(0, SAMPLES, 6).tolist() for output in counted}
         for name in ("blur", "gaussian noise")
     }
-    costs = {"flops": 3e7, "bytes": 3_046_248, "images_per_second": 1234.5, "latency_seconds": 0.00321, "batch": 64}
+    costs = {"flops": 3e7, "bytes": 3_046_248, "images_per_second": 1234.5, "latency_seconds": latency, "batch": 64}
     values = {
         "format": "1",
         "data": data,
         "device": "cpu",
-        "costs": {"student": costs} | ({"teacher": {**costs, "flops": 8e7}} if "teacher" in outputs else {}),
+        "costs": {"student": costs}
+        | ({"teacher": {**costs, "flops": 8e7, "latency_seconds": latency / 2}} if "teacher" in outputs else {}),
         "robustness": {"images": SAMPLES, "correct": correct},
         "tokens": {"token_cosines": [0.06, 0.5, 0.8, 0.93]},
     }
@@ -112,9 +115,14 @@ def run_maker(folder: Path) -> MakeRun:
         analysis: bool = False,
         status: dict[str, Any] | None = None,
         recipe: dict[str, Any] | None = None,
+        environment: dict[str, Any] | None = None,
+        described: str | None = None,
+        latency: float = 0.00321,
         strength: float = 0.0,
     ) -> Path:
-        """`strength`: of the right class in the logits, over noise of deviation 1."""
+        """`strength`: of the right class in the logits, over noise of deviation 1; `described`: the teacher in the
+        preflight.
+        """
         path = folder / name
         path.mkdir(parents=True)
         draw = np.random.default_rng(seed)
@@ -129,11 +137,13 @@ def run_maker(folder: Path) -> MakeRun:
         (path / "status.json").write_text(json.dumps(known | (status or {})))
         resolved = {"name": name, "data": {"select_on": select_on}} | (recipe or {})
         (path / "resolved.yaml").write_text(yaml.safe_dump(resolved))
-        (path / "environment.json").write_text(json.dumps({"torch": "2.9.0"}))
+        (path / "environment.json").write_text(json.dumps({"torch": "2.9.0"} | (environment or {})))
         lines = metrics_lines(epochs, select_on=select_on, ema=ema, teacher=teacher)
+        if described is not None:
+            lines[0]["teacher"] = described
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if analysis:
-            write_analysis(path, draw, outputs)
+            write_analysis(path, draw, outputs, latency=latency)
             (path / "export").mkdir()
             (path / "export" / "config.json").write_text(json.dumps({"label_names": NAMES}))
         if control:

@@ -14,7 +14,6 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from distill.errors import InputError
-from distill.report.answer import main_table
 from distill.report.comparison import Comparison, compare
 from distill.report.document import write_report
 from distill.report.page import Table
@@ -177,14 +176,6 @@ def test_rows_that_are_no_numbers_are_said_and_every_figure_is_one(make_run: Mak
     assert "NaN" not in text
     calibration = json.loads(text)["calibration"]
     assert all(isinstance(record["ece"], float) and isinstance(record["nll"], float) for record in calibration)
-
-
-def test_speeds_of_several_runs_are_said_to_be_measured_apart(make_run: MakeRun) -> None:
-    one, other = (make_run(name, analysis=True) for name in ("one", "other"))
-    assert "each run was measured" not in main_table(compare([one])).caption.lower()
-    caption = main_table(compare([one, other])).caption
-    assert "Each run was measured at its own end: compare speeds within a run" in caption
-    assert "by one algorithm on any device" in caption
 
 
 def test_numbers_that_are_none_are_not_drawn(make_run: MakeRun) -> None:

@@ -67,6 +67,7 @@ def reported(three_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_on_paper_plots_stand_two_by_two(browser: Any, reported: tuple[Path, dict[str, Any]]) -> None:
     shown = Shown(browser, reported[0], width=794)  # A4 at 96 pixels an inch
     shown.page.emulate_media(media="print")
+    assert shown.page.eval_on_selector("header", "top => top.getBoundingClientRect().bottom") < 1000  # of 1123
     widths = shown.page.evaluate("[...document.querySelectorAll('.part.plot > svg')].map(svg => svg.clientWidth)")
     assert len(widths) > 5
     assert min(widths) > 794 / 3
@@ -96,6 +97,7 @@ def test_the_page_is_quiet_asks_for_nothing_and_fits(
 
 def test_every_plot_has_marks_that_answer_the_pointer(browser: Any, reported: tuple[Path, dict[str, Any]]) -> None:
     shown = Shown(browser, reported[0])
+    shown.text()
     plots = shown.page.query_selector_all("figure.plot")
     assert len(plots) >= 14
     for plot in plots:
@@ -146,6 +148,7 @@ def _is_number(text: str) -> bool:
 def test_the_wall_of_pictures_can_be_filtered(browser: Any, reported: tuple[Path, dict[str, Any]]) -> None:
     html, data = reported
     shown = Shown(browser, html)
+    shown.text()
     wall = shown.page.query_selector(".wall")
     assert wall.query_selector("output").inner_text() == "4 pictures"
     group = next(name for name in ("only the teacher is right", "neither is right") if data["pictures"][0][name])
@@ -154,6 +157,57 @@ def test_the_wall_of_pictures_can_be_filtered(browser: Any, reported: tuple[Path
     assert len(visible) == data["pictures"][0][group]
     assert {picture.get_attribute("data-group") for picture in visible} == {group}
     assert wall.query_selector("output").inner_text() == f"{len(visible)} pictures"
+    assert not wall.query_selector(".more").is_visible()
+    wall.query_selector("select").select_option("")
+    wall.evaluate(
+        "wall => { wall.dataset.first = 3; wall.querySelector('select').dispatchEvent(new Event('change')); }"
+    )
+    assert wall.query_selector("output").inner_text() == "3 of 4 pictures"
+    wall.query_selector(".more").click()
+    assert wall.query_selector("output").inner_text() == "4 pictures"
+
+
+@pytest.mark.parametrize(("width", "most"), [(1280, 5_400), (390, 9_000)])
+def test_the_page_begins_with_the_answer_and_is_short(
+    browser: Any, reported: tuple[Path, dict[str, Any]], width: int, most: int
+) -> None:
+    html, data = reported
+    shown = Shown(browser, html, width=width)
+    assert shown.page.evaluate("document.documentElement.scrollHeight") < most
+    top = " ".join(shown.page.inner_text("header").split())
+    assert top.index(data["summary"]["asked"]) < top.index(data["summary"]["verdict"])
+    for student in data["summary"]["students"]:
+        assert all(f"{tile['value']} {tile['note']}".strip() in top for tile in student["tiles"])
+    folds = shown.page.eval_on_selector_all("details.section", "all => all.map(details => details.open)")
+    assert len(folds) > 8
+    assert [index for index, is_open in enumerate(folds) if is_open] == [0, 1]
+    assert all(says.is_visible() for says in shown.page.query_selector_all(".says"))
+    shown.page.click("nav a[href='#made']")
+    shown.page.wait_for_selector("#made details.section[open]")
+
+
+def test_tables_that_scroll_say_so(browser: Any, reported: tuple[Path, dict[str, Any]]) -> None:
+    shown = Shown(browser, reported[0], width=390)
+    shown.text()
+    shown.page.wait_for_function("document.querySelector('.wide:not([hidden])')")
+    found = shown.page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map(place => [place.scrollWidth > place.clientWidth + 1, "
+        "!place.previousElementSibling.hidden, place.tabIndex === 0])"
+    )
+    assert all(len(set(states)) == 1 for states in found), found
+    assert {states[0] for states in found} == {True, False}
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_nothing_serious(
+    browser: Any, three_runs: list[Path], tmp_path: Path, width: int, scheme: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install .[test]").Axe()
+    html = write_report(compare(three_runs[:1]), tmp_path / "report.html")[0]
+    shown = Shown(browser, html, width=width, scheme=scheme)
+    shown.text()
+    found = axe.run(shown.page, {"exclude": ["svg > g"]}).response["violations"]  # thousands of marks
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")] == []
 
 
 # What the page shows of a figure in report.json; figures of other names are counts, or points of a plot.

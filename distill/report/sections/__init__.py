@@ -9,6 +9,7 @@ from distill.report.sections import (
     cost,
     features,
     fidelity,
+    int8,
     learning,
     made,
     pairs,
@@ -18,7 +19,21 @@ from distill.report.sections import (
     tokens,
 )
 
-ORDER = (pairs, seeds, features, learning, fidelity, calibration, classes, robustness, pictures, tokens, cost, made)
+ORDER = (
+    pairs,
+    seeds,
+    features,
+    learning,
+    fidelity,
+    calibration,
+    classes,
+    robustness,
+    pictures,
+    tokens,
+    cost,
+    int8,
+    made,
+)
 
 
 def sections(comparison: Comparison) -> list[Section]:

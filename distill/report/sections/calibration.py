@@ -129,6 +129,7 @@ def _chart(comparison: Comparison, found: list[tuple[Row, Calibration]]) -> Char
                     for each in values.bins
                 ],
                 color=comparison.colour(row.run, row.model),
+                marker=comparison.marker(row.run, row.model),
                 label=name,
             )
     chart.axes.set(xlim=(0, 102), ylim=(0, 102))

@@ -69,7 +69,7 @@ def build(comparison: Comparison) -> Section | None:
     of = "each class" if len(names) <= DRAWN else f"the {DRAWN} classes that vary most"
     parts: list[Part] = [
         Plot("classes", "Accuracy by class", f"Of {of}.", _chart(comparison, models, names)),
-        _table(models, student, names, folded=not whole),
+        _table(models, student, _others(comparison, models, student), names, folded=not whole),
         _averages(models, names),
     ]
     if whole:
@@ -77,8 +77,8 @@ def build(comparison: Comparison) -> Section | None:
     known = [(value, names[index]) for index, value in enumerate(student.accuracy) if value is not None]
     (worst, where), (best, at) = min(known), max(known)
     says = (
-        f"The student's accuracy runs from {worst:.2f} % ({where}) to {best:.2f} % ({at}), and its mean over the "
-        f"classes is {student.row.metrics.macro:.2f} %"
+        f"The accuracy of the {student.name} runs from {worst:.2f} % ({where}) to {best:.2f} % ({at}), and its mean "
+        f"over the classes is {student.row.metrics.macro:.2f} %"
     )
     if pairs := most_confused(student.matrix, PAIRS):
         label, taken_for, images = pairs[0]
@@ -91,7 +91,7 @@ def build(comparison: Comparison) -> Section | None:
         ]
         columns: list[Column] = [("class", "class", ""), ("taken for", "taken for", "")]
         columns += [(model.name, model.name, ",d") for model in models]
-        caption = "The pairs that the student confuses most: how often each model does."
+        caption = f"The pairs that the {student.name} confuses most: how often each model does."
         parts.append(Table.of("confused", caption, records, columns))
     data = [
         {
@@ -110,11 +110,13 @@ def build(comparison: Comparison) -> Section | None:
     return Section("classes", "Classes", f"{says}.", parts, data)
 
 
-def _table(models: list[Model], student: Model, names: tuple[str, ...], *, folded: bool) -> Table:
-    """The student against its teacher and its control, in this order, where they are there."""
-    teachers = [model for model in models if model.row.model == "teacher"]
-    own = [model for model in models if model.row.run == student.row.run and model.row.model == "control"]
-    others = teachers[:1] + own
+def _others(comparison: Comparison, models: list[Model], student: Model) -> list[Model]:
+    """Its teacher and its control, in this order, where they are there."""
+    rows = [comparison.teacher_of(student.row.run), comparison.control_of(student.row.run)]
+    return [model for row in rows for model in models if model.row is row]
+
+
+def _table(models: list[Model], student: Model, others: list[Model], names: tuple[str, ...], *, folded: bool) -> Table:
     rows = []
     for index, name in enumerate(names):
         cells = [Cell(name), cell(int(student.matrix[index].sum()), ",d")]
@@ -125,8 +127,10 @@ def _table(models: list[Model], student: Model, names: tuple[str, ...], *, folde
             cells.append(cell(points, "+.2f", good=points > 0 if points else None))
         rows.append(cells)
     header = ["class", "images", *(f"{model.name} %" for model in models)]
-    header += [f"against {other.row.model}" for other in others]
-    caption = "Accuracy by class; the student against the others, in points."
+    header += [f"against {other.row.title}" for other in others]
+    caption = "Accuracy by class."
+    if others:
+        caption += f" The {student.name} against {' and '.join(other.name for other in others)}, in points."
     return Table("per-class", caption, header, rows, folded=folded, span=2)
 
 
@@ -166,7 +170,7 @@ def _chart(comparison: Comparison, models: list[Model], names: tuple[str, ...]) 
             [f"{name}, {of}: {value:.2f} %" for of, value in zip(shown, accuracy, strict=True)],
             color=comparison.colour(row.run, row.model),
             linestyle="",
-            marker="D" if row.model == "teacher" else "o",
+            marker=comparison.marker(row.run, row.model),
             markersize=5.5,
             label=name,
         )
@@ -189,4 +193,4 @@ def _matrix(model: Model, index: int, names: tuple[str, ...], *, folded: bool) -
         for label, line in enumerate(model.matrix)
     ]
     caption = f"Confusion matrix of the {model.name}: rows are the right classes, columns the answers."
-    return Table(f"confusion-{index}", caption, ["", *names], rows, folded=folded, matrix=True)
+    return Table(f"confusion-{index}", caption, ["class", *names], rows, folded=folded, matrix=True)

@@ -8,6 +8,7 @@ from distill.report.charts import Chart
 from distill.report.comparison import Comparison, Row
 from distill.report.page import Column, Part, Plot, Section, Table
 from distill.report.runs import Record
+from distill.report.standing import standings
 
 AXES = (
     ("parameters", "parameters (M)", 1e-6, "parameters"),
@@ -20,12 +21,17 @@ BESIDES = ("compilation", "evaluation", "analysis")
 
 def build(comparison: Comparison) -> Section | None:
     found = [(row, comparison.costs(row)) for row in comparison.wholes]
-    caption = "Up and left is better: more right answers for less."
-    parts: list[Part] = [
-        Plot(f"cost-{key}", f"Accuracy by {label.split(' (')[0]}", caption, _chart(comparison, found, key, label, unit))
-        for key, label, unit, _ in AXES
-        if sum(costs[key] is not None for _, costs in found) > 1
-    ]
+    parts: list[Part] = []
+    for key, label, unit, _ in AXES:
+        # Speeds that were measured at another time are no points of the same chart.
+        drawn = [(row, costs) for row, costs in found if key != "latency_ms" or not costs["measured_apart"]]
+        known = [(row, costs) for row, costs in drawn if costs[key] is not None]
+        if len(known) > 1:
+            caption = "Up and left is better: more right answers for less."
+            if apart := [comparison.model_name(row) for row, costs in found if (row, costs) not in drawn]:
+                caption += f" Without {', '.join(apart)}: measured apart."
+            chart = _chart(comparison, known, key, label, unit)
+            parts.append(Plot(f"cost-{key}", f"Accuracy by {label.split(' (')[0]}", caption, chart))
     trained = [
         {
             "model": comparison.called(name, model),
@@ -58,36 +64,31 @@ def build(comparison: Comparison) -> Section | None:
 
 
 def _says(comparison: Comparison) -> str:
-    name = next(iter(comparison.runs))
-    student, teacher = comparison.row(name, "student"), comparison.teacher_of(name)
-    if student is not None and teacher is not None:
-        ours, theirs = comparison.costs(student), comparison.costs(teacher)
-        said = [
-            f"{ours[key] / theirs[key]:.2f} times the {what}"
-            for key, _, _, what in AXES
-            if ours[key] is not None and theirs[key]
-        ]
-        if said:
-            whose = f"the student of {name}" if comparison.several else "the student"
-            return f"Compared with its teacher, {whose} needs {', '.join(said)}."
-    return "What the models and their training cost."
+    said = []
+    for student in standings(comparison):
+        ratios = [f"{student.ratios[key]:.2f} times the {what}" for key, _, _, what in AXES if key in student.ratios]
+        if ratios:
+            whose = f"the student of {student.called}" if comparison.several else "the student"
+            said.append(f"{whose} needs {', '.join(ratios)} of {student.its_teacher}")
+    if not said:
+        return "What the models and their training cost."
+    return f"{said[0][0].upper()}{'; '.join(said)[1:]}."
 
 
 def _chart(comparison: Comparison, found: list[tuple[Row, dict[str, Any]]], key: str, label: str, unit: float) -> Chart:
     chart = Chart(label, "top-1 (%)", size=(4.7, 2.6))
     for row, costs in found:
-        if costs[key] is not None:
-            name, value = comparison.model_name(row), unit * costs[key]
-            chart.line(
-                [value],
-                [row.metrics.top1],
-                [f"{name}: {row.metrics.top1:.2f} % at {value:.4g} {label}"],
-                color=comparison.colour(row.run, row.model),
-                marker="D" if row.model == "teacher" else "o",
-                markersize=7,
-                linestyle="",
-                label=name,
-            )
+        name, value = comparison.model_name(row), unit * costs[key]
+        chart.line(
+            [value],
+            [row.metrics.top1],
+            [f"{name}: {row.metrics.top1:.2f} % at {value:.4g} {label}"],
+            color=comparison.colour(row.run, row.model),
+            marker=comparison.marker(row.run, row.model),
+            markersize=7,
+            linestyle="",
+            label=name,
+        )
     chart.axes.margins(0.15, 0.2)
     chart.axes.set_xlim(left=0)
     chart.legend()

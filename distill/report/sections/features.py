@@ -11,7 +11,7 @@ from distill.report.comparison import Comparison, Row
 from distill.report.metrics import NO_ANSWER, as_numbers, decisions
 from distill.report.page import Column, Neighbour, Neighbourhoods, Part, Picture, Section, Table
 from distill.report.runs import Record, RunFiles
-from distill.report.sections.pictures import to_png
+from distill.report.sections.pictures import to_address
 from distill.report.statistics import wilson
 
 COLUMNS: list[Column] = [
@@ -82,7 +82,7 @@ def _neighbourhoods(comparison: Comparison, name: str, run: RunFiles, number: in
     ):
         label = int(comparison.labels[test])
         nearest = [
-            Neighbour(to_png(picture), names[of], float(cosine), of == label)
+            Neighbour(to_address(picture), names[of], float(cosine), of == label)
             for picture, of, cosine in zip(
                 tensors["nearest.images"][index],
                 tensors["nearest.labels"][index].tolist(),
@@ -91,7 +91,7 @@ def _neighbourhoods(comparison: Comparison, name: str, run: RunFiles, number: in
             )
         ]
         answers = _answers(row, test, names, label)
-        pictures.append((Picture(to_png(image), names[label], answers, "", test), nearest))
+        pictures.append((Picture(to_address(image), names[label], answers, "", test), nearest))
     title = comparison.called(name, "Nearest neighbours") if comparison.several else "Nearest neighbours"
     return Neighbourhoods(f"neighbours-{number}", title, pictures)
 

@@ -10,6 +10,7 @@ from distill.report.charts import TEACHER_COLOUR, Chart, short
 from distill.report.comparison import HEAD_NAMES, Comparison
 from distill.report.curves import Curve
 from distill.report.page import Plot, Section
+from distill.report.roles import STUDENT
 
 STYLES = ("-", "--", ":", "-.")
 PLOTS = {
@@ -53,7 +54,9 @@ def build(comparison: Comparison) -> Section | None:
             continue
         if kind == "top1" and comparison.teachers:
             # What it was trained on may hold the validation split: the weights of public teachers have seen all images.
-            caption += " Dashed: the teacher on the test images."
+            caption += (
+                f" Dashed: {_listed([comparison.model_name(row) for row in comparison.teachers])} on the test images."
+            )
         if kind == "loss" and len({curve.model for curve in curves}) > 1:
             caption += " Student and control minimise different losses, each on its own scale."
         plots.append(Plot(kind, title, caption, draw(comparison, kind), filed=kind in ("top1", "macro", "knn", "loss")))
@@ -63,7 +66,11 @@ def build(comparison: Comparison) -> Section | None:
     by_macro = {(curve.run, curve.model) for curve in macro}
     top1 = [curve for curve in comparison.curves["top1"] if (curve.run, curve.model) not in by_macro]
     chosen_by = [*top1, *macro, *_selecting_neighbours(comparison)]
-    return Section("learning", "Learning curves", _says(chosen_by, comparison.several), plots, None)
+    return Section("learning", "Learning curves", _says(comparison, chosen_by), plots, None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _selecting_neighbours(comparison: Comparison) -> list[Curve]:
@@ -72,7 +79,7 @@ def _selecting_neighbours(comparison: Comparison) -> list[Curve]:
     return [curve for curve in comparison.curves["knn"] if (curve.run, curve.model) in chosen]
 
 
-def _says(top1: Sequence[Curve], several: bool) -> str:
+def _says(comparison: Comparison, top1: Sequence[Curve]) -> str:
     """Where the best of each model was, as checkpoints are chosen: the first of equals, raw weights before EMA."""
     found = []
     for run, model in dict.fromkeys((curve.run, curve.model) for curve in top1):
@@ -85,7 +92,7 @@ def _says(top1: Sequence[Curve], several: bool) -> str:
         best, when, raw = max(points)
         last = curves[0].epochs[-1]
         late = " and was still rising" if len(curves[0].epochs) > 2 and -when == last else ""
-        name = f"{model} of {run}" if several else model
+        name = _name(comparison, run, model)
         average = "" if raw else ", moving average"
         found.append(f"{name} was best after epoch {-when:g} of {last:g} ({best:.2f} %{average}){late}")
     if not found:
@@ -100,7 +107,7 @@ def draw(comparison: Comparison, kind: str) -> Chart:
     chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     variants = list(dict.fromkeys(curve.variant.removesuffix(", EMA") for curve in curves))
     for curve in curves:
-        name = _label(curve, comparison.several)
+        name = _label(comparison, curve)
         style = STYLES[variants.index(curve.variant.removesuffix(", EMA")) % len(STYLES)]
         points = zip(curve.epochs, curve.values, strict=True)
         chart.line(
@@ -108,19 +115,25 @@ def draw(comparison: Comparison, kind: str) -> Chart:
             curve.values,
             [f"{name}, epoch {epoch:g}: {_figure(value)}" for epoch, value in points],
             color=comparison.colour(curve.run, curve.model),
+            marker=comparison.marker(curve.run, curve.model),
             linestyle=":" if curve.variant.endswith("EMA") else style,
             label=name,
         )
     for row in comparison.teachers if kind == "top1" else ():
-        name = short(f"teacher{f' of {row.run}' if comparison.several else ''} (test)")
+        name = short(f"{comparison.model_name(row)} (test)")
         chart.axes.axhline(row.metrics.top1, color=TEACHER_COLOUR, linestyle="--", label=name)
     chart.legend()
     return chart
 
 
-def _label(curve: Curve, several: bool) -> str:
+def _label(comparison: Comparison, curve: Curve) -> str:
     variant = HEAD_NAMES.get(curve.variant, curve.variant)
-    return f"{curve.model}{f' of {curve.run}' if several else ''}{f' ({variant})' if variant else ''}"
+    return f"{_name(comparison, curve.run, curve.model)}{f' ({variant})' if variant else ''}"
+
+
+def _name(comparison: Comparison, run: str, model: str) -> str:
+    called = comparison.roles[run] if model == STUDENT else model
+    return f"{called} of {run}" if comparison.several else called
 
 
 def _figure(value: float) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -18,12 +19,11 @@ def build(comparison: Comparison) -> Section | None:
     parts: list[Part] = []
     if any(facts.values()):
         parts.append(_by_run("made", "What the figures depend on.", facts))
-    recipes = {name: dict(_flat(run.recipe)) for name, run in comparison.runs.items() if run.recipe}
+    recipes = {name: _complete(run) for name, run in comparison.runs.items() if run.recipe}
     if len(recipes) > 1:
-        keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
-        differ = [key for key in keys if len({recipe.get(key, "") for recipe in recipes.values()}) > 1]
+        differ = list(_differences(list(recipes.values())))
         caption = "What differs between the recipes." if differ else "The recipes are the same."
-        values = {name: {key: recipe.get(key, "") for key in differ} for name, recipe in recipes.items()}
+        values = {name: {key: shown[index] for key, shown in differ} for index, name in enumerate(recipes)}
         parts.append(_by_run("differences", caption, values))
     for name, run in comparison.runs.items():
         of = f" of {name}" if comparison.several else ""
@@ -42,7 +42,7 @@ def _by_run(name: str, caption: str, facts: Mapping[str, Mapping[str, str]]) -> 
     """A line for each fact, a column for each run."""
     keys = dict.fromkeys(key for values in facts.values() for key in values)
     rows = [[Cell(key), *(Cell(values.get(key, "")) for values in facts.values())] for key in keys]
-    header = ["", *(facts if len(facts) > 1 else ["this run"])]
+    header = ["key", *(facts if len(facts) > 1 else ["this run"])]
     return Table(name, caption, header, rows, text_columns=len(header))
 
 
@@ -95,9 +95,27 @@ def command_line(words: list[str]) -> str:
     return shlex.join(words)
 
 
-def _flat(values: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
+def _complete(run: RunFiles) -> Record:
+    """The recipe with what an earlier version did not write, as far as it is known: defaults."""
+    return run.recipe if run.known_recipe is None else run.known_recipe.model_dump(mode="json")
+
+
+def _differences(recipes: Sequence[Record], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Dotted keys of different values, and these as text, '' where there is none; a key that one recipe leaves out is
+    no difference, unless it says null elsewhere what others set.
+    """
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        values = [recipe[key] for recipe in recipes if key in recipe]
+        if all(isinstance(value, dict) for value in values) and len(values) == len(recipes):
+            yield from _differences(values, f"{prefix}{key}.")
+        elif any(value != values[0] for value in values[1:]):
+            yield f"{prefix}{key}", [_short(recipe.get(key)) for recipe in recipes]
+
+
+def _short(value: Any) -> str:
+    """As JSON, without what is null in a mapping."""
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return "" if value is None else json.dumps(value, ensure_ascii=False)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from distill.report.comparison import Comparison
+from distill.report.comparison import Comparison, Row
 from distill.report.page import Column, Section, Table
+from distill.report.roles import ALONE, CONTROL, STUDENT, TEACHER
 from distill.report.statistics import SIGNIFICANT, holm, p_value
 
-ORDER = ("student", "control", "teacher")
+ORDER = (STUDENT, ALONE, CONTROL, TEACHER)
 COLUMNS: list[Column] = [
     ("first", "first", ""),
     ("second", "second", ""),
     ("first against second", "words", ""),
     ("points", "points", "+.2f"),
-    ("95 % interval", "interval", "{0[0]:+.2f} to {0[1]:+.2f}".format),
     ("only first right", "only_first_right", ",d"),
     ("only second right", "only_second_right", ",d"),
     ("p", "p", p_value),
@@ -25,13 +25,13 @@ COLUMNS: list[Column] = [
 def build(comparison: Comparison) -> Section | None:
     if len(comparison.rows) < 2:
         return None
-    rows = sorted(comparison.rows, key=lambda row: ORDER.index(row.model))  # the student against the others
-    tests = [(a.is_whole and b.is_whole, comparison.test(a, b)._asdict()) for a, b in combinations(rows, 2)]
+    rows = sorted(comparison.rows, key=lambda row: ORDER.index(row.role))  # the student against the others
+    tests = [(_asked(comparison, a, b), comparison.test(a, b)._asdict()) for a, b in combinations(rows, 2)]
     for (_, test), adjusted in zip(tests, holm([test["p"] for _, test in tests]), strict=True):
         test |= {"p_holm": adjusted, "interval": [test["low"], test["high"]]}
     every = [test for _, test in tests]
-    wholes = [test for is_whole, test in tests if is_whole]
-    heads = [test for is_whole, test in tests if not is_whole]
+    first = [test for is_asked, test in tests if is_asked]
+    others = [test for is_asked, test in tests if not is_asked]
     says = (
         f"{sum(test['p'] < SIGNIFICANT for test in every)} of {len(every)} pairs differ by more than chance on these "
         f"{comparison.samples:,} images (McNemar's exact test at {100 * SIGNIFICANT:.0f} %, each pair by itself), "
@@ -39,9 +39,16 @@ def build(comparison: Comparison) -> Section | None:
         "a difference are those of a paired bootstrap over the images; two models are equal within a point where two "
         "one-sided t-tests (TOST) say so."
     )
-    parts = [Table.of("pairs", "Pairs of models.", wholes, COLUMNS)] if wholes else []
-    if heads:
-        caption = f"{len(heads)} pairs with single heads."
-        parts.append(Table.of("pairs-heads", caption, heads, COLUMNS, folded=bool(wholes)))
+    caption = "Students against their teachers, their controls and each other."
+    parts = [Table.of("pairs", caption, first, COLUMNS)] if first else []
+    if others:
+        caption = f"{len(others)} other pairs of models and heads." if first else "Pairs of models."
+        parts.append(Table.of("pairs-others", caption, others, COLUMNS, folded=bool(first)))
     # The name by which readers of report.json know it.
     return Section("verdicts", "Pair by pair", says, parts, every)
+
+
+def _asked(comparison: Comparison, a: Row, b: Row) -> bool:
+    """Whether a is a student, and b its teacher, its control or another student."""
+    asked = b.role == STUDENT or b is comparison.teacher_of(a.run) or b is comparison.control_of(a.run)
+    return a.role == STUDENT and a.is_whole and b.is_whole and asked

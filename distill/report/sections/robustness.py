@@ -78,6 +78,7 @@ def _chart(comparison: Comparison, wholes: list[tuple[Row, dict[str, Any]]], cor
             levels,
             [f"{name}, {corruption} {level}: {value:.2f} %" for level, value in enumerate(levels)],
             color=comparison.colour(row.run, row.model),
+            marker=comparison.marker(row.run, row.model),
             label=name,
         )
     chart.axes.set_ylim(0, 102)

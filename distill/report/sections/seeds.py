@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.recipe import OPERATIONAL_KEYS
 from distill.report.comparison import Comparison, Row
+from distill.report.groups import groups_of
 from distill.report.metrics import Ints, decisions
 from distill.report.page import Section, Table
 from distill.report.statistics import bootstrap_over_seeds, mcnemar, p_value, paired
@@ -24,7 +24,7 @@ def build(comparison: Comparison) -> Section | None:
     if not groups:
         return None
     spreads = [
-        {"recipe": name, "model": model, "seeds": list(by_seed), **_spread(by_seed)}
+        {"recipe": name, "model": next(iter(by_seed.values())).role, "seeds": list(by_seed), **_spread(by_seed)}
         for name, models in groups.items()
         for model, by_seed in models.items()
     ]
@@ -68,11 +68,14 @@ def _spread(by_seed: BySeed) -> dict[str, Any]:
 
 def _tests(groups: Groups, labels: Ints) -> Iterator[dict[str, Any]]:
     """Of student and control within a group, and of the students of two groups."""
+    called = {name: f"{next(iter(models['student'].values())).role} of {name}" for name, models in groups.items()}
     for name, models in groups.items():
         if "control" in models:
-            yield from _test(f"student of {name}", models["student"], "its control", models["control"], labels)
+            yield from _test(called[name], models["student"], "its control", models["control"], labels)
     for (a, one), (b, other) in combinations(groups.items(), 2):
-        yield from _test(f"student of {a}", one["student"], f"student of {b}", other["student"], labels)
+        if one.get("control") == other["student"] or other.get("control") == one["student"]:
+            continue  # runs that are the controls of others: tested with their students
+        yield from _test(called[a], one["student"], called[b], other["student"], labels)
 
 
 def _test(first: str, a: BySeed, second: str, b: BySeed, labels: Ints) -> Iterator[dict[str, Any]]:
@@ -95,15 +98,9 @@ def _test(first: str, a: BySeed, second: str, b: BySeed, labels: Ints) -> Iterat
 
 
 def _groups(comparison: Comparison) -> Iterator[tuple[str, dict[str, BySeed]]]:
-    """Runs whose recipes are the same but for what only names or runs them, by seed, in the order of the runs."""
-    found: dict[str, dict[int, str]] = {}
-    for name, run in comparison.runs.items():
-        if (recipe := run.known_recipe) is not None:
-            found.setdefault(recipe.digest(OPERATIONAL_KEYS | {"seed", "control"}), {}).setdefault(recipe.seed, name)
-    for names in found.values():
-        students = {seed: row for seed, name in names.items() if (row := comparison.row(name, "student"))}
-        controls = {seed: row for seed, name in names.items() if (row := comparison.control_of(name))}
-        models: dict[str, BySeed] = {"student": students}
-        if len(controls) > 1:
+    """By the name of each group of runs: its students and, under several seeds, controls."""
+    for group in groups_of(comparison):
+        models: dict[str, BySeed] = {"student": group.students(comparison)}
+        if len(controls := group.controls(comparison)) > 1:
             models["control"] = controls
-        yield next(iter(names.values())), models
+        yield group.name, models

@@ -15,7 +15,7 @@ from distill.report.charts import Chart
 from distill.report.comparison import Comparison
 from distill.report.page import Attention, Part, Plot, Section
 from distill.report.runs import TOKENS, Analysis, RunFiles
-from distill.report.sections.pictures import to_png
+from distill.report.sections.pictures import to_address
 
 PIXELS = 64
 """Of a view's side, about."""
@@ -39,10 +39,18 @@ def build(comparison: Comparison) -> Section | None:
             "over test images. DeiT reports 0.06 at first and 0.93 after the last block."
         )
         parts.append(Plot("cosines", "Likeness of the tokens", caption, _chart(comparison, cosines)))
-    for name, run in comparison.runs.items():
-        if run.analysis is not None and "attention.patches" in run.analysis.tensors:
-            title = f"Attention of {name}" if comparison.several else "Attention"
-            parts.append(_attention(f"attention-{len(parts)}", title, run, run.analysis))
+    looking = {
+        name: (run, run.analysis)
+        for name, run in comparison.runs.items()
+        if run.analysis is not None and "attention.patches" in run.analysis.tensors
+    }
+    numbers = {name: set(analysis.tensors["attention.indices"].tolist()) for name, (_, analysis) in looking.items()}
+    same = set.intersection(*numbers.values()) if numbers else set()
+    for name, (run, analysis) in looking.items():
+        title = comparison.called(name, "attention") if comparison.several else "Attention"
+        if not same:
+            title += " (analysed by versions that chose other images for each run)"
+        parts.append(_attention(f"attention-{len(parts)}", title, run, analysis, same or numbers[name]))
     if not parts:
         return None
     said = [
@@ -63,6 +71,7 @@ def _chart(comparison: Comparison, cosines: list[dict[str, Any]]) -> Chart:
             values,
             [f"{name}, after block {block}: {value:.2f}" for block, value in enumerate(values)],
             color=comparison.colour(line["run"], line["model"]),
+            marker=comparison.marker(line["run"], line["model"]),
             label=name,
         )
     chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -70,22 +79,25 @@ def _chart(comparison: Comparison, cosines: list[dict[str, Any]]) -> Chart:
     return chart
 
 
-def _attention(name: str, title: str, run: RunFiles, analysis: Analysis) -> Attention:
+def _attention(name: str, title: str, run: RunFiles, analysis: Analysis, shown: set[int]) -> Attention:
+    """`shown`: numbers of the test images, the same for all runs that are compared."""
     tensors, tokens = analysis.tensors, analysis.values["tokens"].get("names", TOKENS)
     patches = tensors["attention.patches"].astype(np.float64)  # [depth, images, tokens, H, W]
     pictures = []
     numbers, images = tensors["attention.indices"].tolist(), tensors["attention.images"]
     for index, (number, image) in enumerate(zip(numbers, images, strict=True)):
+        if number not in shown:
+            continue
         rows = []
         for token in range(patches.shape[2]):
             views = []
             for block, weights in enumerate(patches[:, index, token]):
                 areas = tensors.get(f"attention.areas.{block}")
                 masks = [] if areas is None else areas[index, token]
-                views.append((f"block {block + 1}", to_png(_view(image, weights, masks))))
+                views.append((f"block {block + 1}", to_address(_view(image, weights, masks))))
             rows.append((tokens[token], views))
         label = run.class_names[int(run.predictions.labels[number])]
-        pictures.append((to_png(image), f"{label} (test image {number})", rows))
+        pictures.append((to_address(image), f"{label} (test image {number})", rows))
     return Attention(name, title, pictures)
 
 

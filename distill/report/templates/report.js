@@ -46,14 +46,44 @@ addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 // Pictures by group and class.
 for (const wall of document.querySelectorAll(".wall")) {
   const choices = [...wall.querySelectorAll("select")], pictures = [...wall.querySelectorAll(".picture")];
+  const more = wall.querySelector(".more");
+  let all = false;
   const filter = () => {
-    for (const picture of pictures) {
-      picture.hidden = choices.some(choice => choice.value && picture.dataset[choice.dataset.filter] !== choice.value);
-    }
-    wall.querySelector("output").textContent = `${pictures.filter(picture => !picture.hidden).length} pictures`;
+    const fit = pictures.filter(picture => choices.every(choice => !choice.value || picture.dataset[choice.dataset.filter] === choice.value));
+    const shown = all ? fit : fit.slice(0, wall.dataset.first);
+    for (const picture of pictures) picture.hidden = !shown.includes(picture);
+    wall.querySelector("output").textContent = shown.length < fit.length ? `${shown.length} of ${fit.length} pictures` : `${fit.length} pictures`;
+    more.hidden = shown.length === fit.length;
   };
   for (const choice of choices) choice.addEventListener("change", filter);
+  more.addEventListener("click", () => { all = true; filter(); });
   filter();
 }
+// A table that is wider than its place says so, and can be scrolled by the keyboard.
+const widths = new ResizeObserver(entries => {
+  for (const { target } of entries) {
+    const place = target.closest(".scroll"), wide = place.scrollWidth > place.clientWidth + 1;
+    place.previousElementSibling.hidden = !wide;
+    if (wide) place.tabIndex = 0;
+    else place.removeAttribute("tabindex");
+  }
+});
+for (const place of document.querySelectorAll(".scroll")) {
+  widths.observe(place);
+  widths.observe(place.firstElementChild);
+}
+// A link to a section that is folded opens it.
+const reveal = () => {
+  const details = document.getElementById(location.hash.slice(1))?.querySelector("details.section");
+  if (details) details.open = true;
+};
+addEventListener("hashchange", reveal);
+for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", () => setTimeout(reveal));
+reveal();
 // What is folded is printed all the same.
-addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const details of folded) details.open = true;
+});
+addEventListener("afterprint", () => { for (const details of folded) details.open = false; });
