@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
@@ -13,20 +14,25 @@ from distill.report.comparison import Comparison
 from distill.report.page import Plot, Section, Table
 
 
+def console_table(table: Table) -> ConsoleTable:
+    """A report's table for the console, without its caption."""
+    shown = ConsoleTable()
+    for index, name in enumerate(table.header):
+        shown.add_column(escape(name), justify="left" if index < table.text_columns else "right", overflow="fold")
+    for cells in table.rows:
+        shown.add_row(*(escape(cell.text) for cell in cells))
+    return shown
+
+
 def render_console(comparison: Comparison) -> ConsoleTable:
     """The figures that fit into 80 columns for one run, and before them, what a reader must know."""
     table = main_table(comparison, narrow=True)
     warnings = [f"[bold red]Warning. {escape(text)}[/]" for text in comparison.warnings]
-    lines = [*warnings, escape(answer(comparison)), escape(table.caption)]
-    shown = ConsoleTable(caption="\n".join(lines), caption_justify="left")
-    for index, name in enumerate(table.header):
-        shown.add_column(name, justify="left" if index < table.text_columns else "right")
-    previous = None
-    for row, cells in zip(comparison.rows, table.rows, strict=True):
-        if previous not in (None, (row.run, row.model)):
-            shown.add_section()
-        previous = row.run, row.model
-        shown.add_row(*(escape(cell.text) for cell in cells))
+    shown = console_table(table)
+    shown.caption = "\n".join([*warnings, escape(answer(comparison)), escape(table.caption)])
+    shown.caption_justify = "left"
+    for line, (row, following) in zip(shown.rows, pairwise(comparison.rows), strict=False):
+        line.end_section = (row.run, row.model) != (following.run, following.model)
     return shown
 
 
