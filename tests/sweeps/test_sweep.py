@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from distill.sweep.jobs import DEVICES, Processes
+from distill.sweeps.jobs import DEVICES, Processes
 from tests.conftest import Counted
-from tests.sweep.conftest import Sweeps
+from tests.sweeps.conftest import Sweeps
 
 RATES = [1.0e-3, 3.0e-3, 2.0e-3]
 
