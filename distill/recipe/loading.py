@@ -16,6 +16,7 @@ from distill import options
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
 from distill.recipe.inheritance import with_bases
+from distill.recipe.keys import recipe_keys
 from distill.recipe.reading import read_mapping, read_yaml, short
 from distill.recipe.schema import Recipe
 from distill.recipe.variants import UNKNOWN_SOURCE, recipe_model
@@ -254,20 +255,8 @@ def _keys_under(path: tuple[str | int, ...]) -> list[str]:
 
 @cache
 def _known_keys() -> list[tuple[str, ...]]:
-    schema = recipe_model({}).model_json_schema()
-    found: list[tuple[str, ...]] = []
-
-    def walk(node: dict[str, Any], path: tuple[str, ...]) -> None:
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-        for branch in (*node.get("anyOf", ()), *node.get("oneOf", ()), *([node["items"]] if "items" in node else ())):
-            walk(branch, path)
-        for key, child in node.get("properties", {}).items():
-            found.append((*path, key))
-            walk(child, (*path, key))
-
-    walk(schema, ())
-    return found
+    """Without the places of items in lists."""
+    return [tuple(part for part in key.path if part != "0") for key in recipe_keys()]
 
 
 def _without(data: Any, paths: list[tuple[str | int, ...]]) -> Any:
