@@ -124,12 +124,18 @@ def is_override(text: str) -> bool:
 
 
 def _target_arguments(
-    parser: argparse.ArgumentParser, name: str, explanation: str, *, number: str = "+", following: str | None = None
+    parser: argparse.ArgumentParser,
+    name: str,
+    explanation: str,
+    *,
+    number: str = "+",
+    following: str | None = None,
+    options: str = "[options]",
 ) -> None:
     """Add a target of that name, perhaps another word after it, and overrides, which `_take_target` separates."""
     parser.set_defaults(target_name=name, following=following)
     words = [name if number == "+" else f"[{name}]", *([f"[{following}]"] if following else []), "[key=value ...]"]
-    parser.usage = f"{parser.prog} {' '.join(words)} [options]"
+    parser.usage = f"{parser.prog} {' '.join(words)} {options}"
     parser.add_argument("arguments", nargs=number, metavar=name, help=explanation)
 
 
@@ -495,7 +501,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     explanation = "a YAML file of a sweep, or with --teachers or --seeds a recipe; and overrides of the recipe"
-    _target_arguments(parser, "SWEEP", explanation)
+    _target_arguments(parser, "SWEEP", explanation, options="--out DIR [options]")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the sweep is, and goes on")
     parser.add_argument(
         "--max-trials", type=_count, default=100, metavar="N", help="refuse a sweep of more runs; default: 100"

@@ -30,6 +30,7 @@ from distill.files.text import write_text
 from distill.given import Given
 from distill.launching.processes import on_main, set_threads, start_processes
 from distill.recipe import Recipe, from_mapping
+from distill.registry import plugins
 from distill.report.statistics import wilson
 from distill.results import Evaluation, written
 from distill.students import Student
@@ -37,6 +38,7 @@ from distill.students.saved import CONFIG_FILE, WEIGHTS_FILE
 from distill.teaching.earlier import is_trained
 from distill.teaching.teachers import build_teacher, check_contracts
 from distill.tracking import SHOWN
+from distill.validation import missing
 from teachers import Teacher
 
 EVALUATIONS = Path("evaluations")
@@ -192,7 +194,8 @@ def _elsewhere(
     if teacher is not None and teacher.num_classes:
         evaluator.predict_teacher(teacher, "test")
     predictions = evaluator.predict(student, "test")
-    folder = out or _new_folder(f"{target.path.resolve().name}-on-{info.name}")
+    place = target.path.resolve()
+    folder = out or _new_folder(f"{place.parent.name if place.name == 'export' else place.name}-on-{info.name}")
 
     def write() -> None:
         counts = {"student": sum(parameter.numel() for parameter in student.model.parameters())}
@@ -263,6 +266,11 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> Evaluation:
     Raises:
         InputError: it has none, data or teacher cannot be opened, or its inputs are markedly better prepared otherwise.
     """
+    for problem in missing(recipe, plugins=bool(plugins())):
+        if problem.keys[0] == ("teacher", "model"):
+            raise InputError(
+                f"{recipe.teachers[0].model}: no run, export or recipe there; as a teacher, {problem.message}."
+            )
     accelerator = _accelerator(recipe)
     _check_trained(recipe)
     dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data, unlabelled=False)

@@ -78,7 +78,7 @@ def test_a_folder_of_some_of_the_classes(
     right, answers = by_hand(run / "export", files)
     correct = sum(one == other for one, other in zip(right, answers, strict=True))
     (folder,) = (tmp_path / "evaluations").iterdir()
-    assert folder.name.startswith(f"{target.name}-on-photos-")
+    assert folder.name.startswith("run-on-photos-")
     assert f"report   {folder.relative_to(tmp_path) / 'report.html'}" in printed
     assert f"{correct} of 10" in printed
     macro = f"{100 * balanced_accuracy_score(right, answers):.2f}"
@@ -160,6 +160,7 @@ def test_without_the_teacher_where_it_cannot_be_had(
         (["run", "nowhere"], "nowhere: no such folder; images to evaluate on are DIR/<class>/*.png"),
         (["run", "photos", "--out", "photos"], "--out photos: exists already"),
         (["photos"], "photos: neither a run (it has no resolved.yaml) nor an export"),
+        (["runs/none"], "runs/none: no run, export or recipe there; as a teacher, nothing is called 'runs/none'"),
         (["run", "broken"], "broken/b/0.png: "),
         (["cifar_resnet20", "photos"], "cifar_resnet20: no student of a run or an export"),
         (["run", "data.name=folder", "data.root=photos", "data.test=0.4", "photos"], "was trained on images of this"),

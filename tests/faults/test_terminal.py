@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import signal
 import subprocess
 import termios
@@ -47,7 +48,8 @@ class AtTerminal(Launched):
 
     @property
     def console(self) -> str:
-        return self.shown.decode(errors="replace").replace("\r", "")
+        """Without colours and movements of the cursor."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", self.shown.decode(errors="replace"))
 
     def type(self, key: bytes) -> None:
         os.write(self.keyboard, key)
