@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 from rich.table import Table
@@ -267,10 +268,9 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> Evaluation:
         InputError: it has none, data or teacher cannot be opened, or its inputs are markedly better prepared otherwise.
     """
     for problem in missing(recipe, plugins=bool(plugins())):
-        if problem.keys[0] == ("teacher", "model"):
-            raise InputError(
-                f"{recipe.teachers[0].model}: no run, export or recipe there; as a teacher, {problem.message}."
-            )
+        name = recipe.teachers[0].model if problem.keys[0] == ("teacher", "model") else None
+        if name is not None and not timm.is_model(name):  # the caller may have registered it
+            raise InputError(f"{name}: no run, export or recipe there; as a teacher, {problem.message}")
     accelerator = _accelerator(recipe)
     _check_trained(recipe)
     dataset = open_dataset(recipe.data, seed=recipe.seed, device=accelerator.device, given=given.data, unlabelled=False)

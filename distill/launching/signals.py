@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from distill.errors import InputError, Interrupted, RunFailed
-from distill.launching.launcher import is_launched
+from distill.launching.launcher import is_launched, launch_command
 
 if TYPE_CHECKING:  # torch is imported late: signals may arrive before
     from torch.distributed import ProcessGroup
@@ -73,6 +73,7 @@ class StopRequest:
         self._on_exit = on_exit
         self.launcher = os.getppid() if is_launched() else None
         """The process that started this one, if it is a launcher."""
+        launch_command()  # of which the exit message may come after its end
         self._reason: str | None = None
         self._agreed = False
         self._time_limit: float | None = None

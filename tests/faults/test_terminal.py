@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import termios
@@ -82,3 +83,6 @@ def test_a_ctrl_c_ends_in_the_lines_of_the_run(how: str, toy: Toy, tmp_path: Pat
     starts = ("interrupted: SIGINT", "safe: all up to ", "continue: ")
     assert [line.startswith(start) for line, start in zip(last, starts, strict=True)] == [True] * 3, launched.console
     assert launched.console.count("interrupted: SIGINT") == 1
+    if how.startswith("accelerate"):  # with the options that it was launched with
+        options = shlex.join(COMMANDS[how][3:])
+        assert f" accelerate launch {options} {toy.recipe} " in last[-1].replace("continue:", "")
