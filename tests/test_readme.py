@@ -27,9 +27,7 @@ def block(number: int) -> str:
 
 
 def test_the_first_block_installs_and_runs_the_quickstart() -> None:
-    """With a launch file, or accelerate would list the defaults that it takes."""
-    launch = "accelerate launch --quiet --config_file recipes/accelerate/one_process.yaml"
-    assert block(1) == f"python -m pip install -e .\n{launch} distill/train.py recipes/quickstart.yaml\n"
+    assert block(1) == "python -m pip install -e .\naccelerate launch distill/train.py recipes/quickstart.yaml\n"
 
 
 def test_the_second_block_installs_and_passes_the_tests() -> None:
