@@ -63,7 +63,7 @@ def _completer(command: str, action: argparse.Action) -> Completer | None:
         case ("train" | "validate" | "sweep", "arguments"):
             return partial(_words, targets=partial(_paths, suffixes=YAML))
         case "evaluate", "arguments":
-            return partial(_words, targets=lambda prefix: [*_students(prefix), *_teachers(prefix)])
+            return partial(_words, targets=_evaluated, following=_paths)
         case "teachers", "arguments":
             return partial(_words, targets=lambda prefix: [*_paths(prefix, suffixes=YAML), *_teachers(prefix)])
         case ("show" | "compare" | "export", "run" | "runs"):
@@ -80,16 +80,21 @@ def _completer(command: str, action: argparse.Action) -> Completer | None:
 
 
 def _words(
-    prefix: str, parsed_args: argparse.Namespace, targets: Callable[[str], Iterable[str]], **_: Any
+    prefix: str,
+    parsed_args: argparse.Namespace,
+    targets: Callable[[str], Iterable[str]],
+    following: Callable[[str], Iterable[str]] | None = None,
+    **_: Any,
 ) -> Iterator[str]:
-    """Targets until one is given, and keys of a recipe; behind its '=', values of a key."""
+    """Targets until one is given, then perhaps what follows it, and keys of a recipe; behind a key's '=' its values."""
     key, equals, value = prefix.partition("=")
     if equals:
         yield from (f"{key}={found}" for found in _values(key, value))
         return
-    has_target = any("=" not in word for word in getattr(parsed_args, "arguments", None) or ())
-    found = [] if has_target else [path for path in targets(prefix) if path.startswith(prefix)]
-    keys = [*_keys(prefix)] if prefix or has_target else []
+    given = [word for word in getattr(parsed_args, "arguments", None) or () if "=" not in word]
+    offered = dict(enumerate([targets, following])).get(len(given))
+    found = [path for path in offered(prefix) if path.startswith(prefix)] if offered else []
+    keys = [*_keys(prefix)] if prefix or given else []
     # A shell adds a space after a single word: offer what is behind its dot.
     while not found and len(keys) == 1 and keys[0].endswith("."):
         keys = [*_keys(keys[0])]
@@ -149,6 +154,10 @@ def _list(prefix: str, of: Callable[[str], Iterable[str]]) -> list[str]:
     return [f"{before}{comma}{name}" for name in of(last)]
 
 
+def _evaluated(prefix: str) -> list[str]:
+    return [*_students(prefix, suffixes=YAML), *_teachers(prefix)]
+
+
 def _teachers(prefix: str) -> list[str]:
     from teachers.zoo import RECOMMENDED, ZOO
 
@@ -161,10 +170,11 @@ def _recipes() -> Iterable[str]:
     return shipped_recipes()
 
 
-def _students(prefix: str, holding: Sequence[str] = STUDENT) -> list[str]:
-    """Folders with one of these files, those under `runs` first, and folders on the way."""
+def _students(prefix: str, holding: Sequence[str] = STUDENT, suffixes: tuple[str, ...] = ()) -> list[str]:
+    """Folders with one of these files, those under `runs` first, folders on the way, and files of these suffixes."""
     under = [*_paths(f"{RUNS}/", holding=holding)] if f"{RUNS}/".startswith(prefix) else []
-    return under if under and not prefix else [*under, *_paths(prefix, holding=holding)]
+    here = _paths(prefix, holding=holding, suffixes=suffixes)
+    return under if under and not prefix else [*under, *here]
 
 
 def _paths(prefix: str, *, suffixes: tuple[str, ...] | None = (), holding: Sequence[str] = ()) -> Iterator[str]:
