@@ -8,8 +8,6 @@ from distill.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from distill.api import (
-        Report,
-        Run,
         compare,
         evaluate,
         export,
@@ -17,21 +15,25 @@ if TYPE_CHECKING:
         load_student,
         load_teacher,
         predict,
+        sweep,
         train,
     )
     from distill.errors import InputError, Interrupted, RunFailed
     from distill.inputs import InputContract as Contract
     from distill.recipe import Recipe
+    from distill.results import Evaluation, Report, Run, Sweep
 
 
 __all__ = [
     "Contract",
+    "Evaluation",
     "InputError",
     "Interrupted",
     "Recipe",
     "Report",
     "Run",
     "RunFailed",
+    "Sweep",
     "compare",
     "evaluate",
     "export",
@@ -39,15 +41,20 @@ __all__ = [
     "load_student",
     "load_teacher",
     "predict",
+    "sweep",
     "train",
 ]
 
 _MODULES = {
     "Contract": "inputs",
+    "Evaluation": "results",
     "InputError": "errors",
     "Interrupted": "errors",
     "Recipe": "recipe",
+    "Report": "results",
+    "Run": "results",
     "RunFailed": "errors",
+    "Sweep": "results",
 }
 """Modules of names that are not in api.py."""
 

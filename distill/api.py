@@ -11,23 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import InputError
 from distill.files.regular import reachable
 from distill.launching.signals import stopping
 from distill.recipe import Recipe, from_mapping, load, load_teachers_recipe
 from distill.registry import load_plugin
+from distill.results import Evaluation, Report, Run, Sweep
 from distill.scaffold.rules import Goal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import nn
 
     from distill.exports.prediction import LoadedStudent
     from distill.inputs import InputContract
-    from distill.report.comparison import Comparison
-    from distill.report.metrics import Metrics
     from distill.scaffold.begin import Begun
     from teachers import Teacher
 
@@ -36,73 +35,6 @@ RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 Head = Literal["fused", "cls", "dist"]
 
 _busy = threading.Lock()
-
-
-class Report(NamedTuple):
-    """A comparison, and the files that show it: HTML, Markdown, JSON and the curves as SVG."""
-
-    comparison: Comparison
-    files: list[Path]
-
-
-class Run:
-    """A run directory, read again at each call, also during the run. Accepted wherever a path is."""
-
-    def __init__(self, path: str | PathLike[str]) -> None:
-        """
-        Raises:
-            InputError: no run has begun there.
-        """
-        self.path = Path(path)
-        with reachable():
-            begun = (self.path / "status.json").is_file()
-        if not begun:
-            raise InputError(f"{self.path}: not a run directory (it has no status.json).")
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}): {self.status.get('state')}"
-
-    @property
-    def status(self) -> dict[str, Any]:
-        """`status.json`: `state` ('running', 'finished', 'trained' by a recipe without `train.test`, 'interrupted',
-        'failed', or 'killed' if no process was left to write it), `reason`, `step`, `epoch`, the last `metrics`, and
-        so on.
-        """
-        from distill import run
-
-        return run.read_status(self.path) | {"state": run.state_of(self.path)}
-
-    def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, optionally of one `event` ('train', 'eval', 'preflight', ...)."""
-        from distill.files.metrics import read_lines
-
-        return [line for line in read_lines(self.path / "metrics.jsonl") if event in (None, line["event"])]
-
-    def predictions(self) -> dict[str, Tensor]:
-        """Test set outputs of a finished run: `labels` int64 [N], and logits float32 [N, classes] of `student.fused`,
-        `student.cls`, and, if present, `student.dist` and `teacher`.
-
-        Raises:
-            InputError: they are missing or damaged.
-        """
-        import torch
-
-        from distill.report.metrics import read_predictions
-
-        found = read_predictions(self.path / "predictions.safetensors")
-        arrays = {"labels": found.labels, **found.logits}
-        return {name: torch.from_numpy(values) for name, values in arrays.items()}
-
-    def student(self) -> LoadedStudent:
-        """The exported student, as returned by `load_student`."""
-        return load_student(self.path / "export")
-
-    def report(self) -> Report:
-        """Teacher, student and control of this finished run side by side, written to `report.html` in its directory."""
-        return compare([self], self.path / "report.html")
 
 
 def init(
@@ -215,36 +147,100 @@ def dry_run(
 def evaluate(
     target: str | PathLike[str] | RecipeLike | Run,
     *,
-    overrides: Sequence[str] = (),
     data: Any = None,
+    out: str | PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
     teacher: tuple[nn.Module, InputContract] | None = None,
-) -> dict[str, Metrics]:
-    """Evaluate a run's exported student and its teacher, or the teacher of a recipe, on the test set; rewrites the
-    run's predictions and analysis.
+) -> Evaluation:
+    """Evaluate the student of a run or of an export, and its teacher, or the teacher of a recipe, on a test set.
+
+    A run on its own test set, without `out`: its predictions, its analysis and its report are written again. In all
+    other cases nothing of the run changes, and a new folder gets predictions and a report; `distill.compare` takes it
+    like a run.
 
     Args:
-        target: a run or its directory, a recipe, or a teacher's name.
-        overrides, data, teacher: as for `train`.
+        target: a run or its directory, an export folder, a recipe, or a teacher's name.
+        data: other data with some or all of the student's classes, by name: a folder of images, DIR/CLASS/* or
+            DIR/test/CLASS/*; or as for `train`, where "train" may be missing. None: those that recipe and `overrides`
+            name.
+        out: the folder for predictions and report; by default that of the run, or a new one under `evaluations`.
+        overrides: as for `train`, such as 'data.root=DIR'.
+        teacher: as for `train`. On other data, a run whose teacher cannot be had is evaluated without it.
 
     Returns:
-        Metrics by output: `student.fused`, `student.cls`, `student.dist`, `teacher`.
+        Metrics by output: `student.fused`, `student.cls`, `student.dist`, `teacher`; accuracies by class; the report.
 
     Raises:
-        InputError: there is nothing to evaluate, or an argument cannot be used.
+        InputError: there is nothing to evaluate, a class is none of the student's, or an argument cannot be used.
     """
     with _alone():
-        from distill.commands import evaluate_run, evaluate_teacher
+        from distill.commands import evaluate_student, evaluate_teacher
         from distill.given import take
 
-        given, named = take(data, teacher)
+        images = Path(data) if isinstance(data, str | PathLike) else None
+        if isinstance(data, Mapping) and "train" not in data and "test" in data:
+            data = {**data, "train": data["test"]}
+        given, named = take(None if images else data, teacher)
         if isinstance(target, Run) or (isinstance(target, str | PathLike) and Path(target).is_dir()):
-            return evaluate_run(Path(target), [*overrides, *named], given)
+            place = None if out is None else Path(out)
+            return evaluate_student(Path(target), [*overrides, *named], given, images, place)
+        if images or out is not None:
+            raise InputError(
+                f"{target}: no student of a run or an export. Name a teacher's data as data.name and data.root; "
+                "there is no report of a teacher alone."
+            )
         recipe = (
             load_teachers_recipe(str(target), [*overrides, *named])
             if isinstance(target, str | PathLike)
             else _load(target, [*overrides, *named])[0]
         )
         return evaluate_teacher(recipe, given)
+
+
+@reachable()
+def sweep(
+    target: str | PathLike[str] | Mapping[str, Any],
+    *,
+    out: str | PathLike[str],
+    seeds: int | None = None,
+    teachers: Sequence[str | PathLike[str]] | None = None,
+    minutes: float | None = None,
+    overrides: Sequence[str] = (),
+    max_trials: int = 100,
+    plugins: Sequence[str | PathLike[str]] = (),
+) -> Sweep:
+    """Run a recipe under other keys, methods, teachers and seeds, as `distill sweep`; returns when it is finished.
+
+    Trials are runs in processes of their own under `out`/trials, ranked on validation; the best configuration is
+    tested, with its control. The same call goes on with a sweep that was stopped or killed. On the main thread SIGINT,
+    SIGTERM and SIGHUP stop it, and its trials with a checkpoint.
+
+    Args:
+        target: a sweep file, or the same as a mapping, whose `base` is relative to the working directory; with `seeds`
+            or `teachers` a recipe file.
+        out: the folder of the sweep.
+        seeds: the recipe itself, under so many seeds.
+        teachers: short pilots of the recipe with each of these teachers, names or recipes of theirs; nothing is tested.
+        minutes: training of each pilot; 10 by default.
+        overrides: 'key=value', of the recipe.
+        max_trials: refuse a sweep of more runs.
+        plugins: modules or Python files that register variants, as `--plugin`; they stay loaded.
+
+    Raises:
+        InputError: an argument cannot be used, all problems at once; or `out` is in use, or holds another sweep.
+        RunFailed: no trial is complete, or the chosen one cannot be finished.
+        Interrupted: stopped early; the same call goes on.
+    """
+    from distill.sweeps.command import planned, run_sweep
+
+    for plugin in plugins:
+        load_plugin(str(plugin))
+    names = None if teachers is None else [str(teacher) for teacher in teachers]
+    run_sweep(
+        planned(target, seeds, names, minutes, overrides, max_trials=max_trials, plugins=[str(one) for one in plugins]),
+        Path(out),
+    )
+    return Sweep(out)
 
 
 @reachable()
@@ -334,12 +330,9 @@ def load_student(folder: str | PathLike[str]) -> LoadedStudent:
     Raises:
         InputError: a file is missing, damaged or modified.
     """
-    import torch
-
     from distill.exports.prediction import load_student as load_folder
 
-    with torch.random.fork_rng(devices=[]):  # random weights are drawn before they are loaded
-        return load_folder(Path(folder))
+    return load_folder(Path(folder))
 
 
 @reachable()

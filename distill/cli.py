@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `distill` command. Subcommands import what they need when they run, to start fast."""
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from distill.errors import InputError, Interrupted
 from distill.files.regular import reachable
 from distill.files.text import visible
-from distill.launching.exit_messages import exit_code, exit_message, write_interruption
+from distill.launching.exit_messages import EXIT_CTRL_C, exit_code, exit_message, print_message, write_interruption
 from distill.launching.launcher import is_local_main_process, is_main_process
 from distill.launching.signals import StopRequest
 from distill.scaffold.rules import GOALS
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Without arguments: run the command line of this process, and exit.
     """
     if arguments is None:
+        if "_ARGCOMPLETE" in os.environ:
+            from distill.completion import finder
+
+            finder({name: summary for name, (summary, _, _) in COMMANDS.items()}, add_arguments).answer()
         run(sys.argv[1:])
     if isinstance(sys.stdout, TextIOWrapper):  # without some characters it shows their numbers, as standard error does
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -38,16 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         parser.parse_args([*([command] if command else []), *rest] or ["--help"])
         return 0
-    _, add_arguments, function = COMMANDS[command]
+    function = COMMANDS[command][2]
     own = argparse.ArgumentParser(prog=f"distill {command}", description=function.__doc__)
-    add_arguments(own)
-    own.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE|FILE.py",
-        help="code that registers attention kinds, students, methods, teachers or datasets; may be repeated",
-    )
+    add_arguments(own, command)
     options = own.parse_intermixed_args(rest)
     if getattr(options, "arguments", None):
         _take_target(own, options)
@@ -62,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if function not in (train, evaluate) or is_main_process() or error.process is not None:
             print(f"error: {visible(str(error))}", file=sys.stderr)
         return exit_code(error)
+    except KeyboardInterrupt:  # of `train`, signals are exceptions of its own
+        print("interrupted", file=sys.stderr)
+        return EXIT_CTRL_C
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
@@ -90,23 +91,51 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add all arguments of a command to its parser."""
+    COMMANDS[command][1](parser)
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE|FILE.py",
+        help="code that registers attention kinds, students, methods, teachers or datasets; may be repeated",
+    )
+
+
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     return (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
 
 
 def _take_target(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Separate the RECIPE or TARGET from the key=value overrides, which may be on either side of it."""
-    targets = [text for text in options.arguments if not re.match(r"[\w.]+=", text)]
-    if len(targets) != 1:
-        parser.error(f"give one {parser.get_default('target_name')}, not {len(targets)}: {' '.join(targets)}")
-    options.target = targets[0]
-    options.overrides = [text for text in options.arguments if text != targets[0]]
+    """Separate the RECIPE or TARGET, and what may follow it, from the key=value overrides, which may be anywhere."""
+    targets = [text for text in options.arguments if not is_override(text)]
+    name, following = parser.get_default("target_name"), parser.get_default("following")
+    if not 0 < len(targets) <= (2 if following else 1):
+        parser.error(f"give one {name}{f' and one {following}' * bool(following)}, not: {' '.join(targets) or 'none'}")
+    options.target, *others = targets
+    options.following = others[0] if others else None
+    options.overrides = [text for text in options.arguments if is_override(text)]
 
 
-def _target_arguments(parser: argparse.ArgumentParser, name: str, explanation: str, *, number: str = "+") -> None:
-    """Add a target of that name and overrides, which `_take_target` separates."""
-    parser.set_defaults(target_name=name)
-    parser.usage = f"{parser.prog} {name if number == '+' else f'[{name}]'} [key=value ...] [options]"
+def is_override(text: str) -> bool:
+    """Whether an argument is key=value, and no path."""
+    return re.match(r"[\w.]+=", text) is not None
+
+
+def _target_arguments(
+    parser: argparse.ArgumentParser,
+    name: str,
+    explanation: str,
+    *,
+    number: str = "+",
+    following: str | None = None,
+    options: str = "[options]",
+) -> None:
+    """Add a target of that name, perhaps another word after it, and overrides, which `_take_target` separates."""
+    parser.set_defaults(target_name=name, following=following)
+    words = [name if number == "+" else f"[{name}]", *([f"[{following}]"] if following else []), "[key=value ...]"]
+    parser.usage = f"{parser.prog} {' '.join(words)} {options}"
     parser.add_argument("arguments", nargs=number, metavar=name, help=explanation)
 
 
@@ -178,9 +207,7 @@ def train(options: argparse.Namespace) -> int:
             write_interruption(error, out)
             directories = [out]
         if is_main_process() or any(recorded) or (stop.isolated and is_local_main_process()):
-            message = exit_message(error, directories, arguments, resuming)
-            with suppress(OSError):  # a closed terminal or pipe
-                print(visible(message), file=sys.stderr, flush=True)
+            print_message(visible(exit_message(error, directories, arguments, resuming)), stop.launcher)
         return exit_code(error)
 
     stop = StopRequest(end)
@@ -247,17 +274,30 @@ def schema(options: argparse.Namespace) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    explanation = "a run directory, a recipe (for its teacher) or a teacher's name, and overrides such as data.root=DIR"
-    _target_arguments(parser, "TARGET", explanation)
+    explanation = (
+        "a run, an export, a recipe (for its teacher) or a teacher's name; a folder DIR of other images, DIR/CLASS or "
+        "DIR/test/CLASS, in place of the recipe's data; and overrides such as data.root=DIR"
+    )
+    _target_arguments(parser, "TARGET", explanation, following="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="a new folder for predictions and report (default: the run itself; for other data, one under evaluations)",
+    )
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluate a run's exported student, or a teacher, on the test set."""
+    """Evaluate the student of a run or an export on its test set or on other data of its classes, or a teacher."""
     from distill import api
-    from distill.commands import table
-    from distill.console import console
+    from distill.commands import tables
+    from distill.console import console, say
 
-    console.print(table(api.evaluate(options.target, overrides=options.overrides)))
+    found = api.evaluate(options.target, data=options.following, out=options.out, overrides=options.overrides)
+    if is_main_process():
+        console.print(*tables(found))
+        if found.report is not None:
+            say(f"report   {found.report}")
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -418,7 +458,7 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipes(options: argparse.Namespace) -> None:
-    """List the recipes of this package; with NAME, copy it and those that it names to recipes/ in this folder."""
+    """List the recipes of this package; with NAME, copy it and what it needs to recipes/ in this folder."""
     from distill.console import console, say
     from distill.shipped import copy_recipe, shipped_recipes, table
 
@@ -429,7 +469,7 @@ def recipes(options: argparse.Namespace) -> None:
         copied = copy_recipe(name, Path())
         for path in copied:
             say(str(path))
-        say(f"next: accelerate launch -m distill.train {copied[0]}")
+        say(f"next: distill train {copied[0]}")
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -464,7 +504,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     explanation = "a YAML file of a sweep, or with --teachers or --seeds a recipe; and overrides of the recipe"
-    _target_arguments(parser, "SWEEP", explanation)
+    _target_arguments(parser, "SWEEP", explanation, options="--out DIR [options]")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the sweep is, and goes on")
     parser.add_argument(
         "--max-trials", type=_count, default=100, metavar="N", help="refuse a sweep of more runs; default: 100"
@@ -480,25 +520,22 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def sweep(options: argparse.Namespace) -> int:
     """Run a recipe under other keys, methods, teachers and seeds, ranked on validation; the best one is tested. The
     same command goes on with a sweep that was stopped or killed."""
+    from distill import api
     from distill.errors import RunFailed
     from distill.launching.exit_messages import EXIT_FAILED, EXIT_INTERRUPTED
 
-    limits: dict[str, Any] = {"max_trials": options.max_trials, "plugins": options.plugin}
-    target = Path(options.target)
-    if options.minutes is not None and (options.teachers is None or options.minutes <= 0):
-        raise InputError("--minutes: how long each pilot of --teachers trains; above 0, and only with them.")
+    teachers = options.teachers and [name.strip() for name in options.teachers.split(",") if name.strip()]
     try:
-        from distill.sweep.command import PILOT_MINUTES, pilots, run_sweep, seeds_of
-        from distill.sweep.schema import read_sweep
-
-        if options.teachers is not None:
-            names = [name.strip() for name in options.teachers.split(",") if name.strip()]
-            planned = pilots(target, names, options.overrides, options.minutes or PILOT_MINUTES, **limits)
-        elif options.seeds is not None:
-            planned = seeds_of(target, options.seeds, options.overrides, **limits)
-        else:
-            planned = read_sweep(target, options.overrides, **limits)
-        run_sweep(planned, options.out)
+        api.sweep(
+            options.target,
+            out=options.out,
+            seeds=options.seeds,
+            teachers=teachers,
+            minutes=options.minutes,
+            overrides=options.overrides,
+            max_trials=options.max_trials,
+            plugins=options.plugin,
+        )
     except Interrupted as stopped:
         print(f"interrupted: {stopped}; the same command goes on with {visible(str(options.out))}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -522,7 +559,7 @@ COMMANDS: dict[
     "train": ("train the student of a recipe", _train_arguments, train),
     "validate": ("check a recipe and print it resolved", _recipe_arguments, validate),
     "schema": ("print the JSON schema of recipes", _no_arguments, schema),
-    "evaluate": ("evaluate a run's student, or a teacher", _evaluate_arguments, evaluate),
+    "evaluate": ("evaluate a student, or a teacher", _evaluate_arguments, evaluate),
     "compare": ("compare runs in a report", _compare_arguments, compare),
     "export": ("write a run's student as a timm folder", _export_arguments, export),
     "predict": ("classify images with an exported student", _predict_arguments, predict),

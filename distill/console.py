@@ -96,23 +96,26 @@ _shown: list[Progress] = []
 """The bars that are on the terminal now; rich has one such display at a time."""
 
 
-def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+def track(items: Iterable[T], what: str, total: int, on: Console | None = None) -> Iterator[T]:
     """Yield the items, with a bar of their own while they last, on the terminal of the main process."""
-    with busy(what, total) as advance:
+    with busy(what, total, on) as advance:
         for item in items:
             yield item
             advance()
 
 
 @contextmanager
-def busy(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+def busy(what: str, total: int | None = None, on: Console | None = None) -> Iterator[Callable[[], None]]:
     """A bar on the terminal of the main process, below that of training if there is one; gives a function that moves
     it one of `total` steps on. Without a total it only shows that something is done.
+
+    `on`: another console than standard output.
     """
-    if not console.is_terminal or not is_main_process():
+    on = on or console
+    if not on.is_terminal or not is_main_process():
         yield lambda: None
         return
-    own = None if _shown else Progress(*_columns(), console=console, transient=True)
+    own = None if _shown else Progress(*_columns(on.width), console=on, transient=True)
     bars = own or _shown[-1]
     task = bars.add_task("", total=total, label=what, text="")
     if own is not None:
@@ -127,9 +130,9 @@ def busy(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
             _shown.remove(own)
 
 
-def _columns() -> list[ProgressColumn]:
+def _columns(width: int) -> list[ProgressColumn]:
     """That fit 80 characters."""
-    wide = console.width >= WIDE
+    wide = width >= WIDE
     return [
         TextColumn("[bold]{task.fields[label]}"),
         BarColumn(bar_width=24 if wide else 8),
@@ -151,7 +154,7 @@ class TrainingDisplay:
         self._accuracy, self._step = "", 0
         self._values: dict[str, float] = {}
         self._live = console.is_terminal and is_main
-        self._progress = Progress(*_columns(), console=console, disable=not self._live)
+        self._progress = Progress(*_columns(console.width), console=console, disable=not self._live)
         self._task = self._progress.add_task("", total=total_steps, text="", label=name)
         self._began: tuple[float, int] | None = None
 

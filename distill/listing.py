@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill import run
+from distill.commandline import recorded_command
 from distill.console import console
 from distill.errors import InputError
 from distill.files.metrics import read_lines
@@ -192,17 +191,5 @@ def _facts(
     for name in ("report.html", "export", "predictions.safetensors", "metrics.jsonl"):
         if (path / name).exists():
             yield name.partition(".")[0], str(path / name)
-    if row.state in ("interrupted", "killed", "failed", "trained"):
-        yield "go on", _resuming(environment.get("command") or [], path)
-
-
-def _resuming(command: list[str], path: Path) -> str:
-    """The command that a run was begun with, as one that goes on with it."""
-    left_out = ("--resume", "--out")
-    kept = [
-        word
-        for before, word in pairwise(command)
-        if before not in left_out and word != "train" and word.partition("=")[0] not in left_out
-    ]
-    begun = ["accelerate", "launch", command[0]] if command and command[0].endswith(".py") else ["distill", "train"]
-    return shlex.join([*begun, *kept, "--out", str(path), "--resume", "auto"])
+    if row.state in ("interrupted", "killed", "failed", "trained") and (command := environment.get("command")):
+        yield "go on", recorded_command(command, resumed=path)

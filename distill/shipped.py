@@ -18,6 +18,7 @@ FOLDER = next(folder for folder in (HERE / "recipes", HERE.parent / "recipes") i
 """In an installed package, else in a checkout."""
 LAUNCHING = "accelerate"
 """The folder of configurations of `accelerate launch`, which are no recipes."""
+LAUNCHED_BY = FOLDER / LAUNCHING / "one_process.yaml"
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -40,7 +41,8 @@ def table(recipes: dict[str, str]) -> Table:
 
 
 def copy_recipe(name: str, to: Path) -> list[Path]:
-    """Copy a recipe, and those that it names, to `to`/recipes, where their commands find them; returns their paths.
+    """Copy a recipe, those that it names and the launch file of one process to `to`/recipes, where their commands find
+    them; returns their paths.
 
     Raises:
         InputError: there is no such recipe, or another file is in the way; nothing is written then.
@@ -49,7 +51,7 @@ def copy_recipe(name: str, to: Path) -> list[Path]:
     if known not in shipped_recipes():
         raise InputError(f"recipes: '{name}' is none of them. `distill recipes` lists them.")
     path = FOLDER / f"{known}.yaml"
-    found = {path, *_named(path)}
+    found = {path, *_named(path), LAUNCHED_BY}
     copies = {to / "recipes" / source.relative_to(FOLDER): source.read_text(encoding="utf-8") for source in found}
     for copy, text in copies.items():
         if os.path.lexists(copy) and not (copy.is_file() and copy.read_text(encoding="utf-8") == text):
@@ -57,7 +59,7 @@ def copy_recipe(name: str, to: Path) -> list[Path]:
     for copy, text in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_text(copy, text)
-    return sorted(copies, key=lambda copy: copy != to / "recipes" / path.relative_to(FOLDER))
+    return sorted(copies, key=lambda copy: (copy != to / "recipes" / path.relative_to(FOLDER), copy))
 
 
 def _named(path: Path) -> Iterator[Path]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from distill.errors import InputError
 from distill.run import holder_of, is_finished, read_recipe, read_status
-from distill.sweep.jobs import Process
+from distill.sweeps.jobs import Process
 from results.arms import ARMS, HERE, PLAN, cells, identity, load_arm, overrides
 
 COLLECTED = HERE / "runs"

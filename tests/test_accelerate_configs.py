@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "accelerate"
 EXPECTED = {
+    "one_process": (DistributedType.NO, 1, 1, "no"),
     "single_gpu": (DistributedType.NO, 1, 1, "no"),
     "multi_gpu_bf16": (DistributedType.MULTI_GPU, 1, 8, "bf16"),
     "two_nodes": (DistributedType.MULTI_GPU, 2, 16, "bf16"),
@@ -37,7 +38,7 @@ def test_accelerate_reads_the_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_launcher_takes_the_file_as_it_is(name: str) -> None:
+def test_the_launcher_takes_the_file_as_it_is(name: str, caplog: pytest.LogCaptureFixture) -> None:
     kind, machines, processes, precision = EXPECTED[name]
     arguments = launched(name)
     assert arguments.multi_gpu == (kind is DistributedType.MULTI_GPU)
@@ -46,6 +47,7 @@ def test_the_launcher_takes_the_file_as_it_is(name: str) -> None:
         processes,
         precision,
     )
+    assert caplog.text == "", "accelerate lists no defaults"
     assert arguments.training_script == "distill/train.py"
     assert arguments.training_script_args == ["recipe.yaml", "seed=1"]
 

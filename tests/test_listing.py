@@ -90,6 +90,8 @@ def test_the_commands_print_it(runs: Path, monkeypatch: pytest.MonkeyPatch, caps
     [
         (["distill/train.py", "r.yaml", "seed=1", "--out", "elsewhere", "--resume", "auto"],
          "accelerate launch distill/train.py r.yaml seed=1"),
+        (["/x/distill/train.py", "r.yaml"], "accelerate launch -m distill.train r.yaml"),
+        (["/x/distill/cli.py", "train", "r.yaml"], "distill train r.yaml"),
         (["/bin/distill", "train", "r.yaml", "--out=elsewhere", "--plugin", "p q.py"],
          "distill train r.yaml --plugin 'p q.py'"),
     ],

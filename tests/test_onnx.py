@@ -177,7 +177,7 @@ def test_without_the_packages_one_message_says_what_to_install(
     assert main(["export", str(finished), "--to", str(tmp_path / "student"), "--onnx"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert 'needs onnxscript: python -m pip install -e ".[onnx]"' in error
+    assert 'needs onnxscript: python -m pip install "distill-vit[onnx]"' in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,8 +45,9 @@ def test_the_command_copies_and_says_what_comes_next(
         assert main(["recipes", "quickstart"]) == 0
         assert capsys.readouterr().out.splitlines() == [
             "recipes/quickstart.yaml",
+            "recipes/accelerate/one_process.yaml",
             "recipes/teachers/digits_cnn.yaml",
-            "next: accelerate launch -m distill.train recipes/quickstart.yaml",
+            "next: distill train recipes/quickstart.yaml",
         ]
 
 

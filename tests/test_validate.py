@@ -69,8 +69,10 @@ def test_names_read_from_source_are_those_that_the_packages_know() -> None:
         ({"data": {"name": "folder", "root": "nowhere"}}, "data.root: no such folder: nowhere"),
         ({"data": {"name": "own.safetensors", "root": "."}}, "data.name: no such file: own.safetensors"),
         ({"optim": {"name": "adamv"}}, "optim.name: nothing is called 'adamv'; did you mean 'adam"),
-        ({"teacher": "resnet18"}, "teacher: a section of keys, such as {model: resnet18}, got 'resnet18'"),
-        ({"name": "my run"}, "name: letters, digits, '.', '_' and '-' alone, got 'my run'"),
+        ({"teacher": "resnet18"}, "teacher: should be a section of keys, such as {model: resnet18}, got 'resnet18'"),
+        ({"distill": "hard"}, "distill: should be a list of sections, such as [{method: hard}], got 'hard'"),
+        ({"train": 5}, "train: should be a section of keys, got 5"),
+        ({"name": "my run"}, "'_' and '-' alone, such as 'my-run', got 'my run'"),
     ],
     ids=str,
 )  # fmt: skip

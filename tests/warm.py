@@ -54,7 +54,7 @@ class Launched:
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    commands = ["distill.dry_run", "distill.commands", "distill.sweep.command", "distill.sweep.study"]
+    commands = ["distill.dry_run", "distill.commands", "distill.sweeps.command", "distill.sweeps.study"]
     context.set_forkserver_preload([*commands, "distill.report.document"])
     return context
 

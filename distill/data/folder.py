@@ -17,6 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
+from distill.cores import share_of_cores
 from distill.data.dataset import Dataset
 from distill.data.image_files import REMEDY, Folder, ImageFiles, files_under, is_within
 from distill.data.images import SUFFIXES
@@ -63,6 +66,48 @@ def open_files(folder: Folder, options: Data, opening: Opening) -> Dataset:
     held_out = tuple(files.name(int(row)) for row in dataset.info.held_out)
     dataset.info = replace(dataset.info, held_out=held_out, left_out=folder.left_out)
     return dataset
+
+
+def open_test_images(spec: Data, device: torch.device) -> Dataset:
+    """All images of `spec.root`/test/CLASS, or val/CLASS where there is no test, else of `spec.root`/CLASS, as the test
+    split of a stream: for a student that is there already.
+
+    Raises:
+        InputError: it is no such folder, or a file in it is no image (unless `data.skip_unreadable`).
+    """
+    root = Path(spec.root)
+    options = spec.model_copy(update={"stream": True, "test": None, "validation": 0, "labelled": None, "views": None})
+    opening = Opening(options, 0, device, 0, share_of_cores(1) if spec.workers is None else spec.workers, None)
+    try:
+        found = _test_images(root, skip=spec.skip_unreadable)
+    except OSError as error:
+        raise InputError(f"{error.filename or root}: cannot be read ({error.strerror}).") from None
+    if spec.skip_unreadable:
+        found = without_unreadable(found, opening.rules, opening.cache)
+    # What is streamed has training images; of these, nothing is read.
+    return opening.stream(
+        found.splits | {"train": found.splits["test"]},
+        found.class_names,
+        content=found.digest(),
+        name=root.resolve().name,
+    )
+
+
+def _test_images(root: Path, *, skip: bool) -> Folder:
+    layout = "images to evaluate on are DIR/<class>/*.png or DIR/test/<class>/*.png"
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; {layout}")
+    folder = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), root)
+    names = tuple(sorted({class_name(name) for name in _class_folders(folder)}))
+    if folder == root and (split := [name for name in names if name.casefold() in LIKE_SPLITS]):
+        raise InputError(f"{root / split[0]}: is named like a split, not like a class; {layout}")
+    left_out: list[str] = []
+    files = _list(root, folder, names, left_out)
+    if left_out and not skip:
+        raise InputError(f"{left_out[0]}; {REMEDY}")
+    if not len(files):
+        raise InputError(f"{folder}: no image of any class; {layout}")
+    return Folder(root, names, {"test": files}, {"test": folder}, tuple(left_out))
 
 
 def scan(root: Path, *, skip: bool = False, test: bool = False) -> Folder:

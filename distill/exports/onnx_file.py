@@ -49,7 +49,9 @@ class FromPixels(nn.Module):
 def check_installed() -> None:
     """InputError unless the packages of the extra `onnx` are there."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise InputError(f'--onnx needs {", ".join(missing)}: python -m pip install -e ".[onnx]"')
+        raise InputError(
+            f'--onnx, and --int8 with it, needs {", ".join(missing)}: python -m pip install "distill-vit[onnx]"'
+        )
 
 
 def write_onnx(student: Student, path: Path, class_names: Sequence[str]) -> None:

@@ -78,7 +78,8 @@ def load_student(folder: str | Path) -> LoadedStudent:
     Raises:
         InputError: a file is missing, damaged or was changed.
     """
-    student, labels = load_export(folder)
+    with torch.random.fork_rng(devices=[]):  # random weights are drawn before they are loaded
+        student, labels = load_export(folder)
     try:
         transform = Transform(student.adapter.contract, student.preparation)
     except InputError as error:

@@ -14,11 +14,10 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from rich.bar import Bar
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from distill.console import console, say
+from distill.console import console, say, track
 from distill.data.images import SUFFIXES
 from distill.errors import InputError
 from distill.exports.prediction import BATCH, Answer, LoadedStudent, answers
@@ -74,11 +73,10 @@ def predict(student: LoadedStudent, arguments: Sequence[str], *, form: str | Non
     """
     images = list(images_of(arguments))
     write = {None: _show, "csv": _csv_writer(min(top, len(student.labels))), "json": _print_json}[form]
-    progress = Console(stderr=True)
-    hidden = len(images) <= batch or not progress.is_terminal or (form is None and console.is_terminal)
-    problems = 0
-    found = answers(student, images, top=top, batch=batch)
-    for answer in track(found, "predicting", len(images), console=progress, disable=hidden, transient=True):
+    found, problems = answers(student, images, top=top, batch=batch), 0
+    if len(images) > batch and not console.is_terminal:  # else the answers themselves show how far it is
+        found = track(found, "predicting", len(images), Console(stderr=True))
+    for answer in found:
         if answer.problem is not None:
             problems += 1
             print(f"error: {visible(answer.problem)}", file=sys.stderr)

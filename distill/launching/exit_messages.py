@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +16,15 @@ from distill.launching.launcher import training_command
 
 # 0: finished. 2: argparse's code for bad input. 75: EX_TEMPFAIL of sysexits.h, try again with --resume.
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 75
+EXIT_CTRL_C = 130
+"""What shells say of a process that SIGINT has ended."""
+LAUNCHER_GRACE = 40
+"""Seconds to wait for the launcher's end; torchrun kills its processes after 30."""
+AFTER_LAUNCHER = """
+end=$(($(date +%s) + $2))
+while kill -0 "$1" 2> /dev/null && [ "$(date +%s)" -lt "$end" ]; do sleep 0.05; done
+printf '\\n%s\\n' "$3" >&2
+"""
 MAX_CHARACTERS = 500
 """Of an unexpected error; the log has all of it."""
 
@@ -58,6 +69,31 @@ def exit_message(
     safe = "no step is saved yet; the run starts over" if newest is None else f"all up to {newest}"
     command = training_command([*resuming, "--resume", str(begun[0])])
     return "\n".join([*lines, f"safe: {safe}", f"continue: {command}"])
+
+
+def print_message(message: str, launcher: int | None) -> None:
+    """Print the exit message to standard error. On a terminal it comes after the end of the launcher, which adds its
+    own stack trace whenever a process ends early.
+
+    Args:
+        launcher: the process that started this one; None: it is none of a launch.
+    """
+    with suppress(OSError):  # a closed terminal or pipe
+        if launcher is None or not sys.stderr.isatty() or not _is_launcher(launcher):
+            print(message, file=sys.stderr, flush=True)
+            return
+        words = ["sh", "-c", AFTER_LAUNCHER, "sh", str(launcher), str(LAUNCHER_GRACE), message]
+        # In a session of its own: neither the terminal's signals nor the launcher's reach it.
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _is_launcher(process: int) -> bool:
+    """Whether it runs, and is one: its environment, which says so, passes on to what a process of it starts."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed"))
 
 
 def _is_finished(directory: Path) -> bool:

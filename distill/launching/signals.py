@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from distill.errors import InputError, Interrupted, RunFailed
-from distill.launching.launcher import is_launched
+from distill.launching.launcher import is_launched, launch_command
 
 if TYPE_CHECKING:  # torch is imported late: signals may arrive before
     from torch.distributed import ProcessGroup
@@ -71,7 +71,9 @@ class StopRequest:
         self.group: ProcessGroup | None = None
         self._ranks: Ranks | None = None
         self._on_exit = on_exit
-        self._parent = os.getppid() if is_launched() else None
+        self.launcher = os.getppid() if is_launched() else None
+        """The process that started this one, if it is a launcher."""
+        launch_command()  # of which the exit message may come after its end
         self._reason: str | None = None
         self._agreed = False
         self._time_limit: float | None = None
@@ -222,7 +224,7 @@ class StopRequest:
                 for number in os.read(self._wakeup_read, 64):
                     if number in SIGNALS:
                         self._on_arrival(number)
-            if self._parent is not None and self._reason is None and os.getppid() != self._parent:
+            if self.launcher is not None and self._reason is None and os.getppid() != self.launcher:
                 self._interrupt(LAUNCHER_ENDED)
             if self.group is not None and self._ranks is not None and not self._rank_ended:
                 silent = self._ranks.silent()

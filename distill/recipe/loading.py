@@ -16,12 +16,15 @@ from distill import options
 from distill.errors import InputError
 from distill.recipe.combinations import impossible_combinations
 from distill.recipe.inheritance import with_bases
+from distill.recipe.keys import recipe_keys
 from distill.recipe.reading import read_mapping, read_yaml, short
 from distill.recipe.schema import Recipe
 from distill.recipe.variants import UNKNOWN_SOURCE, recipe_model
 
 MOST_PROBLEMS = 40
-KEY_OF_SECTION = {"teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind"}
+KEY_OF_SECTION = {
+    "teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind", "distill": "method"
+}  # fmt: skip
 """The key that a single word in place of a section probably means."""
 
 
@@ -214,10 +217,16 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
         return [Problem(path, f"the key '{choice}' is missing; it selects the variant"), *unknown]
     if kind == UNKNOWN_SOURCE:
         return [Problem((*path, "source"), f"{item['msg']}; got {short(repr(value['source']))}")]
-    if isinstance(value, str) and (key := KEY_OF_SECTION.get(str(path[-1]) if path else "")):
-        return [Problem(path, f"a section of keys, such as {{{key}: {short(value)}}}, got {short(repr(value))}")]
+    section = next((part for part in reversed(path) if isinstance(part, str)), "")
+    if isinstance(value, str) and (key := KEY_OF_SECTION.get(section)):
+        what, given = "a section of keys", f"{{{key}: {short(value)}}}"
+        if kind == "list_type":
+            what, given = "a list of sections", f"[{given}]"
+        return [Problem(path, f"should be {what}, such as {given}, got {short(repr(value))}")]
     if kind == "string_pattern_mismatch":
-        return [Problem(path, f"letters, digits, '.', '_' and '-' alone, got {short(repr(value))}")]
+        instead = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-") or "run"
+        allowed = "should have letters, digits, '.', '_' and '-' alone"
+        return [Problem(path, f"{allowed}, such as '{short(instead)}', got {short(repr(value))}")]
     return [Problem(path, plain_message(item))]
 
 
@@ -226,6 +235,7 @@ def plain_message(item: Any) -> str:
     value = item["input"]
     shown = "" if isinstance(value, dict | list) else f", got {short(repr(value))}"
     text = re.sub(r"^(Input|Value error,) should", "should", item["msg"])
+    text = re.sub(r"a valid dictionary( or .*)?$", "a section of keys", text)
     return f"{text[0].lower()}{text[1:]}{shown}"
 
 
@@ -254,20 +264,8 @@ def _keys_under(path: tuple[str | int, ...]) -> list[str]:
 
 @cache
 def _known_keys() -> list[tuple[str, ...]]:
-    schema = recipe_model({}).model_json_schema()
-    found: list[tuple[str, ...]] = []
-
-    def walk(node: dict[str, Any], path: tuple[str, ...]) -> None:
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-        for branch in (*node.get("anyOf", ()), *node.get("oneOf", ()), *([node["items"]] if "items" in node else ())):
-            walk(branch, path)
-        for key, child in node.get("properties", {}).items():
-            found.append((*path, key))
-            walk(child, (*path, key))
-
-    walk(schema, ())
-    return found
+    """Without the places of items in lists."""
+    return [tuple(part for part in key.path if part != "0") for key in recipe_keys()]
 
 
 def _without(data: Any, paths: list[tuple[str | int, ...]]) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from distill.report.charts import COLOURS, TEACHER_COLOUR, Chart
 from distill.report.page import Column, Part, Plot, Section, Table
 from distill.report.statistics import p_value
+from distill.report.tables import console_table
 
 Record = Mapping[str, Any]
 MOST_LINES = 200
@@ -79,14 +80,9 @@ def ranking_table(record: Record) -> Table:
 
 
 def render_sweep(record: Record) -> ConsoleTable:
-    """The ranking."""
+    """The first of the ranking."""
     table = ranking_table(record)
-    shown = ConsoleTable()
-    for index, name in enumerate(table.header):
-        shown.add_column(escape(name), justify="left" if index < table.text_columns else "right", overflow="fold")
-    for cells in table.rows[:MOST_ON_CONSOLE]:
-        shown.add_row(*(escape(cell.text) for cell in cells))
-    return shown
+    return console_table(replace(table, rows=table.rows[:MOST_ON_CONSOLE]))
 
 
 def _tried(record: Record) -> Table:

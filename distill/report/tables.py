@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
@@ -14,21 +15,27 @@ from distill.report.page import Plot, Section, Table
 from distill.report.summary import summarise
 
 
+def console_table(table: Table) -> ConsoleTable:
+    """A report's table for the console, without its caption."""
+    shown = ConsoleTable()
+    for index, name in enumerate(table.header):
+        shown.add_column(escape(name), justify="left" if index < table.text_columns else "right", overflow="fold")
+    for cells in table.rows:
+        shown.add_row(*(escape(cell.text) for cell in cells))
+    return shown
+
+
 def render_console(comparison: Comparison) -> ConsoleTable:
     """The figures that fit into 80 columns for one run, and before them, what a reader must know."""
     table = main_table(comparison, narrow=True)
     warnings = [f"[bold red]Warning. {escape(text)}[/]" for text in comparison.warnings]
+    shown = console_table(table)
     told = summarise(comparison).verdict
     lines = [*warnings, f"[bold]{escape(told)}[/]", escape(answer(comparison)), escape(table.caption)]
-    shown = ConsoleTable(caption="\n".join(lines), caption_justify="left")
-    for index, name in enumerate(table.header):
-        shown.add_column(name, justify="left" if index < table.text_columns else "right")
-    previous = None
-    for record, cells in zip(main_records(comparison), table.rows, strict=True):
-        if previous not in (None, (record["run"], record["model"])):
-            shown.add_section()
-        previous = record["run"], record["model"]
-        shown.add_row(*(escape(cell.text) for cell in cells))
+    shown.caption, shown.caption_justify = "\n".join(lines), "left"
+    models = [(record["run"], record["model"]) for record in main_records(comparison)]
+    for line, (model, following) in zip(shown.rows, pairwise(models), strict=False):
+        line.end_section = model != following
     return shown
 
 

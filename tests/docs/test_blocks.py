@@ -29,7 +29,7 @@ from distill.exports.onnx_file import onnx_logits
 from distill.files.contents import METRICS, RUN_FILES
 from distill.recipe import from_mapping, load
 from distill.run import read_metrics, read_recipe
-from distill.sweep.schema import read_sweep
+from distill.sweeps.schema import read_sweep
 from tests import warm
 from tests.conftest import image_folder
 from tests.docs.blocks import PAGES, ROOT, Block, blocks, words_of

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from distill.commandline import recorded_command
 from distill.report.comparison import Comparison
 from distill.report.page import Cell, Listing, Part, Section, Table
 from distill.report.runs import Record, RunFiles
@@ -49,7 +49,7 @@ def _by_run(name: str, caption: str, facts: Mapping[str, Mapping[str, str]]) -> 
 def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
     environment = run.environment
     if command := environment.get("command"):
-        yield "command", command_line(command)
+        yield "command", recorded_command(command)
     preflight = next((event for event in run.events if event.get("event") == "preflight"), None)
     if preflight is not None:
         if "teacher" in preflight:
@@ -81,18 +81,6 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
         also = [f"{environment[key]} {key}" for key in ("processes", "threads") if environment.get(key)]
         words = [str(environment["device_name"]), *also, f"precision {environment.get('precision')}"]
         yield "machine", ", ".join(words)
-
-
-def command_line(words: list[str]) -> str:
-    """What a person types for these arguments of a process, to begin and not to resume."""
-    if "--resume" in words[:-1]:
-        at = words.index("--resume")
-        words = words[:at] + words[at + 2 :]
-    if words[0].endswith("train.py"):
-        words = ["accelerate", "launch", "distill/train.py", *words[1:]]
-    elif words[0].endswith(("/distill", "cli.py")):
-        words = ["distill", *words[1:]]
-    return shlex.join(words)
 
 
 def _complete(run: RunFiles) -> Record:

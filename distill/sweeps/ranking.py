@@ -11,10 +11,10 @@ from scipy import stats
 
 from distill import run
 from distill.report.statistics import paired, wilson
-from distill.sweep import axes
-from distill.sweep.progress import USUAL_METRIC, Progress
-from distill.sweep.schema import Sweep
-from distill.sweep.study import Study, Trial
+from distill.sweeps import axes
+from distill.sweeps.progress import USUAL_METRIC, Progress
+from distill.sweeps.schema import Sweep
+from distill.sweeps.study import Study, Trial
 
 TESTED = ("student/top1", "student/knn")
 CONFIDENCE = 0.95

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from distill.report.comparison import compare
 from distill.report.document import write_report
 from distill.report.sweep import ranking_table, render_sweep, summary, sweep_section
 from distill.report.tables import render_console
-from distill.sweep.jobs import Executor, Processes, Submitit
-from distill.sweep.ranking import ranked, record
-from distill.sweep.scheduler import Scheduler
-from distill.sweep.schema import Sweep, check_sweep
-from distill.sweep.study import Study
+from distill.sweeps.jobs import Executor, Processes, Submitit
+from distill.sweeps.ranking import ranked, record
+from distill.sweeps.scheduler import Scheduler
+from distill.sweeps.schema import Sweep, check_sweep, read_sweep
+from distill.sweeps.study import Study, quiet
 from distill.validation import missing
 
 BEGAN = "sweep.yaml"
@@ -48,7 +49,7 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
         Interrupted: by a signal; the same command goes on.
         RunFailed: no trial is complete, or the chosen one cannot be finished.
     """
-    with _held(out):
+    with _held(out), quiet():
         options = sweep.options
         executor: Executor
         if options.executor == "processes":
@@ -58,24 +59,30 @@ def run_sweep(sweep: Sweep, out: Path) -> dict[str, Any]:
         _begin(sweep, out)
         study = Study(sweep, out)
         scheduler = Scheduler(sweep, study, executor, out, out / RECIPE)
-        scheduler.search()
-        groups = ranked(study.trials())
-        _write(record(sweep, study, out), out)
-        if not groups:
-            raise RunFailed(f"{out}: no trial is complete; {_first_failure(scheduler)}")
-        if sweep.tested:
-            say(f"testing {', '.join(trial.name for trial in groups[0])}, and the controls")
-            scheduler.finish(groups[0])
-        found = _write(record(sweep, study, out), out)
-        console.print(render_sweep(found))
-        say(f"{summary(found)}\n{ranking_table(found).caption}")
-        if sweep.tested:
-            comparison = compare([scheduler.path(trial) for trial in groups[0]])
-            write_report(comparison, out / "report.html", [sweep_section(found)])
-            console.print(render_console(comparison))
-            say(f"report   {out / 'report.html'}")
-        say(f"sweep    {out / 'sweep.json'}")
-        return found
+        with scheduler.listening():
+            return _run(scheduler)
+
+
+def _run(scheduler: Scheduler) -> dict[str, Any]:
+    sweep, study, out = scheduler.sweep, scheduler.study, scheduler.folder
+    scheduler.search()
+    groups = ranked(study.trials())
+    _write(record(sweep, study, out), out)
+    if not groups:
+        raise RunFailed(f"{out}: no trial is complete; {_first_failure(scheduler)}")
+    if sweep.tested:
+        say(f"testing {', '.join(trial.name for trial in groups[0])}, and the controls")
+        scheduler.finish(groups[0])
+    found = _write(record(sweep, study, out), out)
+    console.print(render_sweep(found))
+    say(f"{summary(found)}\n{ranking_table(found).caption}")
+    if sweep.tested:
+        comparison = compare([scheduler.path(trial) for trial in groups[0]])
+        write_report(comparison, out / "report.html", [sweep_section(found)])
+        console.print(render_console(comparison))
+        say(f"report   {out / 'report.html'}")
+    say(f"sweep    {out / 'sweep.json'}")
+    return found
 
 
 def _write(found: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -83,6 +90,38 @@ def _write(found: dict[str, Any], out: Path) -> dict[str, Any]:
         found["told"].append(_of_teachers(found))
     write_text(out / "sweep.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def planned(
+    target: str | PathLike[str] | Mapping[str, Any],
+    seeds: int | None,
+    teachers: Sequence[str] | None,
+    minutes: float | None,
+    overrides: Sequence[str],
+    *,
+    max_trials: int,
+    plugins: Sequence[str],
+) -> Sweep:
+    """The checked sweep of a file or a mapping; with seeds or teachers, of a recipe; see `distill.sweep`.
+
+    Raises:
+        InputError: lists all of its problems.
+    """
+    if minutes is not None and (teachers is None or minutes <= 0):
+        raise InputError("--minutes: how long each pilot of --teachers trains; above 0, and only with them.")
+    if seeds is not None and teachers is not None:
+        raise InputError("--seeds, --teachers: give one of them, or a sweep file with both as its keys.")
+    limits: dict[str, Any] = {"max_trials": max_trials, "plugins": plugins}
+    if seeds is None and teachers is None:
+        if isinstance(target, Mapping):
+            return check_sweep(target, overrides, source="sweep", **limits)
+        return read_sweep(Path(target), overrides, **limits)
+    if isinstance(target, Mapping):
+        raise InputError("--seeds, --teachers: they vary a recipe; give the path of its file.")
+    if teachers is not None:
+        return pilots(Path(target), teachers, overrides, minutes or PILOT_MINUTES, **limits)
+    assert seeds is not None
+    return seeds_of(Path(target), seeds, overrides, **limits)
 
 
 def pilots(

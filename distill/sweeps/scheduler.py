@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from distill import run
 from distill.console import say
 from distill.errors import Interrupted, RunFailed
 from distill.launching.exit_messages import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from distill.sweep.jobs import Elsewhere, Executor, Job, training_command
-from distill.sweep.progress import Progress
-from distill.sweep.schema import Sweep
-from distill.sweep.study import Study, Trial
+from distill.sweeps.jobs import Elsewhere, Executor, Job, training_command
+from distill.sweeps.progress import Progress
+from distill.sweeps.schema import Sweep
+from distill.sweeps.study import Study, Trial
 
 POLL = 0.2
 """Seconds."""
@@ -71,8 +72,7 @@ class Scheduler:
             Interrupted: by a signal; all trials are stopped, resumable.
         """
         self.study.plan()
-        with self._listening():
-            self._loop(self._waiting(), self._watch, tested=False)
+        self._loop(self._waiting(), self._watch, tested=False)
 
     def finish(self, trials: Sequence[Trial]) -> None:
         """Test these trials, and train and test their controls.
@@ -97,8 +97,7 @@ class Scheduler:
             self._launch(one.trial, tested=True)
             return True
 
-        with self._listening():
-            self._loop(iter(left), watch, tested=True)
+        self._loop(iter(left), watch, tested=True)
 
     def _waiting(self) -> Iterator[Trial]:
         """Trials to start: first those that a killed sweep had begun."""
@@ -228,18 +227,19 @@ class Scheduler:
         self.running.clear()
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Note signals instead of ending by them."""
+    def listening(self) -> Iterator[None]:
+        """Note signals instead of ending by them; on the main thread, which alone can."""
 
         def note(number: int, frame: Any) -> None:
             self._signal = signal.Signals(number).name
 
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, note) for number in SIGNALS} if is_main else {}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _last_line(log: Path) -> str:

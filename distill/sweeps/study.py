@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.errors import InputError
 from distill.files.metrics import MetricsFile
-from distill.sweep import axes
-from distill.sweep.axes import Axis, Values
-from distill.sweep.schema import Sweep
+from distill.sweeps import axes
+from distill.sweeps.axes import Axis, Values
+from distill.sweeps.schema import Sweep
 
 try:
     import optuna
@@ -62,7 +63,6 @@ class Study:
         Raises:
             InputError: its journal cannot be read.
         """
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, journal = sweep, folder / JOURNAL
         for lock in folder.glob(f"{JOURNAL}.lock*"):  # of a process that was killed
             lock.unlink()
@@ -193,6 +193,17 @@ class Study:
             failures=attributes.get("failures", 0),
             note=attributes.get("note", ""),
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, Optuna logs errors alone."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def _distribution(one: Axis) -> BaseDistribution:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.sweep import jobs
+from distill.sweeps import jobs
 
 
 def trials_are_forks() -> None:
@@ -18,7 +18,7 @@ def trials_are_forks() -> None:
 
 
 class Forked:
-    """As `distill.sweep.jobs.Process`, for `python -m distill.train ARGUMENTS`."""
+    """As `distill.sweeps.jobs.Process`, for `python -m distill.train ARGUMENTS`."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import some
-from tests.sweep.conftest import Sweeps
+from tests.sweeps.conftest import Sweeps
 
 LR = {"optim.lr": [1.0e-3, 3.0e-3]}
 BAD: list[tuple[dict[str, Any], list[str]]] = [

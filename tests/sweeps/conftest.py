@@ -96,8 +96,17 @@ class Sweeps:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Options of the script."""
 
+    @property
+    def command(self) -> list[str]:
+        """What starts the script."""
+        return [sys.executable, "-S", str(self.folder / "trainer.py")]
+
+    def configure(self, **trainer: Any) -> None:
+        """Set options of the script, for a sweep in this process."""
+        (self.folder / "trainer.json").write_text(json.dumps(trainer))
+
     def write(self, **sweep: Any) -> Path:
-        given = {"base": "recipe.yaml", "command": [sys.executable, "-S", str(self.folder / "trainer.py")], **sweep}
+        given = {"base": "recipe.yaml", "command": self.command, **sweep}
         path = self.folder / "sweep.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
         return path
@@ -107,7 +116,7 @@ class Sweeps:
         return self.folder / "out"
 
     def start(self, *arguments: str) -> Launched:
-        (self.folder / "trainer.json").write_text(json.dumps(self.trainer))
+        self.configure(**self.trainer)
         return warm.launch(["sweep", *(arguments or ["sweep.yaml"]), "--out", "out"], cwd=self.folder)
 
     def run(self, *arguments: str) -> tuple[int, str]:

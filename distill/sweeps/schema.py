@@ -17,8 +17,8 @@ from distill.options import Section, Text
 from distill.recipe import Recipe, read_mapping
 from distill.recipe.inheritance import with_bases
 from distill.recipe.loading import Problem, listed, load, overridden, plain_message, resolve
-from distill.sweep import axes
-from distill.sweep.axes import SEED, Axis, Range, Values
+from distill.sweeps import axes
+from distill.sweeps.axes import SEED, Axis, Range, Values
 
 MOST_TRIALS = 100
 

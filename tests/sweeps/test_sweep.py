@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -14,15 +15,16 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from distill.sweep.jobs import DEVICES, Processes
+from distill.sweeps.jobs import DEVICES, Processes
 from tests.conftest import Counted, some
-from tests.sweep.conftest import Sweeps
+from tests.sweeps.conftest import Sweeps
 
 RATES = [1.0e-3, 3.0e-3, 2.0e-3]
 
 
 def test_a_grid_ranks_configurations_by_their_mean_over_the_seeds(sweeps: Sweeps) -> None:
     sweeps.write(keys={"optim.lr": RATES, "seed": [0, 1, 4]}, parallel=2, minutes=5)
+    sweeps.trainer = {"seconds": 0.15}
     found = sweeps.search()
     assert [trial["seed"] for trial in found["trials"]] == [0, 1, 4] * 3
     assert [rank["values"]["optim.lr"] for rank in found["ranking"]] == [3.0e-3, 2.0e-3, 1.0e-3]
@@ -39,9 +41,10 @@ def test_a_grid_ranks_configurations_by_their_mean_over_the_seeds(sweeps: Sweeps
     assert {one["control"] for one in given} == {"false"}  # of plain training there is none
     assert sweeps.notes("tested") == []
     assert len(list((sweeps.out / "trials").iterdir())) == 9
-    # Two at a time: each begins before the one before it has ended.
+    # Two at a time: some begin before the one before them has ended, however busy the machine is.
     moments = sorted((note["time"], note["what"]) for note in sweeps.notes())
-    assert [what for _, what in moments[:2]] == ["begun", "begun"]
+    running = itertools.accumulate(1 if what == "begun" else -1 for _, what in moments)
+    assert max(running) == 2
 
 
 def test_a_single_seed_has_the_interval_of_its_images(sweeps: Sweeps) -> None:

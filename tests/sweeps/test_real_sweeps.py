@@ -13,7 +13,7 @@ from distill.files.metrics import read_lines
 from distill.run import read_status
 from tests import warm
 from tests.conftest import Toy
-from tests.sweep.forked import trials_are_forks
+from tests.sweeps.forked import trials_are_forks
 
 RATES = (3.0e-3, 1.0e-6)
 STUDENT = {"model": "vit_nano", "patch_size": 4}
