@@ -1,4 +1,4 @@
-"""A report's verdict: one sentence on each student, derived from its figures by the rules in docs/explanation/report.md."""
+"""A report's verdict: one sentence on each student, by the rules in docs/explanation/report.md."""
 
 from __future__ import annotations
 

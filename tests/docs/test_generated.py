@@ -27,7 +27,7 @@ def test_every_key_of_a_recipe_is_there_once_in_its_section() -> None:
 
 def test_types_ranges_and_defaults_are_told() -> None:
     text = recipe()
-    assert "| `epochs` | int above 0 | `300` |" in text
+    assert "| `batch_size` | int above 0 | `1024` |" in text
     assert '| `fit` | `crop`, `squash` or `pad` | `"crop"` |' in text
     assert r"| `root`\* | string | " in text
 
