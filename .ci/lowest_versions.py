@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 def lowest_versions(pyproject: str) -> list[str]:
-    """`name>=version` -> `name==version`, each once, in their order; anything else is a ValueError."""
+    """`name>=version`, perhaps with `,<version`, -> `name==version`, each once, in their order; else a ValueError."""
     project = tomllib.loads(pyproject)["project"]
     requirements = [
         *project["dependencies"],
         *(item for extra in project["optional-dependencies"].values() for item in extra),
     ]
-    if wrong := [item for item in requirements if not re.fullmatch(r"[\w-]+>=[\d.]+", item)]:
+    if wrong := [item for item in requirements if not re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", item)]:
         raise ValueError(f"requirements are of the form name>=version, got {', '.join(wrong)}")
-    return [item.replace(">=", "==") for item in dict.fromkeys(requirements)]
+    return [item.partition(",")[0].replace(">=", "==") for item in dict.fromkeys(requirements)]
 
 
 if __name__ == "__main__":

@@ -118,11 +118,12 @@ def test_a_missing_choice_among_shapes_is_said_in_words_of_the_recipe(raw: dict[
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epochs='3'", ["integer", "'3'"]),
-        ("train.epochs=3.0", ["integer", "3.0"]),
-        ("train.epochs=true", ["integer", "True"]),
+        ("train.batch_size='3'", ["integer", "'3'"]),
+        ("train.batch_size=3.0", ["integer", "3.0"]),
+        ("train.batch_size=true", ["integer", "True"]),
+        ("train.epochs=true", ["number", "True"]),
         ("train.epochs=0", ["greater than 0"]),
-        ("train.epochs=null", ["integer", "None"]),
+        ("train.batch_size=null", ["integer", "None"]),
         ("seed=-1", ["greater than or equal to 0"]),
         ("optim.lr=fast", ["number", "'fast'"]),
         ("optim.lr=.nan", ["nan"]),

@@ -128,7 +128,7 @@ def _polled(iterator: _MultiProcessingDataLoaderIter) -> Any:
     while True:
         try:
             return next(iterator)
-        except (RuntimeError, OSError) as error:  # OSError: what a dead worker has sent cannot be opened
+        except (RuntimeError, OSError, EOFError) as error:  # not to be opened, or not whole: what a dead worker sent
             if "DataLoader timed out" not in str(error):
                 if (described := _described(error, iterator)) is None:
                     raise
@@ -175,7 +175,7 @@ def _kill_workers() -> None:
 
 def _described(error: Exception, iterator: _MultiProcessingDataLoaderIter) -> RunFailed | None:
     """The error for users, if a worker died or had no shared memory."""
-    for worker in iterator._workers if isinstance(error, OSError) else ():
+    for worker in iterator._workers if isinstance(error, OSError | EOFError) else ():
         worker.join(timeout=0.2)
     codes = {worker.pid: worker.exitcode for worker in iterator._workers if worker.exitcode}
     if not codes:

@@ -40,7 +40,8 @@ def curves_of(runs: Mapping[str, RunFiles]) -> Curves:
     curves: dict[str, list[Curve]] = defaultdict(list)
     for name, run in runs.items():
         for model, part in run.models:
-            end = max((event["epoch"] for event in part.events if event.get("event") in MEASURING), default=math.inf)
+            measured = [event for event in part.events if event.get("event") in MEASURING]
+            end = max((event["epoch"] for event in measured if event.get("epoch") is not None), default=math.inf)
             for kind, variant, events, key in _measured(part):
                 if points := _means(_points(events, key), end):
                     epochs, values = zip(*sorted(points.items()), strict=True)
