@@ -241,6 +241,7 @@ def write(script: str, path: Path) -> Path:
     return path
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("unchanged")
 def test_runs_in_one_process_are_those_of_processes_of_their_own(tmp_path: Path) -> None:
     """One that finishes, one that is refused, one that fails, then the one in question, beside a plain script."""

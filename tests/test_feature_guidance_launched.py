@@ -43,6 +43,7 @@ def test_a_dry_run_takes_a_guided_step(toy: Toy, tmp_path: Path) -> None:
     assert re.search(r"first step  loss [1-9]\.\d+", launched.output)
 
 
+@pytest.mark.soak
 def test_compiled_with_maps_it_begins_as_eager(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without graph breaks; and shares, which take several backward passes, are right and harm no step. Neither the
     second micro-batch nor an evaluation at another size compiles again. The graphs run as they were traced; kernels

@@ -65,6 +65,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # The recipe that a run saves
 
 
+@pytest.mark.soak
 def test_the_resolved_recipe_reproduces_the_run(toy: Toy, tmp_path: Path) -> None:
     overrides = ["train.max_steps=3", "control=true", "seed=5", "label_weight=0.3"]
     distill.train(toy.recipe, out=tmp_path / "run", overrides=overrides)

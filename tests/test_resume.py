@@ -199,6 +199,7 @@ def traces(folder: Path, processes: int) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("processes", "number", "apart"),
     [

@@ -128,6 +128,7 @@ def test_growing_images_have_the_same_losses(toy: Toy, tmp_path: Path, kind: str
     assert losses[1] == pytest.approx(losses[0], abs=near)  # the first three steps of 54 are on small images
 
 
+@pytest.mark.soak
 def test_a_batch_that_does_not_divide_over_processes(toy: Toy, tmp_path: Path) -> None:
     result = launch(
         2, toy.recipe, "--out", tmp_path / "run", "train.batch_size=18", "train.gradient_accumulation=3", cwd=tmp_path
