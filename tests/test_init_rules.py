@@ -146,3 +146,12 @@ def test_recipes_are_valid_and_say_what_the_rules_say(goal: Goal, gpu: bool, spl
         assert recipe.data.test == (None if split else 0.2)
         assert recipe.data.fit == ("crop" if split else "pad")
         assert len(text.splitlines()) + 2 < 35  # two more lines of header
+
+
+@pytest.mark.parametrize(("largest", "said"), [(149, False), (150, True)])
+def test_unbalanced_classes_are_pointed_out_and_left_as_they_are(largest: int, said: bool) -> None:
+    images = CLOTHES._replace(counts={"hat": 100, "shoes": largest, "shirt": 120})
+    wanted = contents.Wanted("photos", images, "small", False, "bf16", False)
+    content = contents.student_recipe(wanted, {"model": "resnet18"}, logits=True, maps=True)
+    assert ("class_weights" in content["data"]) is said
+    assert from_mapping(content).data.class_weights is None

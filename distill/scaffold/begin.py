@@ -177,6 +177,7 @@ def _student_text(
     ]
     comments = {
         "data.root": f"{len(counts)} classes, {min(counts):,} to {max(counts):,} training images each",
+        "data.class_weights": "balanced: rare classes count as much as frequent ones (docs/how-to/unbalanced.md)",
         "data.test": "held out, for want of a test folder",
         "data.validation": "held out, for want of a val folder: weights are chosen on these",
         "data.resolution": f"of the images' shorter sides the median is {images.side} px",

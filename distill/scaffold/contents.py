@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from distill.recipe.imbalance import is_unbalanced
 from distill.scaffold import rules
 from distill.scaffold.rules import Goal, Images
 
@@ -83,6 +84,8 @@ def _data(wanted: Wanted, resolution: int, seen: int, epochs: int) -> dict[str, 
         content["channels"] = wanted.channels
     if wanted.skip_unreadable:
         content["skip_unreadable"] = True
+    if is_unbalanced(list(images.counts.values())):
+        content["class_weights"] = None  # for its comment: what counts, the images or the classes, nobody else knows
     return content | {"augment": rules.augmentation(resolution, grey=images.grey, seen=seen, epochs=epochs)}
 
 
