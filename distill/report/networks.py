@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ from distill.report.runs import Record, RunFiles
 
 TRAINED_ONLY = ("weights", "pretrained", "drop_path")
 """Keys of a recipe's student that change its training, and not the network that answers."""
-
-
+TRAINED = re.compile(r"^local-dir:|(-[0-9a-f]{12})?/export/?$")
+"""What a folder's name is without: the prefix, and the end of an export, with a digest if a recipe trained it."""
 TOGETHER = "together"
 
 
@@ -31,9 +32,12 @@ def student_name(run: RunFiles) -> str | None:
 
 
 def teacher_name(run: RunFiles) -> str | None:
-    """The teacher as its preflight called it, or the recipe does; None without one."""
+    """The teacher as its preflight called it, or the recipe does; None without one. One in a folder has the folder's
+    name, and one that was trained first its recipe's.
+    """
     if (described := _preflight(run).get("teacher")) is not None:
-        return str(described).partition(":")[0]
+        called = str(described).partition(": ")[0]
+        return TRAINED.sub("", called).rpartition("/")[2] if called.startswith("local-dir:") else called
     sections = run.recipe.get("teacher")
     names = [
         name

@@ -27,6 +27,19 @@ def rows(path: Path) -> list[tuple[str, str | None, int | None]]:
     return [(row.model, row.head, row.parameters) for row in compare([path]).rows]
 
 
+@pytest.mark.parametrize(
+    ("described", "label"),
+    [
+        ("cifar_resnet20: 0.27 M parameters", "teacher cifar_resnet20"),
+        ("hf-hub:timm/resnet18.a1_in1k: 11.7 M parameters", "teacher hf-hub:timm/resnet18.a1_in1k"),
+        ("local-dir:runs/teachers/digits_cnn-d3d972ac6091/export: 0.27 M parameters", "teacher digits_cnn"),
+        ("local-dir:models/my-cnn: 3 M parameters", "teacher my-cnn"),
+    ],
+)
+def test_a_teacher_has_a_name_to_tell_it_by(make_run: MakeRun, described: str, label: str) -> None:
+    assert compare([make_run(described=described)]).rows[0].label == label
+
+
 def test_every_head_of_student_and_control_has_a_row(make_run: MakeRun) -> None:
     path = make_run(control=True)
     comparison = compare([path])
