@@ -241,7 +241,7 @@ def test_it_is_evaluated_again_and_compared_with_a_supervised_run(toy: Toy, fini
         for section in sections(report.comparison)
         if section.name == "verdicts"
         for test in section.data
-        if test["first"] == "run: student, k-NN" and test["second"] == "supervised: student, both heads"
+        if test["first"] == "run: student, k-NN" and test["second"] == "supervised: student without teacher, both heads"
     ]
     labels = after["labels"]
     theirs = load_file(other.path / "predictions.safetensors")["student.fused"].argmax(1) == labels
