@@ -50,5 +50,6 @@ def build(comparison: Comparison) -> Section | None:
 
 def _asked(comparison: Comparison, a: Row, b: Row) -> bool:
     """Whether a is a student, and b its teacher, its control or another student."""
-    asked = b.role == STUDENT or b is comparison.teacher_of(a.run) or b is comparison.control_of(a.run)
-    return a.role == STUDENT and a.is_whole and b.is_whole and asked
+    students = (STUDENT, ALONE)
+    asked = b.role in students or b is comparison.teacher_of(a.run) or b is comparison.control_of(a.run)
+    return a.role in students and a.is_whole and b.is_whole and asked
