@@ -30,6 +30,7 @@ from distill.files.safetensors_file import read_safetensors
 from distill.files.text import write_text
 from distill.given import Given
 from distill.launching.processes import on_main, set_threads, start_processes
+from distill.pipeline import count_parameters
 from distill.recipe import Recipe, from_mapping
 from distill.registry import plugins
 from distill.report.statistics import wilson
@@ -199,9 +200,7 @@ def _elsewhere(
     folder = out or _new_folder(f"{place.parent.name if place.name == 'export' else place.name}-on-{info.name}")
 
     def write() -> None:
-        counts = {"student": sum(parameter.numel() for parameter in student.model.parameters())}
-        if teacher is not None:
-            counts["teacher"] = sum(parameter.numel() for parameter in teacher.parameters())
+        counts = count_parameters(student, teacher)
         status = {"state": "finished", "data_digest": info.digest, "parameters": counts}
         environment = describe_environment(
             num_processes=accelerator.num_processes,

@@ -15,7 +15,7 @@ from distill.errors import InputError
 from distill.exports.folder import load_export
 from distill.launching.processes import set_threads, start_processes
 from distill.report.comparison import Comparison
-from distill.report.networks import TOGETHER, Measurement
+from distill.report.networks import TOGETHER, Measurement, on_threads
 from distill.report.runs import RunFiles
 from distill.students.saved import WEIGHTS_FILE
 from distill.teaching.teachers import load_frozen
@@ -56,7 +56,7 @@ def measured_together(comparison: Comparison) -> Comparison:
     costs = measure_costs({network: model.to(device).eval() for network, model in models.items()}, image)
     for network, size in sizes.items():
         costs[network]["bytes"] = size
-    words = device_name(device) + (f", {threads} thread{'s' if threads != 1 else ''}" if device.type == "cpu" else "")
+    words = on_threads(device_name(device), threads if device.type == "cpu" else None)
     return replace(comparison, measured=(Measurement(TOGETHER, words, costs), *comparison.measured))
 
 

@@ -216,10 +216,7 @@ class Evaluation(dict[str, "Metrics"]):
 
     def by_class(self, output: str) -> dict[str, float | None]:
         """Accuracy in percent by class; None for a class without images."""
-        from distill.report.metrics import decisions
+        from distill.report.sections.classes import accuracy_by_class, confusion
 
-        right = decisions(self.logits[output]) == self.labels
-        return {
-            name: 100.0 * float(right[mine].mean()) if (mine := self.labels == index).any() else None
-            for index, name in enumerate(self.class_names)
-        }
+        found = accuracy_by_class(confusion(self.logits[output], self.labels), self.labels)
+        return dict(zip(self.class_names, found, strict=True))

@@ -128,7 +128,7 @@ def test_one_that_loses_too_much_is_not_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = np.arange(100) < 90
-    lost = Cost((90.0, 89.0), mcnemar("int8", "float32", right, right), 100, 99.0, (1.0, 0.5), (100, 30))
+    lost = Cost((90, 89), mcnemar("int8", "float32", right, right), 100, 99, (1.0, 0.5), (100, 30))
     monkeypatch.setattr(int8, "measure", lambda *args: lost)
     monkeypatch.setattr(int8, "sensitivities", lambda source, images, layers: [(layer, 1.0) for layer in layers])
     assert main(["export", str(exported[0]), "--to", str(tmp_path / "student"), "--int8", "--max-drop", "0.9"]) == 2

@@ -51,16 +51,22 @@ class Int8(NamedTuple):
 class Cost(NamedTuple):
     """An int8 file beside the float32 one that it was made of."""
 
-    top1: tuple[float, float]
-    """In percent, of the test images; float32 first, as in all pairs."""
+    correct: tuple[int, int]
+    """Test images that are answered right; float32 first, as in all pairs."""
     test: PairedTest
     images: int
     """Of the test."""
-    agreement: float
-    """Percentage of test images that both decide alike."""
+    agreements: int
+    """Test images that both decide alike."""
     milliseconds: tuple[float, float]
     """Of one image, on this machine."""
     bytes: tuple[int, int]
+
+    @property
+    def top1(self) -> tuple[float, float]:
+        """In percent."""
+        float32, int8 = self.correct
+        return 100 * float32 / self.images, 100 * int8 / self.images
 
     @property
     def drop(self) -> float:
@@ -70,9 +76,10 @@ class Cost(NamedTuple):
     @property
     def words(self) -> str:
         milliseconds, megabytes = self.milliseconds, [size / 1e6 for size in self.bytes]
+        agreement = 100 * self.agreements / self.images
         return (
             f"top-1 {self.top1[1]:.2f} % instead of {self.top1[0]:.2f} % on {self.images:,} test images: "
-            f"{self.test.words}; {self.agreement:.2f} % of them decided alike; one image in {milliseconds[1]:.2f} ms "
+            f"{self.test.words}; {agreement:.2f} % of them decided alike; one image in {milliseconds[1]:.2f} ms "
             f"instead of {milliseconds[0]:.2f}; {megabytes[1]:.2f} MB instead of {megabytes[0]:.2f}"
         )
 
@@ -89,10 +96,10 @@ def record_of(cost: Cost, *, data: str, head: str, kept: Sequence[str]) -> dict[
         "data": data,
         "head": head,
         "images": cost.images,
-        "correct": [round(top1 * cost.images / 100) for top1 in cost.top1],
+        "correct": list(cost.correct),
         "only_int8_right": cost.test.only_first_right,
         "only_float32_right": cost.test.only_second_right,
-        "agreements": round(cost.agreement * cost.images / 100),
+        "agreements": cost.agreements,
         "latency_seconds": [milliseconds / 1000 for milliseconds in cost.milliseconds],
         "bytes": list(cost.bytes),
         "kept": list(kept),
@@ -236,10 +243,10 @@ def measure(source: Path, target: Path, student: Student, dataset: Dataset) -> C
             session.run(None, one)
             times.append(time.perf_counter() - began)
     return Cost(
-        (100 * float(right[0].mean()), 100 * float(right[1].mean())),
+        (int(right[0].sum()), int(right[1].sum())),
         mcnemar("int8", "float32", right[1], right[0]),
         len(labels),
-        100 * float((float32 == int8).mean()),
+        int((float32 == int8).sum()),
         (1000 * median(seconds[0]), 1000 * median(seconds[1])),
         (source.stat().st_size, target.stat().st_size),
     )

@@ -42,6 +42,8 @@ METRICS = {
     "split": "`eval`: `validation` or `test`.",
     "weights": "`eval`: `raw`, or `ema`, their moving average.",
     "student/top1": "`eval`: accuracy in percent, of the mean of both heads.",
+    "student/macro": "`eval`: macro accuracy in percent, the mean of the accuracies of the classes.",
+    "student/worst_class": "`eval`: the lowest of these accuracies.",
     "student/top5": "`eval`: top-5 accuracy in percent.",
     "student/nll": "`eval`: mean negative log-likelihood of the labels, in nats.",
     "student.cls/top1": "`eval`: the same of the class head; `student.dist/top1` of the distillation head.",

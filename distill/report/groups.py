@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from distill.recipe import OPERATIONAL_KEYS
@@ -19,16 +19,17 @@ class Group:
     """By seed; one run of seed 0 where the recipe is not known."""
 
     def students(self, comparison: Comparison) -> dict[int, Row]:
-        rows = {seed: comparison.row(name, "student") for seed, name in self.runs.items()}
-        return {seed: row for seed, row in rows.items() if row is not None}
+        return self._found(lambda name: comparison.row(name, "student"))
 
     def controls(self, comparison: Comparison) -> dict[int, Row]:
-        rows = {seed: comparison.control_of(name) for seed, name in self.runs.items()}
-        return {seed: row for seed, row in rows.items() if row is not None}
+        return self._found(comparison.control_of)
 
     def teachers(self, comparison: Comparison) -> dict[int, Row]:
-        rows = {seed: comparison.teacher_of(name) for seed, name in self.runs.items()}
-        return {seed: row for seed, row in rows.items() if row is not None}
+        return self._found(comparison.teacher_of)
+
+    def _found(self, of: Callable[[str], Row | None]) -> dict[int, Row]:
+        """By seed, what the runs have of it."""
+        return {seed: row for seed, name in self.runs.items() if (row := of(name)) is not None}
 
 
 def groups_of(comparison: Comparison) -> list[Group]:

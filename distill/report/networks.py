@@ -26,6 +26,11 @@ class Measurement(NamedTuple):
     """By network, as `Costs` in `analysis.json`."""
 
 
+def on_threads(machine: str, threads: int | None) -> str:
+    """'AMD EPYC, 2 threads'; `threads`: None where they are not known, or do not matter."""
+    return f"{machine}, {threads} thread{'s' if threads != 1 else ''}" if threads else machine
+
+
 def student_name(run: RunFiles) -> str | None:
     """The model of the recipe's student; None where it is not known."""
     return (run.recipe.get("student") or {}).get("model")

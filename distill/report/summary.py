@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.report.comparison import Comparison
-from distill.report.networks import TOGETHER
+from distill.report.networks import TOGETHER, on_threads
 from distill.report.page import Cell, Table
 from distill.report.roles import STUDENT
 from distill.report.runs import RunFiles
@@ -177,6 +177,5 @@ def _machine(run: RunFiles) -> str | None:
     if not (name := environment.get("device_name") or environment.get("device")):
         return None
     processes, threads = environment.get("processes"), environment.get("threads")
-    also = [f"{processes} processes"] if processes and processes > 1 else []
-    also += [f"{threads} thread{'s' if threads != 1 else ''}"] if threads and environment.get("device") == "cpu" else []
-    return ", ".join([str(name), *also])
+    called = f"{name}, {processes} processes" if processes and processes > 1 else str(name)
+    return on_threads(called, threads if environment.get("device") == "cpu" else None)

@@ -111,23 +111,20 @@ def times(ratio: float) -> str:
 
 def _beside_control(student: Standing) -> str:
     difference = student.against_control
-    if difference is None:
-        return ""
-    points = f"({difference.points:+.2f} points)"
-    return {
-        "better": f"; distillation itself gained {difference.points:.2f} points over training without a teacher",
-        "worse": f"; distillation itself lost {-difference.points:.2f} points against training without a teacher",
-        "equal": f"; training without a teacher gives an accuracy equal within {EQUAL:g} point {points}",
-        "open": f"; no gain over training without a teacher is shown {points}",
-    }[difference.shown]
+    return "" if difference is None else f"; {_gain(difference, 'distillation itself')}"
 
 
 def _by_control(difference: Difference) -> str:
+    conclusion = "worth it" if difference.shown == "better" else "distillation is not worth it"
+    return f"{_gain(difference, 'distillation')}: {conclusion}"
+
+
+def _gain(difference: Difference, what: str) -> str:
+    """Over the control; `what` is the subject of the sentence where there is a difference."""
     points = f"({difference.points:+.2f} points)"
-    found, conclusion = {
-        "better": (f"distillation gained {difference.points:.2f} points over training without a teacher", "worth it"),
-        "worse": (f"distillation lost {-difference.points:.2f} points against training without a teacher", ""),
-        "equal": (f"training without a teacher gives an accuracy equal within {EQUAL:g} point {points}", ""),
-        "open": (f"no gain over training without a teacher is shown {points}", ""),
+    return {
+        "better": f"{what} gained {difference.points:.2f} points over training without a teacher",
+        "worse": f"{what} lost {-difference.points:.2f} points against training without a teacher",
+        "equal": f"training without a teacher gives an accuracy equal within {EQUAL:g} point {points}",
+        "open": f"no gain over training without a teacher is shown {points}",
     }[difference.shown]
-    return f"{found}: {conclusion or 'distillation is not worth it'}"

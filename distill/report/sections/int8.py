@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distill.report.comparison import HEAD_NAMES, Comparison
+from distill.report.networks import on_threads
 from distill.report.page import Column, Section, Table
 from distill.report.runs import Record
 from distill.report.statistics import PairedTest, mcnemar_of_counts, p_value, wilson
@@ -38,9 +39,7 @@ def build(comparison: Comparison) -> Section | None:
         if (measured := run.int8) is None:
             continue
         called, test = comparison.called(name, "student"), int8_of(measured)
-        machine = measured["machine"]
-        if machine and measured["threads"]:
-            machine += f", {measured['threads']} thread{'s' if measured['threads'] != 1 else ''}"
+        machine = measured["machine"] and on_threads(measured["machine"], measured["threads"])
         for index, precision in enumerate(("float32", "int8")):
             correct = measured["correct"][index]
             records.append(
