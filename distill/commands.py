@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.table import Table
 from torch import Tensor
 
@@ -287,6 +288,7 @@ def evaluate_teacher(recipe: Recipe, given: Given) -> Evaluation:
 def _accelerator(recipe: Recipe) -> Accelerator:
     start_processes()
     set_threads(recipe.train.threads)
+    AcceleratorState._reset_state()  # of a caller in Python, who may train in another precision
     return Accelerator(mixed_precision="no")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from distill.analysis.costs import measure_costs
@@ -28,9 +27,8 @@ def measured_together(comparison: Comparison) -> Comparison:
     Raises:
         InputError: a run has no export or no known recipe, or the students do not take the same images.
     """
-    start_processes()
+    device = start_processes().device
     threads = set_threads()
-    device = Accelerator(mixed_precision="no").device
     models: dict[str, nn.Module] = {}
     sizes: dict[str, int] = {}
     shapes = set()

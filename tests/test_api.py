@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -76,8 +78,6 @@ def in_an_empty_folder_without_the_fresh_process(tmp_path: Path, monkeypatch: py
 
 def state_of_the_process() -> dict[str, Any]:
     """All that a call must leave as it was."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     log = logging.getLogger("distill")
     return {
         "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
@@ -108,6 +108,8 @@ def unchanged() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.manual_seed(random.randrange(1000))
+    AcceleratorState._reset_state()
+    Accelerator(mixed_precision="bf16")
     try:
         before = state_of_the_process()
         yield
@@ -116,6 +118,7 @@ def unchanged() -> Iterator[None]:
             assert after[key] == value, key
     finally:
         torch.set_num_threads(threads)
+        AcceleratorState._reset_state()
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
 
