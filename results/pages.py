@@ -29,8 +29,8 @@ from distill.files.text import write_text
 from results.arms import HERE
 
 ROOT = HERE.parent
-COLUMNS = ("arm", "", "seeds", "top-1 %", "against", "points", "95 % interval", "p, Holm", "minutes")
-"""Of results/README.md, which has more of each arm."""
+LEFT_OUT = ("validation %", "agreement %", "p", "p over seeds", "in common")
+"""Columns of results/README.md that pages do without."""
 BLOCK = re.compile(r"^(<!-- filled: (\w+)(.*?) -->\n)(.*?)^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 
 
@@ -56,17 +56,18 @@ def filled(text: str) -> str:
 
 
 def arms(names: Sequence[str]) -> str:
-    """The first row of each arm in results/README.md, in some of its columns."""
+    """The first row of each arm in results/README.md; the arms are of one question."""
     lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
-    first = next(index for index, line in enumerate(lines) if line.startswith("| arm |  | seeds | top-1 %"))
-    header = _cells(lines[first])
-    rows = [header, _cells(lines[first + 1])]
+    places = []
     for name in names:
-        found = next((line for line in lines if line.startswith(f"| `{name}` |")), None)
-        if found is None:
+        place = next((place for place, line in enumerate(lines) if line.startswith(f"| `{name}` |")), None)
+        if place is None:
             raise InputError(f"results/README.md: no arm '{name}'.")
-        rows.append(_cells(found))
-    return "\n".join(_row([row[header.index(column)] for column in COLUMNS]) for row in rows)
+        places.append(place)
+    top = max(place for place in range(places[0]) if lines[place].startswith("| arm |"))
+    kept = [place for place, column in enumerate(_cells(lines[top])) if column not in LEFT_OUT]
+    rows = [_cells(lines[place]) for place in (top, top + 1, *places)]
+    return "\n".join(_row([row[place] for place in kept]) for row in rows)
 
 
 def _cells(row: str) -> list[str]:

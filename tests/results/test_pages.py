@@ -26,6 +26,9 @@ def test_what_a_block_holds() -> None:
     lines = filled(text).splitlines()
     assert [lines[0], lines[-2], lines[-1]] == ["before", "<!-- end -->", "after"]
     assert [line.split("|")[1].strip() for line in lines[4:6]] == ["`nano-guide`", "`nano-control`"]
+    students = filled("<!-- filled: arms students-area students-plain -->\n<!-- end -->\n").splitlines()
+    assert students[1].startswith("| arm |  | parameters | GFLOPs | images/s |")  # the columns of its own table
+    assert [line.split("|")[1].strip() for line in students[3:5]] == ["`students-area`", "`students-plain`"]
     rows = filled("<!-- filled: bench cpu startup* -->\n<!-- end -->\n").splitlines()[3:-1]
     assert rows
     assert all(row.startswith("| startup, ") for row in rows)
