@@ -14,7 +14,7 @@ from distill.report.runs import Record, RunFiles, read_run
 from distill.report.statistics import Right, bootstrap_over_seeds, mcnemar, paired
 from distill.run import read_recipe
 from results.arms import ARMS, identity, load_arm, seeds_of
-from results.collect import TEACHERS, is_chosen, teacher_of
+from results.collect import PIXELS, TEACHERS, is_chosen, teacher_of
 
 Rights = Mapping[int, Right]
 """By seed, bool [images]: which test images are answered rightly."""
@@ -67,6 +67,13 @@ class Cells:
         """A value of the runs' test, such as 'student/knn', by seed."""
         metrics = [run.status.get("metrics") or {} for run in self.of(arm)]
         return [values[name] for values in metrics if name in values]
+
+    def pixels(self, arms: Sequence[str]) -> tuple[int, int] | None:
+        """Of k-NN on raw pixels, test images and right answers: those of the first run that measured it, since they
+        depend on the data only.
+        """
+        images, correct = ([value for arm in arms for value in self.tested(arm, f"pixels/{key}")] for key in PIXELS)
+        return (int(images[0]), int(correct[0])) if images else None
 
     def validation(self, arm: str) -> float | None:
         """Mean accuracy of what was exported on the split that it was chosen on."""

@@ -37,6 +37,8 @@ TEACHERS = "teachers"
 MOST_EPOCHS = 30
 STATUS = ("state", "reason", "step", "epoch", "metrics", "parameters", "data_digest", "exported")
 ENVIRONMENT = ("python", "versions", "commit", "processes", "precision", "device", "device_name", "threads", "cores")
+PIXELS = ("images", "correct")
+"""What an analysis says of votes on raw pixels: metrics of the status."""
 EVENTS = ("start", "preflight", "epoch", "resume", "control")
 """Kept as they are, beside those of training and evaluation, which are thinned."""
 MEANS = re.compile(r"loss.*|lr|images_per_second|data_wait")
@@ -88,6 +90,8 @@ def copy(run: RunFiles, to: Path, name: str) -> None:
     status = {key: run.status[key] for key in STATUS if key in run.status}
     weights = {Path(key).name: digest for key, digest in run.status.get("teacher_weights", {}).items()}
     status |= {"teacher_weights": weights, "training_seconds": run.training_seconds}
+    if run.analysis is not None and (pixels := run.analysis.values.get("pixels")) is not None:
+        status["metrics"] = {**(status.get("metrics") or {}), **{f"pixels/{key}": pixels[key] for key in PIXELS}}
     _write_json(new / "status.json", portable(status))
     environment = {key: run.environment[key] for key in ENVIRONMENT if key in run.environment}
     _write_json(new / "environment.json", portable(environment))

@@ -11,6 +11,8 @@ import pytest
 from scipy import stats
 
 from distill.errors import InputError
+from distill.files.checksum import CHECKSUM
+from distill.files.tensors import write_tensors
 from distill.report.runs import read_run
 from results import build, speed
 from results.arms import PLAN, Goal, load_arm
@@ -110,11 +112,22 @@ def test_a_block_of_features_has_what_their_tests_measured(tmp_path: Path, make_
         status = make_cell("ssl-dino", seed) / "status.json"
         metrics = {"student/knn": knn, "student/linear": 50.5}
         status.write_text(json.dumps(json.loads(status.read_text()) | {"metrics": metrics}))
+    guided_run = make_cell("ssl-dino-guide", 0, 2.0)
+    costs = {"flops": 3e7, "bytes": 3_046_248, "images_per_second": 1234.5, "latency_seconds": 0.002, "batch": 64}
+    pixels = {"images": SAMPLES, "correct": 102}
+    analysis = {"format": "1", "data": "d" * 64, "device": "cpu", "costs": {"student": costs}, "pixels": pixels}
+    (guided_run / "analysis.json").write_text(json.dumps(analysis))
+    write_tensors(guided_run / "analysis.safetensors", {}, {"format": "1", "data": "d" * 64, CHECKSUM: ""})
     collect([tmp_path / "there"], tmp_path / "kept")
     text = section(build.build(read_cells(tmp_path / "kept"))["README.md"], "What do images without labels teach?")
     found = rows(text)["ssl-dino"]
-    assert found[2:] == ["2 of 3", "41.00 ± 1.41", "50.50 ± 0.00", "", "5"]
-    assert rows(text)["ssl-finetune"][3:6] == ["not run"] * 3
+    epochs = f"{load_arm('ssl-dino', 0).train.epochs:g}"
+    assert found[2:8] == [epochs, "2 of 3", "41.00 ± 1.41", "50.50 ± 0.00", "", "none"]
+    assert rows(text)["ssl-finetune"][4:9] == ["not run"] * 3 + ["ssl-supervised", "not run"]
+    guided = rows(text)["ssl-dino-guide"]
+    answers = [right(tmp_path / "there" / f"run-{arm}-0") for arm in ("ssl-dino-guide", "ssl-dino")]
+    assert guided[7:9] == ["ssl-dino", f"{100 * (sum(answers[0]) - sum(answers[1])) / SAMPLES:+.2f}"]
+    assert f"| raw pixels | of {SAMPLES} test images |  |  | {100 * 102 / SAMPLES:.2f} |" in text
 
 
 def test_the_speed_of_arms_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
