@@ -28,6 +28,8 @@ class Options(MapsOptions):
     )
     # The paper's weight, 1. It ends as that of `guide` does: images of one class are told apart here as all others are.
     weight: Weight = weight(WeightSchedule(start=1.0, end=0.0, until=0.7))
+    # Means of maps after ReLU are much alike: of a trained ResNet-20 they have cosines of 0.94, 0.91 and 0.59. The
+    # best student's loss, of log 128 = 4.9, is 2.4, 1.6 and 0.5; with a temperature of 0.2 it is 3.8, 3.5 and 2.4.
     temperature: Positive = Field(0.07, description="Divides the cosines; smaller values weigh similar images more.")
 
 
