@@ -32,11 +32,12 @@ from tests.test_resume import go, same_end, train_lines
 from tests.test_step_speed import Calls, Operators, batches_of, take_steps, tracking_of, trainer_of
 
 GUIDE = {"method": "guide", "weight": {"start": 2.5, "end": 0.0, "until": 0.7}}
-GUIDED: list[dict[str, Any]] = [{"method": "hard", "weight": 0.25}, GUIDE, {"method": "fitnet", "weight": 1e-3}]
+HINTS = {"method": "fitnet", "projection": "orthogonal", "weight": 1e-3}
+GUIDED: list[dict[str, Any]] = [{"method": "hard", "weight": 0.25}, GUIDE, HINTS]
 ALL: list[dict[str, Any]] = [
     {"method": "hard"}, {"method": "soft", "standardize": True, "weight": 9.0}, {"method": "dkd"}, {"method": "dist"},
-    GUIDE, {"method": "fitnet", "weight": 1e-3}, {"method": "attention_transfer"}, {"method": "relational"},
-    {"method": "similarity", "weight": 3.0},
+    GUIDE, HINTS, {"method": "attention_transfer"}, {"method": "relational"},
+    {"method": "similarity", "weight": 3.0}, {"method": "contrast"},
 ]  # fmt: skip
 
 
@@ -75,7 +76,10 @@ def undisturbed(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-PROJECTIONS = {f"guide.guidance.{index}.projection" for index in range(3)} | {"fitnet.hints.0.regressor"}
+PROJECTIONS = {
+    *(f"guide.guidance.{index}.projection.{part}" for index in range(3) for part in ("weight", "bias")),
+    "fitnet.hints.0.regressor.skew",
+}
 
 
 def test_projections_are_in_checkpoints_and_learn(toy: Toy, undisturbed: Path) -> None:
@@ -84,9 +88,7 @@ def test_projections_are_in_checkpoints_and_learn(toy: Toy, undisturbed: Path) -
     assert len(states) >= 3
     begun = owned_by(trainer_of(recipe_of(toy)))
     for state, before in zip(states, [begun, *states], strict=False):
-        assert (
-            state.keys() == before.keys() == {f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")}
-        )
+        assert state.keys() == before.keys() == PROJECTIONS
         assert all((value != before[name]).any() for name, value in state.items())
     student = checkpoint.read_tensors(folders[-1], "model")
     assert checkpoint.read_tensors(folders[-1], "ema").keys() == student.keys()
@@ -265,7 +267,7 @@ def test_all_methods_together(toy: Toy, tmp_path: Path, two_heads: bool) -> None
     assert run.read_status(out)["state"] == "finished"
     weights = {"hard": 0.5, "soft": 9.0, "dist": 1.0, "fitnet": 1e-3, "attention_transfer": 1000.0, "relational": 1.0}
     for line in train_lines(out):
-        courses = {name: line[f"weight/{name}"] for name in ("guide", "dkd")}
+        courses = {name: line[f"weight/{name}"] for name in ("guide", "dkd", "contrast")}
         weighted = {"label": 0.5, "similarity": 3.0, **weights, **courses}
         assert {f"loss/{name}" for name in weighted} == {key for key in line if key.startswith("loss/")}
         total = sum(weight * line[f"loss/{name}"] for name, weight in weighted.items())
@@ -299,7 +301,7 @@ def test_projections_depend_on_the_seed(toy: Toy) -> None:
     one, same, other = (owned_by(trainer_of(recipe_of(toy, seed=seed))) for seed in (3, 3, 4))
     assert all(torch.equal(value, same[name]) for name, value in one.items())
     assert all(not torch.equal(value, other[name]) for name, value in one.items())
-    assert one.keys() == {f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")}
+    assert one.keys() == PROJECTIONS
     trainer, state = trainer_of(recipe_of(toy)), torch.get_rng_state()
     build_task(trainer.recipe, trainer.student, trainer.source, num_classes=4)
     assert torch.equal(torch.get_rng_state(), state), "the random state is left as it was"
@@ -335,7 +337,7 @@ def test_each_trained_parameter_is_in_one_group(toy: Toy, name: str, layer_decay
                 owned += 1
                 assert group["weight_decay"] == (0.03 if parameter.ndim > 1 else 0.0)
                 assert group.get("lr_scale", 1.0) == 1.0
-    assert owned == 8
+    assert owned == 7
     take_steps(trainer, batches_of(trainer), 2)
     for parameter in trainer.task.methods.parameters():
         assert trainer.optimizer.state[parameter], "it has been stepped"

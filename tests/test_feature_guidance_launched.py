@@ -18,8 +18,8 @@ from tests.warm import launch
 
 def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
     settings = ["student.drop_path=0", "train.gradient_accumulation=1", "train.max_steps=12", "train.epochs=9",
-                "train.ema=null", "distill=[{method: hard, weight: 0.25}, {method: guide}, {method: fitnet, weight: "
-                "{start: 0.001, end: 0, until: 0.15}}]"]  # fmt: skip
+                "train.ema=null", "distill=[{method: hard, weight: 0.25}, {method: guide}, {method: fitnet, "
+                "projection: orthogonal, weight: {start: 0.001, end: 0, until: 0.15}}]"]  # fmt: skip
     lines = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)

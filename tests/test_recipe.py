@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -84,6 +85,17 @@ def test_digest_and_flat_tell_what_differs() -> None:
     assert one.digest() != other.digest()
     assert one.digest([*OPERATIONAL_KEYS, "teacher.weights"]) == other.digest([*OPERATIONAL_KEYS, "teacher.weights"])
     assert one.flat().keys() >= OPERATIONAL_KEYS
+
+
+def test_a_linear_projection_is_not_in_digests() -> None:
+    """Which are those of recipes from before there were others."""
+    flat = {"distill.0.method": "guide", "distill.0.projection": "linear"}
+    one, other = ({"distill": [{"method": "guide"} | more]} for more in ({}, {"projection": "orthogonal"}))
+    recipe = from_mapping(DISTILLED | one)
+    assert flat.items() <= recipe.flat().items()
+    before = {key: value for key, value in recipe.flat().items() if key != "distill.0.projection"}
+    assert recipe.digest() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert from_mapping(DISTILLED | other).digest() != recipe.digest()
 
 
 def test_overrides_are_yaml_at_dotted_paths() -> None:

@@ -11,16 +11,22 @@ from torch.nn import functional as F
 from distill.methods.base import MapsMethod, Shapes
 from distill.methods.maps import resize
 from distill.methods.precision import at_least_float32
-from distill.options import MapsOptions, Weight, weight
+from distill.methods.projection import projection_of, standardise
+from distill.options import Needs, ProjectedOptions, Weight, weight
 from distill.registry import register
 
 
-class Options(MapsOptions):
+class Options(ProjectedOptions):
     pairing = "middle"
     method: Literal["fitnet"] = Field(
         "fitnet", description="Hint regression between the middle of student and teacher (Romero et al. 2015)."
     )
     weight: Weight = weight(100.0)
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        """Standardised maps depend on the other samples."""
+        return super().needs._replace(compares_samples=self.projection == "orthogonal")
 
 
 @register("methods", "fitnet", Options)
@@ -28,7 +34,7 @@ class Fitnet(MapsMethod):
     def __init__(self, options: Options, shapes: Shapes) -> None:
         super().__init__(options, shapes)
         channels = [(shapes.student_channels[block], shapes.teacher_channels[name]) for block, name in self.pairs]
-        self.hints = nn.ModuleList(Hint(*of_pair) for of_pair in channels)
+        self.hints = nn.ModuleList(Hint(*of_pair, **self.arguments) for of_pair in channels)
 
     def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
         loss: Tensor = self.hints[pair](student_map, teacher_map)
@@ -36,22 +42,27 @@ class Fitnet(MapsMethod):
 
 
 class Hint(nn.Module):
-    """mean((regressor(student_map) - teacher_map)^2), over all elements, in float32.
+    """mean((regressor(student_map) - teacher_map)^2), over all elements, in float32. For an orthogonal regressor, which
+    has no scale, the teacher's map is standardised.
 
     The paper has half the sum over the elements, which grows with the maps. Its regressor is a convolution whose kernel
     maps the student's grid to the teacher's; here the teacher's map is resized and the regressor is a 1x1 convolution.
 
     Args:
         student_channels, teacher_channels: of the maps. The regressor is trained along with the student.
+        projection: 'linear' or 'orthogonal'.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, projection: str = "linear") -> None:
         super().__init__()
-        self.regressor = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+        self.regressor = projection_of(projection, student_channels, teacher_channels)
+        self.standardises = projection == "orthogonal"
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         """[B, student_channels, h, w], [B, teacher_channels, H, W] -> a scalar, 0 or more."""
         height, width = student_map.shape[2:]
         hint = resize(at_least_float32(teacher_map.detach()), (height, width))
+        if self.standardises:
+            hint = standardise(hint)
         guess: Tensor = self.regressor(at_least_float32(student_map))
         return F.mse_loss(guess, hint)

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +12,12 @@ from torch.nn import functional as F
 from distill.methods.base import MapsMethod, Shapes
 from distill.methods.maps import resize
 from distill.methods.precision import at_least_float32
-from distill.options import MapsOptions, Needs, Weight, WeightSchedule, weight
+from distill.methods.projection import projection_of, standardise
+from distill.options import Needs, ProjectedOptions, Weight, WeightSchedule, weight
 from distill.registry import register
 
 
-class Options(MapsOptions):
+class Options(ProjectedOptions):
     needs = Needs(maps=True, compares_samples=True)
     method: Literal["guide"] = Field(
         "guide",
@@ -33,7 +32,7 @@ class Guide(MapsMethod):
     def __init__(self, options: Options, shapes: Shapes) -> None:
         super().__init__(options, shapes)
         channels = [(shapes.student_channels[block], shapes.teacher_channels[name]) for block, name in self.pairs]
-        self.guidance = nn.ModuleList(Guidance(*of_pair) for of_pair in channels)
+        self.guidance = nn.ModuleList(Guidance(*of_pair, **self.arguments) for of_pair in channels)
 
     def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
         loss: Tensor = self.guidance[pair](student_map, teacher_map)
@@ -41,18 +40,19 @@ class Guide(MapsMethod):
 
 
 class Guidance(nn.Module):
-    """mean((P S - standardise(resize(T)))^2), P a linear projection of the student's tokens S to the channels of T.
+    """mean((P S - standardise(resize(T)))^2), P a linear or orthogonal projection of the student's tokens S to the
+    channels of T.
 
     A teacher's channels differ in scale by orders of magnitude, so each is standardised over the grid and the
     micro-batches of all processes.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, projection: str = "linear") -> None:
         super().__init__()
-        self.projection = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.projection = projection_of(projection, student_channels, teacher_channels)
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """A scalar, 0 or more, in float32; 1 for a projection to zeros.
+        """A scalar, 0 or more, in float32; 1 for tokens that are projected to zeros.
 
         Args:
             student_map: [B, D, H, W], tokens on the patch grid.
@@ -60,18 +60,3 @@ class Guidance(nn.Module):
         """
         target = resize(teacher_map.detach(), (student_map.shape[2], student_map.shape[3]))
         return F.mse_loss(self.projection(at_least_float32(student_map)), standardise(target))
-
-
-def standardise(maps: Tensor) -> Tensor:
-    """[B, C, H, W] -> mean 0 and variance 1 per channel, over the samples of all processes; a constant channel
-    becomes 0. Collective.
-    """
-    variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0, keepdim=True)
-    if dist.is_available() and dist.is_initialized():
-        own = torch.stack([mean, variance])
-        of_each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(of_each, own)
-        means, variances = torch.stack(of_each, 1)
-        mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)
-    return (maps - mean) * torch.rsqrt(variance + 1e-6)

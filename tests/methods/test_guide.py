@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from distill.methods.guide import Guidance, standardise
+from distill.methods.guide import Guidance
 from distill.methods.maps import resize
+from distill.methods.projection import standardise
 from tests.methods.helpers import (
     assert_equals_oracle,
     assert_half_is_computed_in_float32,

@@ -21,16 +21,19 @@ def _loss(trainer: Trainer, batch: Batch, method: str) -> float:
         return float(trainer.task(batch, StepIndex(0, 0), 0.0).parts[method])
 
 
-@pytest.mark.parametrize("method", registry.names("methods"))
-def test_a_method_compares_samples_if_and_only_if_it_says_so(toy: Toy, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {}) for method in registry.names("methods")), ("fitnet", {"projection": "orthogonal"})],
+)
+def test_a_method_compares_samples_if_and_only_if_it_says_so(toy: Toy, method: str, options: dict[str, Any]) -> None:
     """The loss of the others is the mean of that of the samples."""
     data: dict[str, Any] = {"augment": {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}}
     more: dict[str, Any] = {}
-    if registry.find("methods", method).options.needs.average:
+    if registry.find("methods", method).options.model_validate({}).needs.average:
         data, more = {"augment": {}, "views": VIEWS}, {"teacher": {"ema": {}}}
     recipe = toy_recipe(
         toy,
-        distill=[{"method": method, "weight": 1.0}],
+        distill=[{"method": method, "weight": 1.0, **options}],
         data=data,
         student={"drop_path": 0.0},
         train={"gradient_accumulation": 1, "compile": False, "ema": None},

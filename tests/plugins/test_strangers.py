@@ -176,7 +176,7 @@ def test_the_example_of_the_docs_works(toy: Toy, tmp_path: Path) -> None:
 
 
 NAMES = re.compile(
-    r"""(==|!=|\bin\b)\s*\(?["'](area|hard|soft|dkd|dist|guide|fitnet|relational|similarity|attention_transfer|vit)["']"""
+    r"""(==|!=|\bin\b)\s*\(?["'](area|hard|soft|dkd|dist|guide|fitnet|relational|similarity|contrast|attention_transfer|vit)["']"""
     r"""|in VIT_SIZES|isinstance\([^()]*\b(Guide|Fitnet|AreaAttention|Hard|Soft)\b"""
 )
 
