@@ -9,16 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SerializationInfo,
-    Tag,
-    model_serializer,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Section(BaseModel):
@@ -43,8 +34,6 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Key = tuple[str | int, ...]
-FOR_DIGEST = "digest"
-"""Pydantic's context of a dump that is hashed."""
 
 
 def dotted(key: Key) -> str:
@@ -299,19 +288,11 @@ class MapsOptions(MethodOptions):
 class ProjectedOptions(MapsOptions):
     """Base of the options of a method that projects the student's channels to the teacher's."""
 
-    projection: Literal["linear", "orthogonal"] = Field(
-        "linear",
-        description="'linear', or 'orthogonal': onto orthonormal directions, which keeps distances and angles, to "
-        "standardised maps of the teacher (VkD, Miles et al. 2024); weights as guide's suit it.",
+    projection: Literal["orthogonal"] | None = Field(
+        None,
+        description="'orthogonal': onto orthonormal directions, which keeps distances and angles, to standardised maps "
+        "of the teacher (VkD, Miles et al. 2024); weights as guide's suit it. null: linear.",
     )
-
-    @model_serializer(mode="wrap")
-    def _leave_the_default_out_of_digests(self, dump: Any, info: SerializationInfo) -> dict[str, Any]:
-        """The key is younger than the recipes whose digests are on record."""
-        values: dict[str, Any] = dump(self)
-        if info.context == FOR_DIGEST and self.projection == "linear":
-            del values["projection"]
-        return values
 
 
 class SelfDistillationOptions(MethodOptions):

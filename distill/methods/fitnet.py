@@ -50,10 +50,10 @@ class Hint(nn.Module):
 
     Args:
         student_channels, teacher_channels: of the maps. The regressor is trained along with the student.
-        projection: 'linear' or 'orthogonal'.
+        projection: 'orthogonal' or (None) linear.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, projection: str = "linear") -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, projection: str | None = None) -> None:
         super().__init__()
         self.regressor = projection_of(projection, student_channels, teacher_channels)
         self.standardises = projection == "orthogonal"

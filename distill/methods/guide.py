@@ -47,7 +47,7 @@ class Guidance(nn.Module):
     micro-batches of all processes.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, projection: str = "linear") -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, projection: str | None = None) -> None:
         super().__init__()
         self.projection = projection_of(projection, student_channels, teacher_channels)
 

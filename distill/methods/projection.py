@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def projection_of(kind: str, student_channels: int, teacher_channels: int) -> nn.Module:
-    """[B, student_channels, h, w] -> [B, teacher_channels, h, w], of `kind` 'linear' or 'orthogonal'."""
+def projection_of(kind: str | None, student_channels: int, teacher_channels: int) -> nn.Module:
+    """[B, student_channels, h, w] -> [B, teacher_channels, h, w], 'orthogonal' or (None) linear with a bias."""
     if kind == "orthogonal":
         return OrthogonalProjection(student_channels, teacher_channels)
     return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)

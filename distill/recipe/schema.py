@@ -11,7 +11,6 @@ import yaml
 from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag
 
 from distill.options import (
-    FOR_DIGEST,
     Interpolation,
     Key,
     MethodOptions,
@@ -466,8 +465,7 @@ class Recipe(Section):
 
     def digest(self, ignore: Iterable[str] = ()) -> str:
         """SHA-256 (hex) of the recipe's content without the dotted keys in `ignore`."""
-        dumped = self.model_dump(mode="json", context=FOR_DIGEST)
-        flat = {key: value for key, value in _leaves(dumped, "") if key not in set(ignore)}
+        flat = {key: value for key, value in self.flat().items() if key not in set(ignore)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
     def loss_weights(self, progress: float) -> dict[str, float]:
