@@ -23,7 +23,8 @@ from distill.recipe.variants import UNKNOWN_SOURCE, recipe_model
 
 MOST_PROBLEMS = 40
 KEY_OF_SECTION = {
-    "teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind", "distill": "method"
+    "teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind", "distill": "method",
+    "init": "kind",
 }  # fmt: skip
 """The key that a single word in place of a section probably means."""
 
@@ -215,6 +216,8 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
         known = _keys_under(path)
         unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
         return [Problem(path, f"the key '{choice}' is missing; it selects the variant"), *unknown]
+    if kind == "missing":
+        return [Problem(path, f"the key '{item['loc'][-1]}' is missing")]
     if kind == UNKNOWN_SOURCE:
         return [Problem((*path, "source"), f"{item['msg']}; got {short(repr(value['source']))}")]
     section = next((part for part in reversed(path) if isinstance(part, str)), "")
