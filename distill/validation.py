@@ -32,7 +32,7 @@ def missing(recipe: Recipe, *, plugins: bool) -> Iterator[Problem]:
         yield from _unknown(recipe.student.model, [*own_students(), *timm_models()], ("student", "model"))
     if (weights := recipe.student.weights) is not None and not (Path(weights) / "config.json").is_file():
         yield Problem((("student", "weights"),), f"no export there: {weights}")
-    if isinstance(init := getattr(recipe.student, "init", None), Select):
+    if isinstance(init := getattr(recipe.student, "init", None), Select) and init.source:
         if init.folder is None and not plugins:
             yield from _unknown(init.source, timm_models(), ("student", "init", "source"))
         elif init.folder is not None and not (init.folder / "config.json").is_file():

@@ -50,13 +50,15 @@ class Select(Section):
     kind: Literal["select"] = Field(
         "select", description="Every n-th element of the weights of a larger, trained ViT (Xu et al. 2023)."
     )
-    source: Text = Field(
-        description="A timm name with weights, or an export folder of this project (with a / in its path)."
+    source: Text | None = Field(
+        None,
+        description="A timm name with weights, or an export folder of this project (with a / in its path); needed.",
     )
 
     @property
     def folder(self) -> Path | None:
         """The export folder; None: `source` is a timm name."""
+        assert self.source is not None, "a loaded recipe has it"
         path = Path(self.source)
         return path if "/" in self.source or path.is_dir() else None
 

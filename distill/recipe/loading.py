@@ -216,8 +216,6 @@ def _problems_in(item: Any, path: tuple[str | int, ...]) -> list[Problem]:
         known = _keys_under(path)
         unknown = [Problem((*path, key), f"unknown key{_suggest((*path, key))}") for key in value if key not in known]
         return [Problem(path, f"the key '{choice}' is missing; it selects the variant"), *unknown]
-    if kind == "missing":
-        return [Problem(path, f"the key '{item['loc'][-1]}' is missing")]
     if kind == UNKNOWN_SOURCE:
         return [Problem((*path, "source"), f"{item['msg']}; got {short(repr(value['source']))}")]
     section = next((part for part in reversed(path) if isinstance(part, str)), "")

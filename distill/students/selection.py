@@ -25,6 +25,7 @@ from distill.students.weights import create_pretrained, on_square_grid
 
 KEY = "student.init.source"
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
+HEADS, STEM = ("head.", "head_dist."), "patch_embed."
 SHARED_ATTENTION = re.compile(r"\.attn\.(qkv|proj)\.(weight|bias)$")
 """What timm's attention and every kind of this project have."""
 
@@ -50,28 +51,23 @@ def initialize_selected(model: VisionTransformer, options: Select, *, channels: 
     Raises:
         InputError: the source is not found, cannot be downloaded, is no such ViT, or is smaller than the student.
     """
-    source = _exported(options.folder, channels) if options.folder else _timms(model, options.source, channels)
-    own = model.state_dict()
-    given = _on_students_grid(model, source.weights, options.source)
-    heads = ("head.", "head_dist.")
+    name = str(options.source)
+    source = _exported(options.folder, channels) if options.folder else _timms(model, name, channels)
+    given = _on_students_grid(model, source.weights, name)
     if source.num_classes != model.num_classes:
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}
-    wanted = _wanted(model, own)
-    kept = {name for name in wanted if name.startswith(heads) and name not in given}
-    has_stem = any(name.startswith("patch_embed.") for name in given)
-    kept |= {name for name in wanted if name.startswith("patch_embed.") and not has_stem}
-    _check_same_parts(wanted.keys() - kept, {n for n in given if not n.startswith(heads)}, options.source)
+        given = {key: tensor for key, tensor in given.items() if not key.startswith(HEADS)}
     chosen = {
-        name: _selected(given[name], shape, 3 if ".qkv." in name else 1, f"{options.source}: {name}")
-        for name, shape in wanted.items()
-        if name not in kept
+        key: _selected(given[key], shape, 3 if ".qkv." in key else 1, f"{name}: {key}")
+        for key, shape in _wanted(model).items()
+        if key in given
     }
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, AttentionKind):
-            prefix = f"{name}."
+            prefix = f"{path}."
             plain = {key.removeprefix(prefix): chosen.pop(key) for key in list(chosen) if key.startswith(prefix)}
             chosen |= {prefix + key: tensor for key, tensor in module.initial_state(plain).items()}
-    model.load_state_dict(own | chosen)
+    model.load_state_dict(model.state_dict() | chosen)
+    has_stem = any(key.startswith(STEM) for key in given)
     fits = has_stem and len(source.statistics[0]) == channels
     return source.statistics if fits else None
 
@@ -82,7 +78,7 @@ def _timms(model: VisionTransformer, name: str, channels: int) -> _Source:
         raise InputError(f"{KEY}: timm has no weights called '{name}'. `timm.list_pretrained()` lists them.")
     with torch.device("meta"):
         shapes = timm.create_model(name).state_dict()
-    _check_larger(model, shapes, name)
+    _check_fits(model, shapes, name)
     source = create_pretrained(name, KEY, in_chans=channels)
     statistics = (source.pretrained_cfg["mean"], source.pretrained_cfg["std"])
     return _Source(source.state_dict(), source.num_classes, statistics)
@@ -99,7 +95,8 @@ def _exported(folder: Path, channels: int) -> _Source:
     return _Source(weights, saved.config["num_classes"], (config["mean"], config["std"]))
 
 
-def _check_larger(model: VisionTransformer, weights: Mapping[str, Tensor], source: str) -> None:
+def _check_fits(model: VisionTransformer, weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise InputError unless the source is a ViT of the same parts and at least the student's size."""
     if not {"cls_token", "pos_embed", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise InputError(f"{KEY}: {source} is no ViT with a class token. Choose one of the vit_* or deit_* models.")
     width, depth = weights["cls_token"].shape[-1], 1 + max(_block(name) for name in weights)
@@ -108,6 +105,12 @@ def _check_larger(model: VisionTransformer, weights: Mapping[str, Tensor], sourc
             f"{KEY}: {source} is smaller than the student: width {width} and {depth} blocks, the student has "
             f"{model.embed_dim} and {len(model.blocks)}. Choose a larger one."
         )
+    optional = (*HEADS, STEM, "dist_token")
+    wanted = {name for name in _wanted(model) if not name.startswith(optional)}
+    given = {name for name in weights if not name.startswith(optional) and _block(name) < len(model.blocks)}
+    for names, problem in ((wanted - given, "lacks"), (given - wanted, "also has")):
+        if names:
+            raise InputError(f"{KEY}: {source} is another kind of ViT: it {problem} {min(names)}. Choose a plain one.")
 
 
 def _block(name: str) -> int:
@@ -118,7 +121,7 @@ def _block(name: str) -> int:
 
 def _on_students_grid(model: VisionTransformer, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """What the student can use, still of the source's width: its blocks, prefix tokens, positions and patches."""
-    _check_larger(model, weights, source)
+    _check_fits(model, weights, source)
     given = {name: tensor for name, tensor in weights.items() if _block(name) < len(model.blocks)}
     for name in given:
         if name.endswith(".qkv.weight") and given[name].shape[0] != 3 * given[name].shape[1]:
@@ -132,15 +135,15 @@ def _on_students_grid(model: VisionTransformer, weights: Mapping[str, Tensor], s
         given["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
     if not on_square_grid(model, given):
         raise InputError(f"{KEY}: {source} has positions for other tokens than two-dimensional patches and its own.")
-    stem = {name for name in given if name.startswith("patch_embed.")}
-    if stem != {name for name in model.state_dict() if name.startswith("patch_embed.")}:
+    stem = {name for name in given if name.startswith(STEM)}
+    if stem != {name for name in model.state_dict() if name.startswith(STEM)}:
         given = {name: tensor for name, tensor in given.items() if name not in stem}
     return dict(checkpoint_filter_fn(given, model))
 
 
-def _wanted(model: VisionTransformer, own: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def _wanted(model: VisionTransformer) -> dict[str, torch.Size]:
     """Shapes of the student's tensors, of its attention as timm's has them."""
-    shapes = {name: tensor.shape for name, tensor in own.items() if ".attn." not in name}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if ".attn." not in name}
     for index, block in enumerate(model.blocks):
         attention: Any = block.attn
         dim = attention.proj.in_features
@@ -149,13 +152,6 @@ def _wanted(model: VisionTransformer, own: Mapping[str, Tensor]) -> dict[str, to
             if getattr(attention, name).bias is not None:
                 shapes[f"blocks.{index}.attn.{name}.bias"] = torch.Size([rows])
     return shapes
-
-
-def _check_same_parts(wanted: set[str], given: set[str], source: str) -> None:
-    wanted = {name for name in wanted if not name.startswith(("head.", "head_dist."))}
-    for names, problem in ((wanted - given, "lacks"), (given - wanted, "also has")):
-        if names:
-            raise InputError(f"{KEY}: {source} is another kind of ViT: it {problem} {min(names)}. Choose a plain one.")
 
 
 def _selected(tensor: Tensor, shape: torch.Size, groups: int, what: str) -> Tensor:

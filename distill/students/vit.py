@@ -21,7 +21,7 @@ from torch import SymInt, Tensor, nn
 
 from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
-from distill.recipe.initialization import Impulse, Initialization, Mimetic
+from distill.recipe.initialization import Impulse, Initialization, Mimetic, Select
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
 from distill.registry import register
 from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState, named_in
@@ -69,6 +69,8 @@ class Options(StudentOptions):
                 if getattr(self, key):
                     message = f"the student starts from these weights, or from those of student.{key}; leave one out"
                     yield Problem(((*at, "init"), (*at, key)), message)
+        if isinstance(self.init, Select) and self.init.source is None:
+            yield Problem(((*at, "init", "source"),), "name a timm model with weights, or an export folder")
         if isinstance(self.init, Impulse) and grid.side is not None and self.init.window > grid.side:
             yield Problem(
                 ((*at, "init", "window"), *involved),
