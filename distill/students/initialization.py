@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from distill.recipe.initialization import Impulse, Mimetic
 
-PERIOD = 10_000.0
-"""Of the slowest sinusoid of a position embedding, in patches, over 2 pi (Vaswani et al. 2017, section 3.5)."""
+BASE = 10_000.0
+"""Base of the frequencies of a position embedding (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
 RIDGE = 0.05
 """Of the least squares, over the largest singular value of the positions: without it the weights would grow by orders
 of magnitude, and small differences between tokens with them.
@@ -29,7 +29,7 @@ MOST_QUERIES = 256
 
 def sinusoidal_positions(height: int, width: int, dim: int) -> Tensor:
     """float64 [height * width, dim], row by row: dim / 4 sines and cosines of x, then of y; dim divides by 4."""
-    frequencies = PERIOD ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    frequencies = BASE ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [axis.flatten()[:, None] * frequencies for axis in (x, y)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
@@ -38,7 +38,7 @@ def sinusoidal_positions(height: int, width: int, dim: int) -> Tensor:
 @torch.no_grad()
 def initialize_mimetic(model: VisionTransformer, options: Mimetic) -> None:
     """Mimetic initialisation: Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers" (arXiv
-    2305.09828), section 4, with torch's generator.
+    2305.09828), with torch's generator.
 
     W_Q W_K^T of each head is the best approximation of rank d of alpha1 Z + beta1 I; W_V W_proj of all heads together
     is alpha2 Z - beta2 I. Z, [D, D], has independent elements of variance 1 / D.
@@ -62,8 +62,9 @@ def initialize_impulse(model: VisionTransformer, options: Impulse) -> None:
     Each head draws an offset of the window, with torch's generator. Its W_Q and W_K are such that softmax attention
     over the normalised positions is a filter with one element, at that offset. Differences from the papers: the
     logits are fitted by ridge regression and scaled until the mean attention of patches on their neighbours is
-    `focus`; class and distillation token, which the papers replace by average pooling, keep their random embedding, and
-    attend and are attended to as it happens.
+    `focus`; class and distillation token (the paper of 2024 pools the patches instead) keep their random embeddings, and
+    attend and are attended to as it happens. The fit is to positions alone: patches' contents, and what earlier blocks
+    add, blur it.
     """
     height, width = model.patch_embed.grid_size
     _set_positions(model)

@@ -1,7 +1,7 @@
 """Weight selection: a smaller ViT starts from elements of a larger one's weights (`student.init: {kind: select}`).
 
-Xu et al. 2023, "Initializing Models with Larger Ones" (arXiv 2311.18823), section 3: the first N layers, and of each
-tensor evenly spaced elements along every dimension.
+Xu et al. 2023, "Initializing Models with Larger Ones" (arXiv 2311.18823): the first N layers, and of each tensor evenly
+spaced elements along every dimension ("uniform element selection").
 """
 
 from __future__ import annotations
