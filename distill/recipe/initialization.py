@@ -41,7 +41,7 @@ class Impulse(Section):
     focus: float = Field(
         0.7,
         gt=0.0,
-        le=0.95,
+        le=0.9,
         description="Mean attention on that neighbour, of tokens that are nothing but positions.",
     )
 

@@ -23,6 +23,8 @@ RIDGE = 0.05
 """Of the least squares, over the largest singular value of the positions: without it the weights would grow by orders
 of magnitude, and small differences between tokens with them.
 """
+LARGEST_LOGIT = 200.0
+"""Bounds the weights where no scale reaches the mean attention."""
 MOST_QUERIES = 256
 """That the mean attention is measured on."""
 
@@ -62,9 +64,9 @@ def initialize_impulse(model: VisionTransformer, options: Impulse) -> None:
     Each head draws an offset of the window, with torch's generator. Its W_Q and W_K are such that softmax attention
     over the normalised positions is a filter with one element, at that offset. Differences from the papers: the
     logits are fitted by ridge regression and scaled until the mean attention of patches on their neighbours is
-    `focus`; class and distillation token (the paper of 2024 pools the patches instead) keep their random embeddings, and
-    attend and are attended to as it happens. The fit is to positions alone: patches' contents, and what earlier blocks
-    add, blur it.
+    `focus`; class and distillation token (the paper of 2024 pools the patches instead) keep their random embeddings,
+    and attend and are attended to as it happens. The fit is to positions alone: patches' contents, and what earlier
+    blocks add, blur it.
     """
     height, width = model.patch_embed.grid_size
     _set_positions(model)
@@ -103,9 +105,7 @@ def _impulse(positions: Tensor, pairs: Tensor, head_dim: int, focus: float) -> t
     chosen = torch.linspace(0, pairs.shape[1] - 1, min(pairs.shape[1], MOST_QUERIES)).long()
     logits = (positions[pairs[0, chosen]] @ query) @ (positions @ key).T
     targets = pairs[1, chosen, None]
-    low, high = 0.0, 1.0
-    while _mean_attention(high * logits, targets) < focus and high < 1e9:
-        low, high = high, 2.0 * high
+    low, high = 0.0, float(LARGEST_LOGIT / logits.abs().max())
     for _ in range(30):
         middle = (low + high) / 2.0
         low, high = (middle, high) if _mean_attention(middle * logits, targets) < focus else (low, middle)
