@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.options import Key, Problem
 from distill.recipe import FROM_PYTHON, Recipe, Teacher, reader_names, reader_of
+from distill.recipe.initialization import Select
 from distill.recipe.installed import optimizers, own_students, timm_models, torchvision_models
 from teachers.addresses import parse
 from teachers.zoo import ZOO
@@ -31,6 +32,11 @@ def missing(recipe: Recipe, *, plugins: bool) -> Iterator[Problem]:
         yield from _unknown(recipe.student.model, [*own_students(), *timm_models()], ("student", "model"))
     if (weights := recipe.student.weights) is not None and not (Path(weights) / "config.json").is_file():
         yield Problem((("student", "weights"),), f"no export there: {weights}")
+    if isinstance(init := getattr(recipe.student, "init", None), Select) and init.source:
+        if init.folder is None and not plugins:
+            yield from _unknown(init.source, timm_models(), ("student", "init", "source"))
+        elif init.folder is not None and not (init.folder / "config.json").is_file():
+            yield Problem((("student", "init", "source"),), f"no export there: {init.folder}")
     if not plugins:
         yield from _unknown(recipe.optim.name, optimizers(), ("optim", "name"))
 
@@ -86,7 +92,7 @@ def _teacher(teacher: Teacher, at: Key, plugins: bool) -> Iterator[Problem]:
 def _unknown(name: str, known: Iterable[str], at: Key) -> Iterator[Problem]:
     """A problem unless `name`, without timm's tag after the dot, is known."""
     names = set(known)
-    plain = name.partition(".")[0].removeprefix("timm/").lower() if at[-1] == "model" else name
+    plain = name.partition(".")[0].removeprefix("timm/").lower() if at[-1] in ("model", "source") else name
     if not names or plain in names or name in names:
         return
     near = difflib.get_close_matches(plain, sorted(names), n=SUGGESTED, cutoff=0.5)

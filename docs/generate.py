@@ -19,6 +19,7 @@ from distill.files.contents import METRICS, RUN_FILES
 from distill.files.records import Environment, Record, Status
 from distill.options import StandardAttention
 from distill.recipe import recipe_model
+from distill.recipe.initialization import Impulse, Mimetic, Select
 
 Node = Mapping[str, Any]
 """A part of a JSON schema."""
@@ -90,10 +91,12 @@ def recipe() -> str:
         sections.setdefault(path, node["properties"])
     parts = []
     for path, properties in sections.items():
-        if path not in VARIANTS:
+        if path not in (*VARIANTS, "student.init"):
             parts += [f"### {path or 'The recipe itself'}", _keys(properties)]
     for path, (group, key) in VARIANTS.items():
-        parts += _variants(path, key, dict(registry.options_of(group)))
+        standard = {"standard": StandardAttention} if group == "attention" else {}
+        parts += _variants(path, key, standard | dict(registry.options_of(group)))
+    parts += _variants("student.init", "kind", {"mimetic": Mimetic, "impulse": Impulse, "select": Select})
     return "\n\n".join(parts)
 
 
@@ -119,8 +122,6 @@ def _alternatives(value: Node) -> list[Node]:
 
 def _variants(path: str, key: str, options: dict[str, Any]) -> Iterator[str]:
     """What the variants of a section have in common, and what each has beside it."""
-    if key == "kind":
-        options = {"standard": StandardAttention} | options
     found = {name: one.model_json_schema()["properties"] for name, one in options.items()}
     first, *others = found.values()
     common = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}

@@ -85,6 +85,9 @@ def test_digest_and_flat_tell_what_differs() -> None:
     assert one.digest() != other.digest()
     assert one.digest([*OPERATIONAL_KEYS, "teacher.weights"]) == other.digest([*OPERATIONAL_KEYS, "teacher.weights"])
     assert one.flat().keys() >= OPERATIONAL_KEYS
+    vit = from_mapping({}, ["student.init=null"])
+    assert vit.digest() == from_mapping({}).digest() == vit.digest(["student.init"])  # older runs are still found
+    assert vit.digest() != from_mapping({}, ["student.init={kind: mimetic}"]).digest()
 
 
 def test_a_linear_projection_is_not_in_digests() -> None:

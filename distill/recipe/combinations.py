@@ -126,11 +126,11 @@ def _student(recipe: Recipe) -> Iterator[Problem]:
 def _start(recipe: Recipe) -> Iterator[Problem]:
     if recipe.pretrain is not None and recipe.pretrain.recipe is None:
         yield Problem((("pretrain", "recipe"),), "name the recipe that trains it first, or set pretrain to null")
-    if recipe.pretrain is not None and (recipe.student.pretrained or recipe.student.weights is not None):
-        other = "pretrained" if recipe.student.pretrained else "weights"
+    starts = [key for key in ("pretrained", "weights", "init") if getattr(recipe.student, key, None)]
+    if recipe.pretrain is not None and starts:
         yield Problem(
-            (("pretrain",), ("student", other)),
-            f"the student starts from the weights of this recipe, or from student.{other}; leave one of them out",
+            (("pretrain",), ("student", starts[0])),
+            f"the student starts from the weights of this recipe, or from student.{starts[0]}; leave one of them out",
         )
 
 

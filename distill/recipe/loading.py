@@ -23,7 +23,8 @@ from distill.recipe.variants import UNKNOWN_SOURCE, recipe_model
 
 MOST_PROBLEMS = 40
 KEY_OF_SECTION = {
-    "teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind", "distill": "method"
+    "teacher": "model", "student": "model", "data": "name", "optim": "name", "attention": "kind", "distill": "method",
+    "init": "kind",
 }  # fmt: skip
 """The key that a single word in place of a section probably means."""
 

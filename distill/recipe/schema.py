@@ -36,6 +36,9 @@ trained, except for rounding, drop path draws and, with gradient_accumulation, b
 samples of a micro-batch.
 """
 
+ADDED_LATER = frozenset({"student.init"})
+"""Dotted keys that are no part of digests while they are null: older runs are found by the digests they have."""
+
 FROM_PYTHON = "python"
 """`data.name` and `teacher.model` of objects given in Python."""
 
@@ -465,7 +468,12 @@ class Recipe(Section):
 
     def digest(self, ignore: Iterable[str] = ()) -> str:
         """SHA-256 (hex) of the recipe's content without the dotted keys in `ignore`."""
-        flat = {key: value for key, value in self.flat().items() if key not in set(ignore)}
+        ignored = set(ignore)
+        flat = {
+            key: value
+            for key, value in self.flat().items()
+            if key not in ignored and not (key in ADDED_LATER and value is None)
+        }
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
     def loss_weights(self, progress: float) -> dict[str, float]:

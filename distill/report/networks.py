@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from distill.report.runs import Record, RunFiles
 
-TRAINED_ONLY = ("weights", "pretrained", "drop_path")
+TRAINED_ONLY = ("weights", "pretrained", "init", "drop_path")
 """Keys of a recipe's student that change its training, and not the network that answers."""
 TRAINED = re.compile(r"^local-dir:|(-[0-9a-f]{12})?/export/?$")
 """What a folder's name is without: the prefix, and the end of an export, with a digest if a recipe trained it."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import timm
+from pydantic import Field
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -20,10 +21,13 @@ from torch import SymInt, Tensor, nn
 
 from distill import registry
 from distill.options import AttentionOptions, Grid, Key, Problem, StudentOptions
+from distill.recipe.initialization import Impulse, Initialization, Mimetic, Select
 from distill.recipe.sizes import DEFAULT_PATCH_SIZE, MOST_PATCHES_A_SIDE, VIT_SIZES
 from distill.registry import register
 from distill.students.attention.base import AttentionContext, AttentionKind, PatchGrid, SharedState, named_in
 from distill.students.builder import Builder, Built, Images, inputs_of
+from distill.students.initialization import initialize_impulse, initialize_mimetic
+from distill.students.selection import initialize_selected
 from distill.students.stem import ConvStem
 from distill.students.weights import load_timm_weights
 
@@ -31,6 +35,9 @@ from distill.students.weights import load_timm_weights
 class Options(StudentOptions):
     family = "vit"
     models = tuple(VIT_SIZES)
+    init: Initialization | None = Field(
+        None, description="Initial weights of a vit_* student other than timm's random ones; null: those."
+    )
 
     def grid(self, resolution: int) -> Grid:
         patch = self.patch_size or DEFAULT_PATCH_SIZE
@@ -57,6 +64,18 @@ class Options(StudentOptions):
                 f"a conv stem halves the image: the patch size {patch} is no power of 2",
             )
         yield from self.attention.check_grid(grid, recipe, (*at, "attention"))
+        if self.init is not None:
+            for key in ("pretrained", "weights"):
+                if getattr(self, key):
+                    message = f"the student starts from these weights, or from those of student.{key}; leave one out"
+                    yield Problem(((*at, "init"), (*at, key)), message)
+        if isinstance(self.init, Select) and self.init.source is None:
+            yield Problem(((*at, "init", "source"),), "name a timm model with weights, or an export folder")
+        if isinstance(self.init, Impulse) and grid.side is not None and self.init.window > grid.side:
+            yield Problem(
+                ((*at, "init", "window"), *involved),
+                f"a window of {self.init.window} is larger than the {grid.side}x{grid.side} patch grid",
+            )
         if self.distillation_token is not False and (untaught := recipe.untaught_head()) is not None:
             yield untaught
 
@@ -294,4 +313,10 @@ class Vit(Builder):
                 model, options.model, resolution=images.resolution, patch_size=patch_size, channels=channels
             )
             statistics = statistics or (config["mean"], config["std"])
+        elif isinstance(options.init, Mimetic):
+            initialize_mimetic(model, options.init)
+        elif isinstance(options.init, Impulse):
+            initialize_impulse(model, options.init)
+        elif options.init is not None:
+            statistics = initialize_selected(model, options.init, channels=channels) or statistics
         return Built(model, architecture, model_args, statistics or (images.mean, images.std))

@@ -30,15 +30,19 @@ TIMM_WEIGHTS = {
 }
 
 
-def create_pretrained(name: str, **kwargs: Any) -> Any:
-    """timm's pretrained model; timm adapts patches, positions and channels, and drops a head of other classes."""
+def create_pretrained(name: str, key: str = "student.pretrained", /, **kwargs: Any) -> Any:
+    """timm's pretrained model; timm adapts patches, positions and channels, and drops a head of other classes.
+
+    Raises:
+        InputError: its weights cannot be downloaded or used; it names the recipe's `key`.
+    """
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
     except OSError as error:
-        raise InputError(f"student.pretrained: timm's weights {name} cannot be downloaded ({error}).") from error
+        raise InputError(f"{key}: timm's weights {name} cannot be downloaded ({error}).") from error
     except Exception as error:  # a damaged file, or one that is not only tensors, can fail in any way
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"student.pretrained: timm's weights {name} cannot be used ({reason}).") from error
+        raise InputError(f"{key}: timm's weights {name} cannot be used ({reason}).") from error
 
 
 def load_timm_weights(
@@ -94,7 +98,7 @@ def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
         if "pos_embed" in weights and not model.no_embed_class:
             positions = weights["pos_embed"]  # of class token and patches
             weights["pos_embed"] = torch.cat([positions[:, :1], own["pos_embed"][:, 1:2], positions[:, 1:]], dim=1)
-    if _on_square_grid(model, weights):
+    if on_square_grid(model, weights):
         weights = checkpoint_filter_fn(weights, model)
     if classes != model.num_classes:
         known: Mapping[str, Any] = saved.config["pretrained_cfg"] if classes else getattr(model, "pretrained_cfg", {})
@@ -112,7 +116,7 @@ def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:
     model.load_state_dict(weights)
 
 
-def _on_square_grid(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+def on_square_grid(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
     """Whether `weights` have a position for each of the model's prefix tokens and for every patch of a square grid."""
     if not isinstance(model, VisionTransformer) or "pos_embed" not in weights:
         return False
