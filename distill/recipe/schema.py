@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,7 +37,7 @@ trained, except for rounding, drop path draws and, with gradient_accumulation, b
 samples of a micro-batch.
 """
 
-ADDED_LATER = frozenset({"student.init"})
+ADDED_LATER = re.compile(r"student\.init|distill\.\d+\.projection")
 """Dotted keys that are no part of digests while they are null: older runs are found by the digests they have."""
 
 FROM_PYTHON = "python"
@@ -472,7 +473,7 @@ class Recipe(Section):
         flat = {
             key: value
             for key, value in self.flat().items()
-            if key not in ignored and not (key in ADDED_LATER and value is None)
+            if key not in ignored and not (value is None and ADDED_LATER.fullmatch(key))
         }
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
