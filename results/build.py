@@ -219,7 +219,8 @@ def budget(cells: Cells, block: Block) -> str:
     found: dict[str, list[str]] = {}
     for name in names:
         recipe = load_arm(name, 0)
-        found.setdefault(f"{_model(recipe)}, {_schedule(recipe)}", []).append(name)
+        epochs = "" if block.costs or block.features else f"{recipe.train.epochs:g} epochs "  # those have a column
+        found.setdefault(f"{_model(recipe)}, {epochs}{_schedule(recipe)}", []).append(name)
     machines = list(dict.fromkeys(filter(None, (_machine(cells, name) for name in names))))
     teachers = list(dict.fromkeys(filter(None, (_teacher(cells, name) for name in names))))
     budgets = [
@@ -241,7 +242,7 @@ def _schedule(recipe: Recipe) -> str:
     train, held_out = recipe.train, recipe.data.validation
     share = f"{100 * held_out:g} %" if held_out < 1 else f"{held_out:,g}"
     chosen_on = f"{share} of the training images held out" if recipe.data.name != "folder" else "a folder to choose on"
-    return f"{train.epochs} epochs in batches of {train.batch_size:,}, {chosen_on}"
+    return f"in batches of {train.batch_size:,}, {chosen_on}"
 
 
 def _machine(cells: Cells, arm: str) -> str | None:

@@ -37,10 +37,26 @@ def test_every_arm_is_in_a_campaign_and_in_a_question() -> None:
 METHODS = ("hard-guide", "hard", "guide", "soft-t1", "soft-t2", "soft-t3", "soft-t4")
 
 
-@pytest.mark.parametrize("name", [name for name in ARMS if name.partition("-")[2] in METHODS])
+@pytest.mark.parametrize(
+    "name", [name for name in ARMS if name.partition("-")[2] in METHODS and not name.startswith("methods-")]
+)
 def test_the_control_is_that_of_every_method(name: str) -> None:
     control = load_arm(name, 2).as_control()
     assert identity(control) == identity(load_arm(f"{name.partition('-')[0]}-control", 2))
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("methods-")])
+def test_methods_at_equal_minutes_differ_in_the_method_and_in_epochs_alone(name: str) -> None:
+    """And in what a part of them changes in the student; the warm-up is an eighth of the run."""
+    arm, plain = (load_arm(one, 1).flat() for one in (name, "students-plain"))
+    differing = {key for key in arm.keys() | plain.keys() if arm.get(key) != plain.get(key)}
+    changes = ("name", "label_weight", "distill", "teacher", "student.", "optim.warmup_epochs", "train.epochs")
+    assert all(key.startswith(changes) for key in differing)
+    assert any(key.startswith("student.") for key in differing) == (name in ("methods-no-token", *STEMS))
+    assert arm["optim.warmup_epochs"] == pytest.approx(arm["train.epochs"] / 8, rel=0.01)
+
+
+STEMS = ("methods-stem", "methods-stem-impulse", "methods-stem-mimetic")
 
 
 def test_other_controls_are_those_of_their_students() -> None:
