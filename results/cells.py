@@ -78,7 +78,7 @@ class Cells:
     def validation(self, arm: str) -> float | None:
         """Mean accuracy of what was exported on the split that it was chosen on."""
         found = [
-            event["student/top1"]
+            event["student/top1" if "student/top1" in event else "student/knn"]
             for run in self.of(arm)
             for event in run.events
             if is_chosen(event, run.status.get("exported"))
