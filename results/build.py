@@ -151,10 +151,9 @@ def _table_of_features(cells: Cells, block: Block) -> str:
               "p, Holm", "p over seeds"]  # fmt: skip
     rows, tests = [], _tests(cells, block)
     for row in block.rows:
-        name, says, _, _, _, against, *tested, _, _ = _row(cells, tests, *row)
+        name, says, seeds, _, _, against, *tested, _, _ = _row(cells, tests, *row)
         found = [cells.tested(row[0], f"student/{measure}") for measure in ("knn", "linear", "top1")]
         told = [_spread(values) if values else "" if cells.of(row[0]) else NOT_RUN for values in found]
-        seeds = f"{len(cells.of(row[0]))} of {len(seeds_of(row[0]))}"
         rows.append([name, says, f"{load_arm(row[0], 0).train.epochs:g}", seeds, *told, against, *tested])
     if (pixels := cells.pixels(_arms(block))) is not None:
         images, correct = pixels

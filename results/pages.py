@@ -56,18 +56,16 @@ def filled(text: str) -> str:
 
 
 def arms(names: Sequence[str]) -> str:
-    """The first row of each arm in results/README.md; the arms are of one question."""
+    """Rows of the first table of results/README.md that has all of these arms."""
     lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
-    places = []
-    for name in names:
-        place = next((place for place, line in enumerate(lines) if line.startswith(f"| `{name}` |")), None)
-        if place is None:
-            raise InputError(f"results/README.md: no arm '{name}'.")
-        places.append(place)
-    top = max(place for place in range(places[0]) if lines[place].startswith("| arm |"))
-    kept = [place for place, column in enumerate(_cells(lines[top])) if column not in LEFT_OUT]
-    rows = [_cells(lines[place]) for place in (top, top + 1, *places)]
-    return "\n".join(_row([row[place] for place in kept]) for row in rows)
+    for top in (place for place, line in enumerate(lines) if line.startswith("| arm |")):
+        header, rule, *rows = map(_cells, itertools.takewhile(lambda line: line.startswith("|"), lines[top:]))
+        found = {row[0].strip("`"): row for row in reversed(rows)}  # the first row of each
+        if set(names) <= found.keys():
+            kept = [place for place, column in enumerate(header) if column not in LEFT_OUT]
+            shown = [header, rule, *(found[name] for name in names)]
+            return "\n".join(_row([row[place] for place in kept]) for row in shown)
+    raise InputError(f"results/README.md: there is no arm {' beside '.join(map(repr, names))} in a table.")
 
 
 def _cells(row: str) -> list[str]:

@@ -125,6 +125,10 @@ class MapsMethod(Method):
         self.blocks = tuple(sorted({block for block, _ in self.pairs}))
         self.maps = tuple(dict.fromkeys(name for _, name in self.pairs))
 
+    def channels(self, shapes: Shapes) -> list[tuple[int, int]]:
+        """Of the student's and of the teacher's map, by pair."""
+        return [(shapes.student_channels[block], shapes.teacher_channels[name]) for block, name in self.pairs]
+
     def forward(self, step: StepInputs) -> Tensor:
         student, teacher = step.student[0].maps, step.teacher[0].maps
         losses = [self.compare(student[block], teacher[name], pair) for pair, (block, name) in enumerate(self.pairs)]

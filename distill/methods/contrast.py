@@ -59,8 +59,7 @@ class Contrast(MapsMethod):
 
     def __init__(self, options: Options, shapes: Shapes) -> None:
         super().__init__(options, shapes)
-        channels = [(shapes.student_channels[block], shapes.teacher_channels[name]) for block, name in self.pairs]
-        self.projections = nn.ModuleList(nn.Linear(*of_pair) for of_pair in channels)
+        self.projections = nn.ModuleList(nn.Linear(*of_pair) for of_pair in self.channels(shapes))
 
     def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
         student, teacher = (at_least_float32(maps).mean(dim=(2, 3)) for maps in (student_map, teacher_map))

@@ -33,8 +33,7 @@ class Options(ProjectedOptions):
 class Fitnet(MapsMethod):
     def __init__(self, options: Options, shapes: Shapes) -> None:
         super().__init__(options, shapes)
-        channels = [(shapes.student_channels[block], shapes.teacher_channels[name]) for block, name in self.pairs]
-        self.hints = nn.ModuleList(Hint(*of_pair, **self.arguments) for of_pair in channels)
+        self.hints = nn.ModuleList(Hint(*of_pair, **self.arguments) for of_pair in self.channels(shapes))
 
     def compare(self, student_map: Tensor, teacher_map: Tensor, pair: int) -> Tensor:
         loss: Tensor = self.hints[pair](student_map, teacher_map)

@@ -8,7 +8,6 @@ heads. So a head's W_Q of the papers, [D, d], is a transposed block of d rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,7 +45,8 @@ def initialize_mimetic(model: VisionTransformer, options: Mimetic) -> None:
     is alpha2 Z - beta2 I. Z, [D, D], has independent elements of variance 1 / D.
     """
     _set_positions(model)
-    for attention in _attention(model):
+    for block in model.blocks:
+        attention: Any = block.attn
         dim, heads = attention.proj.in_features, attention.num_heads
         if _has_maps(attention):
             products = [_near_identity(dim, options.alpha1, options.beta1) for _ in range(heads)]
@@ -72,7 +72,8 @@ def initialize_impulse(model: VisionTransformer, options: Impulse) -> None:
     _set_positions(model)
     positions = nn.functional.layer_norm(sinusoidal_positions(height, width, model.embed_dim), (model.embed_dim,))
     solved: dict[int, tuple[Tensor, Tensor]] = {}
-    for attention in _attention(model):
+    for block in model.blocks:
+        attention: Any = block.attn
         if not _has_maps(attention):
             continue
         dim, heads = attention.proj.in_features, attention.num_heads
@@ -131,12 +132,6 @@ def _set_positions(model: VisionTransformer) -> None:
     height, width = model.patch_embed.grid_size
     positions = sinusoidal_positions(height, width, model.embed_dim)
     model.pos_embed[:, model.num_prefix_tokens :] = positions
-
-
-def _attention(model: VisionTransformer) -> Iterator[Any]:
-    """timm's attention or a kind's, of each block."""
-    for block in model.blocks:
-        yield block.attn
 
 
 def _has_maps(attention: Any) -> bool:

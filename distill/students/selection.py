@@ -18,10 +18,14 @@ from torch import Tensor
 
 from distill.errors import InputError
 from distill.recipe.initialization import Select
-from distill.students.attention.base import AttentionKind
 from distill.students.builder import Statistics
 from distill.students.saved import read_export
-from distill.students.weights import create_pretrained, on_square_grid
+from distill.students.weights import (
+    add_distillation_token,
+    convert_attention,
+    create_pretrained,
+    on_square_grid,
+)
 
 KEY = "student.init.source"
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
@@ -61,11 +65,7 @@ def initialize_selected(model: VisionTransformer, options: Select, *, channels: 
         for key, shape in _wanted(model).items()
         if key in given
     }
-    for path, module in model.named_modules():
-        if isinstance(module, AttentionKind):
-            prefix = f"{path}."
-            plain = {key.removeprefix(prefix): chosen.pop(key) for key in list(chosen) if key.startswith(prefix)}
-            chosen |= {prefix + key: tensor for key, tensor in module.initial_state(plain).items()}
+    convert_attention(model, chosen)
     model.load_state_dict(model.state_dict() | chosen)
     has_stem = any(key.startswith(STEM) for key in given)
     fits = has_stem and len(source.statistics[0]) == channels
@@ -126,12 +126,11 @@ def _on_students_grid(model: VisionTransformer, weights: Mapping[str, Tensor], s
     for name in given:
         if name.endswith(".qkv.weight") and given[name].shape[0] != 3 * given[name].shape[1]:
             raise InputError(f"{KEY}: {source} has no queries and keys in {name}. Choose one without shared maps.")
-    positions = given["pos_embed"]
     if hasattr(model, "dist_token") and "dist_token" not in given:
-        given["dist_token"] = given["cls_token"]
-        given["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+        add_distillation_token(given)
     elif "dist_token" in given and not hasattr(model, "dist_token"):
         del given["dist_token"]
+        positions = given["pos_embed"]
         given["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
     if not on_square_grid(model, given):
         raise InputError(f"{KEY}: {source} has positions for other tokens than two-dimensional patches and its own.")

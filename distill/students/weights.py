@@ -68,18 +68,27 @@ def load_timm_weights(
     )  # fmt: skip
     weights = source.state_dict()
     if distilled and "dist_token" not in weights:
-        weights["dist_token"] = weights["cls_token"]
-        positions = weights["pos_embed"]
-        weights["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+        add_distillation_token(weights)
+    convert_attention(model, weights)
+    result = model.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert all(key.startswith("head_dist.") or ".attn." in key for key in result.missing_keys), result.missing_keys
+    return source.pretrained_cfg
+
+
+def add_distillation_token(weights: dict[str, Tensor]) -> None:
+    """In place: one that is the class token, at its position."""
+    weights["dist_token"] = weights["cls_token"]
+    weights["pos_embed"] = torch.cat([weights["pos_embed"][:, :1], weights["pos_embed"]], dim=1)
+
+
+def convert_attention(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """In place: the weights of timm's attention become what the model's attention kinds start with."""
     for name, module in model.named_modules():
         if isinstance(module, AttentionKind):
             prefix = f"{name}."
             own = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
             weights |= {prefix + key: tensor for key, tensor in module.initial_state(own).items()}
-    result = model.load_state_dict(weights, strict=False)
-    assert not result.unexpected_keys, result.unexpected_keys
-    assert all(key.startswith("head_dist.") or ".attn." in key for key in result.missing_keys), result.missing_keys
-    return source.pretrained_cfg
 
 
 def load_saved_weights(model: nn.Module, saved: Saved, source: str) -> None:

@@ -45,6 +45,9 @@ def test_the_control_is_that_of_every_method(name: str) -> None:
     assert identity(control) == identity(load_arm(f"{name.partition('-')[0]}-control", 2))
 
 
+STEMS = ("methods-stem", "methods-stem-impulse", "methods-stem-mimetic")
+
+
 @pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("methods-")])
 def test_methods_at_equal_minutes_differ_in_the_method_and_in_epochs_alone(name: str) -> None:
     """And in what a part of them changes in the student; the warm-up is an eighth of the run."""
@@ -54,9 +57,6 @@ def test_methods_at_equal_minutes_differ_in_the_method_and_in_epochs_alone(name:
     assert all(key.startswith(changes) for key in differing)
     assert any(key.startswith("student.") for key in differing) == (name in ("methods-no-token", *STEMS))
     assert arm["optim.warmup_epochs"] == pytest.approx(arm["train.epochs"] / 8, rel=0.01)
-
-
-STEMS = ("methods-stem", "methods-stem-impulse", "methods-stem-mimetic")
 
 
 def test_other_controls_are_those_of_their_students() -> None:
