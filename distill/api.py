@@ -174,7 +174,7 @@ def evaluate(
         InputError: there is nothing to evaluate, a class is none of the student's, or an argument cannot be used.
     """
     with _alone():
-        from distill.commands import evaluate_student, evaluate_teacher
+        from distill.evaluate_command import evaluate_student, evaluate_teacher
         from distill.given import take
 
         images = Path(data) if isinstance(data, str | PathLike) else None

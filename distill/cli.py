@@ -290,8 +290,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate the student of a run or an export on its test set or on other data of its classes, or a teacher."""
     from distill import api
-    from distill.commands import tables
     from distill.console import console, say
+    from distill.evaluate_command import tables
 
     found = api.evaluate(options.target, data=options.following, out=options.out, overrides=options.overrides)
     if is_main_process():

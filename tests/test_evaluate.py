@@ -123,7 +123,7 @@ def test_tensors_of_which_only_the_test_is_given(run: Path) -> None:
 
 def test_the_report_of_a_run_follows_its_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluated again with another teacher, of the same data; the analysis has tests of its own."""
-    monkeypatch.setattr("distill.commands.analyse", lambda *args: None)
+    monkeypatch.setattr("distill.evaluate_command.analyse", lambda *args: None)
     torch.manual_seed(5)
     other = timm.create_model("cifar_resnet20", num_classes=4)
     torch.save(other.state_dict(), tmp_path / "other.pth")

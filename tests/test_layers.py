@@ -19,7 +19,7 @@ LAYERS = [
     "distill.train",
     "distill.cli",
     "distill.api",
-    "distill.commands",
+    "distill.evaluate_command",
     "distill.completion",
     "distill.measuring",
     "distill.sweeps",

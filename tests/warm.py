@@ -54,7 +54,7 @@ class Launched:
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    commands = ["distill.dry_run", "distill.commands", "distill.sweeps.command", "distill.sweeps.study"]
+    commands = ["distill.dry_run", "distill.evaluate_command", "distill.sweeps.command", "distill.sweeps.study"]
     context.set_forkserver_preload([*commands, "distill.report.document"])
     return context
 

@@ -157,11 +157,11 @@ class World:
 
 def in_little_time() -> None:
     """`distill init` measures few steps, and nothing is analysed for reports, which takes longer than all else."""
-    from distill import commands, finishing
+    from distill import evaluate_command, finishing
     from distill.scaffold import estimate
 
     estimate.SECONDS = 0
-    commands.analyse = finishing.analyse = lambda *_, **__: None
+    evaluate_command.analyse = finishing.analyse = lambda *_, **__: None
     torch.set_num_threads(1)
 
 
@@ -182,7 +182,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def _in_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what Python blocks do in this process, without the fresh one that loads an export."""
     monkeypatch.setattr("distill.exports.folder._compare_with_reloaded", lambda *args: None)
-    for module in ("finishing", "commands"):
+    for module in ("finishing", "evaluate_command"):
         monkeypatch.setattr(f"distill.{module}.analyse", lambda *_, **__: None)
 
 
