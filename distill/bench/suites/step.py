@@ -16,7 +16,9 @@ from distill.bench.measure import Arm, Machine, Row, compare
 
 DEPTH = 20
 PYRAMIDS = ("focal_nano", "regionvit_nano", "lg_nano")
-METHODS = ("hard", "soft", "dkd", "dist", "guide", "fitnet", "attention_transfer", "relational", "similarity")
+METHODS = (
+    "hard", "soft", "dkd", "dist", "guide", "fitnet", "attention_transfer", "relational", "similarity", "contrast",
+)  # fmt: skip
 
 
 def measure(machine: Machine) -> Iterator[Row]:
