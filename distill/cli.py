@@ -189,7 +189,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest intact checkpoint, or from that run or checkpoint",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, run preflight and one step, create no run"
+        "--dry-run", action="store_true", help="build everything, run preflight and a few steps, create no run"
     )
 
 
@@ -488,7 +488,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure speed and memory on this machine, as ratios; all suites together take some ten minutes on two cores."""
+    """Measure speed and memory on this machine, as ratios; all suites take some fifteen minutes on two cores."""
     from distill.bench import bench as measure
 
     measure(

@@ -146,7 +146,7 @@ def _keys(properties: Node) -> str:
     for name, value in properties.items():
         mark = r"\*" if value.get("may_change") else ""
         default = "" if "default" not in value else f"`{json.dumps(value['default'])}`"
-        if isinstance(value.get("default"), dict) and ("$ref" in value or "oneOf" in value):
+        if isinstance(value.get("default"), dict) and ("$ref" in value or "oneOf" in value) and name != "weight":
             default = "below"
         rows.append([f"`{name}`{mark}", _type(value), default, value.get("description", "")])
     return _table(["key", "type", "default", "meaning"], rows)

@@ -11,7 +11,7 @@ import numpy as np
 from distill.errors import InputError
 from distill.report.metrics import Metrics, Predictions, decisions, measure, read_predictions
 from distill.report.runs import Record, RunFiles, read_run
-from distill.report.statistics import Right, bootstrap_over_seeds, mcnemar, paired
+from distill.report.statistics import Right, bootstrap_over_seeds, in_words, mcnemar, paired
 from distill.run import read_recipe
 from results.arms import ARMS, identity, load_arm, seeds_of
 from results.collect import PIXELS, TEACHERS, is_chosen, teacher_of
@@ -129,7 +129,8 @@ def difference(ours: Rights, theirs: Rights) -> Difference | None:
     pooled = mcnemar("", "", np.concatenate(a), np.concatenate(b))
     over_seeds = paired(list(map(_percent, a)), list(map(_percent, b))) if len(common) > 1 else None
     interval = bootstrap_over_seeds(list(zip(a, b, strict=True)))
-    return Difference(pooled.points, pooled.p, len(common), interval, pooled.words, over_seeds)
+    words = in_words(pooled.points, pooled.p, interval, pooled.smallest, pooled.p_equal)
+    return Difference(pooled.points, pooled.p, len(common), interval, words, over_seeds)
 
 
 def _right(predictions: Predictions) -> Right:

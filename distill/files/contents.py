@@ -20,6 +20,8 @@ RUN_FILES = {
     "analysis.json": "For the report: corruptions, speed.",
     "analysis.safetensors": "For the report: validation logits, attention.",
     "report.html": "Teacher, student and control side by side; with `report.md`, `report.json` and curves as `.svg`.",
+    "int8.json": "What the newest `distill export --int8` measured; [The report](../explanation/report.md) has its "
+    "keys.",
     "control/": "The control's run, with the same files.",
 }
 """By name; a folder's ends in /."""

@@ -235,7 +235,7 @@ def test_a_run_has_the_files_and_the_keys_that_the_reference_names(world: World)
     found = {f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir() if path.name[0] != "."}
     beside_the_report = {name for name in found if re.fullmatch(r"report\.(md|json)|report-\w+\.svg", name)}
     assert found - beside_the_report <= set(RUN_FILES)
-    others = {"test_split.txt", "analysis.json", "analysis.safetensors", "control/"}
+    others = {"test_split.txt", "analysis.json", "analysis.safetensors", "int8.json", "control/"}
     assert set(RUN_FILES) - found == others
     parts = "|".join(re.sub("[A-Z]+", r"\\w+", re.escape(key)) for key in METRICS)
     logged = {key for event in ("train", "eval") for line in read_metrics(run, event) for key in line}

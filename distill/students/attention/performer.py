@@ -28,8 +28,8 @@ class Options(AttentionOptions):
     features: int | None = Field(
         None,
         ge=1,
-        description="Random features of a head; null: d ln d, of heads d wide. Below half of the tokens they cost less "
-        "than softmax attention: 32 at 8x8 patches, 64 at 14x14.",
+        description="Random features of a head; null: d ln d, of heads d wide. With 32 of them a layer of vit_nano "
+        "costs 1.1 of softmax attention's at 66 tokens and 0.5 at 258.",
     )
     kernel: Literal["softmax", "relu"] = Field("softmax", description="What the features stand for.")
     redraw: int = Field(
