@@ -120,7 +120,7 @@ def overrides(values: Mapping[str, Any]) -> list[str]:
 
 
 def label(value: Any) -> str:
-    """A value in a table or chart: methods by their names, a section by the values in it."""
+    """A value in words: methods by their names, a section by the values in it."""
     if isinstance(value, list):
         return " + ".join(map(label, value)) or "none"
     if isinstance(value, Mapping):
@@ -129,6 +129,15 @@ def label(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "none" if value is None else str(value)
+
+
+def labels(values: Mapping[str, Any], axes: Sequence[Axis]) -> dict[str, str]:
+    """Of each key, its value in a table or chart: the label, or the value itself where another one has that label."""
+    found = {key: label(value) for key, value in values.items()}
+    for one in axes:
+        if isinstance(one, Values) and [label(value) for value in one.values].count(found.get(one.key, "")) > 1:
+            found[one.key] = text_of(values[one.key])
+    return found
 
 
 def name_of(number: int, values: Mapping[str, Any]) -> str:

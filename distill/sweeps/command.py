@@ -142,7 +142,7 @@ def pilots(
     known: dict[str, Any] = {}
     if base.teachers:
         known = base.teachers[0].model_dump(mode="json", exclude_unset=True)
-    kept = {key: value for key, value in known.items() if key in ("min_accuracy", "cache")}
+    kept = {key: value for key, value in known.items() if key in ("min_accuracy", "cache", "ema")}
     candidates = []
     for name in teachers:
         key = "recipe" if Path(name).suffix in (".yaml", ".yml") else "model"
@@ -185,7 +185,10 @@ def _begin(sweep: Sweep, out: Path) -> None:
     """Write what the sweep is, once; a sweep that goes on must be the same."""
     began, identity = out / BEGAN, sweep.identity()
     if not began.exists():
+        text = yaml.safe_dump(dict(sweep.recipe), sort_keys=False, allow_unicode=True)
         foreign = sorted(path.name for path in out.iterdir() if path.name not in (".lock", RECIPE, JOBS))
+        if (out / RECIPE).exists() and (out / RECIPE).read_bytes() != text.encode():  # not of a killed beginning
+            foreign.append(RECIPE)
         if foreign:
             raise InputError(f"{out}: exists and is no sweep (it has {foreign[0]}). Choose another --out.")
         absent = [
@@ -193,7 +196,7 @@ def _begin(sweep: Sweep, out: Path) -> None:
         ]
         if absent:
             raise InputError(listed(absent, sweep.source, "sweep"))
-        write_text(out / RECIPE, yaml.safe_dump(dict(sweep.recipe), sort_keys=False, allow_unicode=True))
+        write_text(out / RECIPE, text)
         write_text(began, identity)
         return
     if (before := began.read_text(encoding="utf-8")) != identity:
@@ -217,6 +220,7 @@ def _held(out: Path) -> Iterator[None]:
     """Create the folder and lock it; the kernel releases the lock when its holder dies."""
     try:
         created = not out.exists()
+        before = {name for name in (RECIPE, ".lock") if (out / name).exists()}
         out.mkdir(parents=True, exist_ok=True)
         lock = regular(str(out / ".lock"), os.O_RDWR | os.O_CREAT)
     except OSError as error:
@@ -230,8 +234,8 @@ def _held(out: Path) -> Iterator[None]:
         yield
     except InputError:
         if not (out / BEGAN).exists():  # nothing half-written is left
-            (out / RECIPE).unlink(missing_ok=True)
-            (out / ".lock").unlink()
+            for name in {RECIPE, ".lock"} - before:
+                (out / name).unlink(missing_ok=True)
             for folder in (out / JOBS, *([out] if created else [])):
                 with suppress(OSError):
                     folder.rmdir()

@@ -73,9 +73,16 @@ class Progress:
             if before is not None and line["event"] not in PAUSED:
                 total += max(0.0, line["time"] - before)
             before = line["time"]
-        if before is not None and self.state == "running":
+        if before is not None and self.state == "running" and self._begun() < before:
             total += max(0.0, time.time() - before)
         return total / 60
+
+    def _begun(self) -> float:
+        """When the newest process of the run took its lock; one that resumes has not trained before its first line."""
+        try:
+            return (self.path / ".lock").stat().st_mtime
+        except OSError:
+            return float("inf")
 
     @property
     def step(self) -> int:

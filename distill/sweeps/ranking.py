@@ -66,21 +66,21 @@ def record(sweep: Sweep, study: Study, folder: Path) -> dict[str, Any]:
         "seeds": list(sweep.seeds),
         "metric": begun[0].metric if begun else USUAL_METRIC,
         "validation_images": samples,
-        "trials": [_trial(trial, progress.get(trial.number), paths[trial.number], folder) for trial in trials],
-        "ranking": [_rank(place, group, best, samples) for place, group in enumerate(groups, start=1)],
+        "trials": [_trial(sweep, trial, progress.get(trial.number), paths[trial.number], folder) for trial in trials],
+        "ranking": [_rank(sweep, place, group, best, samples) for place, group in enumerate(groups, start=1)],
         "chosen": _chosen(groups[0], tested, paths, folder) if groups else None,
         "importance": study.importance(),
         "told": [],
     }
 
 
-def _trial(trial: Trial, progress: Progress | None, path: Path, folder: Path) -> dict[str, Any]:
+def _trial(sweep: Sweep, trial: Trial, progress: Progress | None, path: Path, folder: Path) -> dict[str, Any]:
     return {
         "number": trial.number,
         "name": trial.name,
         "path": str(path.relative_to(folder)),
         "values": trial.values,
-        "labels": {key: axes.label(value) for key, value in trial.values.items()},
+        "labels": axes.labels(trial.values, sweep.axes),
         "seed": trial.seed,
         "configuration": trial.configuration,
         "state": trial.state,
@@ -93,7 +93,9 @@ def _trial(trial: Trial, progress: Progress | None, path: Path, folder: Path) ->
     }
 
 
-def _rank(place: int, group: Sequence[Trial], best: dict[int, float | None], samples: int | None) -> dict[str, Any]:
+def _rank(
+    sweep: Sweep, place: int, group: Sequence[Trial], best: dict[int, float | None], samples: int | None
+) -> dict[str, Any]:
     values = _values(group)
     common = [
         (value, trial.value)
@@ -104,7 +106,7 @@ def _rank(place: int, group: Sequence[Trial], best: dict[int, float | None], sam
         "rank": place,
         "configuration": group[0].configuration,
         "values": group[0].values,
-        "labels": {key: axes.label(value) for key, value in group[0].values.items()},
+        "labels": axes.labels(group[0].values, sweep.axes),
         "seeds": [trial.seed for trial in group],
         "trials": [trial.number for trial in group],
         "validation": values,

@@ -97,7 +97,7 @@ class Sweep:
         """Those of a trial, without its test."""
         given = [*axes.overrides(values), f"{SEED}={seed}"]
         recipe, _ = resolve(self.recipe, [*given, "control=false"])
-        control = recipe is not None and bool(recipe.distill)
+        control = recipe is not None and bool(recipe.distill) and not recipe.label_free
         return [*given, f"control={str(control).lower()}"]
 
 
@@ -156,6 +156,10 @@ def check_sweep(
         problems += invalid
         if recipe is not None and len(samples) < len(corners):
             samples.append(recipe)
+    if len({sample.label_free for sample in samples}) > 1:
+        problems.append(
+            Problem(("keys",), "some trials learn from labels and some do not, which are ranked by other metrics")
+        )
     if problems:
         raise InputError(listed(problems, source, "sweep"))
     return Sweep(options, others, seeds, raw, resolved, tuple(samples), source, plugins)
@@ -239,6 +243,8 @@ def _problems_of_recipe(resolved: Recipe, varied: Sequence[Axis]) -> Iterator[Pr
         yield Problem(
             ("train", "max_minutes"), "would end every trial before its recipe does; give train.epochs, or `minutes`"
         )
+    if "train.select" in keys:
+        yield Problem(("train", "select"), "trials are ranked by it, so all need the same; set it in the base")
 
 
 def _corners(varied: Sequence[Axis]) -> list[dict[str, Any]]:

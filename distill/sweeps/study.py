@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distill.errors import InputError
 from distill.files.metrics import MetricsFile
 from distill.sweeps import axes
@@ -87,8 +89,10 @@ class Study:
         self._distributions = {one.key: _distribution(one) for one in sweep.axes}
 
     def _sampler(self, begun: int) -> optuna.samplers.BaseSampler:
-        """Random numbers are a function of the number of trials, so that a sweep that goes on repeats none."""
-        seed = self.sweep.options.seed + begun
+        """Random numbers are a function of the seed and the number of trials, so that a sweep that goes on repeats
+        none.
+        """
+        seed = int(np.random.SeedSequence([self.sweep.options.seed, begun]).generate_state(1)[0])
         if self.sweep.options.search == "tpe":
             return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         return optuna.samplers.RandomSampler(seed=seed)
@@ -132,6 +136,7 @@ class Study:
         found = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for frozen in found:  # killed while it was asked for
             if self._distributions.keys() - frozen.params.keys():
+                self._study.sampler = self._sampler(frozen.number)
                 live = optuna.trial.Trial(self._study, frozen._trial_id)
                 for key, distribution in self._distributions.items():
                     live._suggest(key, distribution)

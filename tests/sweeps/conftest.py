@@ -49,6 +49,9 @@ def line(event, epoch, **values):
 path.mkdir(parents=True, exist_ok=True)
 lock = open(path / ".lock", "a")
 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+lock.truncate(0)
+lock.write("mine")
+lock.flush()
 known = json.loads((path / "status.json").read_text()) if (path / "status.json").exists() else {}
 note("begun" if not known else "resumed")
 
@@ -61,6 +64,7 @@ signal.signal(signal.SIGTERM, leave)
 done = known.get("step", 0) // 10
 status(state="running", step=10 * done, data_sizes={"train": 100, "validation": options.get("validation", 200)},
        selected_by="student/top1")
+time.sleep(options.get("loading", 0))
 line("resume" if done else "start", done)
 for epoch in range(done + 1, epochs + 1):
     time.sleep(options.get("seconds", 0.02))

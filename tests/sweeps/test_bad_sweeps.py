@@ -38,6 +38,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"search": "best", "parallel": 0, "keys": {"optim.lrr": [1], "train.epochs": []}},
         ["search: should be", "parallel: should be", "train.epochs: an empty list"],
     ),
+    ({"keys": {"train.select": ["top1", "macro"]}}, ["train.select: trials are ranked by it"]),
     ({"keys": {"optim.lrr": [1], "train.epochs": []}}, ["optim.lrr: unknown key", "train.epochs: an empty list"]),
     ({"executor": "slurm"}, ['executor: slurm: Could not detect "srun"']),
     ({"executor": "local", "options": {"memory": 3}}, ["executor: local: Parameter 'memory' need to be prefixed"]),
@@ -98,6 +99,20 @@ def test_a_folder_of_something_else_is_left_alone(sweeps: Sweeps) -> None:
     assert code == 2
     assert "out: exists and is no sweep (it has thesis.txt)" in output
     assert [path.name for path in sweeps.out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("others", some([[], ["status.json", ".lock"]]))
+def test_a_recipe_of_the_user_is_neither_removed_nor_replaced(sweeps: Sweeps, others: list[str]) -> None:
+    sweeps.write(keys=LR)
+    sweeps.out.mkdir()
+    for name in ("recipe.yaml", *others):
+        (sweeps.out / name).write_text("# mine\n")
+    code, output = sweeps.run()
+    assert code == 2
+    assert "out: exists and is no sweep" in output
+    assert {path.name: path.read_text() for path in sweeps.out.iterdir()} == dict.fromkeys(
+        ["recipe.yaml", *others], "# mine\n"
+    )
 
 
 def test_two_sweeps_do_not_share_a_folder(sweeps: Sweeps) -> None:

@@ -105,6 +105,19 @@ def test_minutes_stop_every_trial_and_rank_it_by_what_it_reached(sweeps: Sweeps)
     assert sweeps.notes("trained") == []
 
 
+def test_a_pause_is_no_training(sweeps: Sweeps) -> None:
+    sweeps.write(keys={"optim.lr": [1.0e-3]}, minutes=0.05)
+    sweeps.trainer = {"seconds": 0.4, "loading": 0.5}
+    launched = sweeps.start()
+    _until(lambda: bool(_steps(sweeps)) and min(_steps(sweeps)) >= 10)
+    launched.processes[0].kill()
+    launched.wait()
+    time.sleep(3.0)
+    (trial,) = sweeps.search()["trials"]
+    assert (trial["epoch"], trial["note"]) == (4, "")
+    assert trial["minutes"] < 0.05
+
+
 def test_a_trial_that_dies_is_tried_once_more_and_the_others_go_on(sweeps: Sweeps) -> None:
     sweeps.write(keys={"optim.lr": [1.0e-3, 2.0e-3, 3.0e-3]}, minutes=5)
     sweeps.trainer = {"dying": ["001"], "bad": ["002"]}
@@ -187,6 +200,33 @@ def test_trials_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     jobs = [executor.start(["sh", "-c", f"echo ${DEVICES}; sleep 0.5"], tmp_path, tmp_path / str(n)) for n in range(2)]
     _until(lambda: all(job.poll() == 0 for job in jobs))
     assert [(tmp_path / str(n)).read_text().strip() for n in range(2)] == ["4", "7"]
+
+
+def test_values_of_one_name_are_told_apart(sweeps: Sweeps) -> None:
+    weights = [[{"method": "hard", "weight": weight}] for weight in (0.5, 1.0)]
+    sweeps.write(keys={"distill": [*weights, [{"method": "soft"}]]}, minutes=5)
+    recipe = sweeps.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "teacher: {model: resnet18}\n")
+    labels = [trial["labels"]["distill"] for trial in sweeps.search()["trials"]]
+    assert labels == ["[{method: hard, weight: 0.5}]", "[{method: hard, weight: 1.0}]", "soft"]
+
+
+def test_runs_without_labels_have_no_control(sweeps: Sweeps) -> None:
+    recipe = sweeps.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "teacher: {model: resnet18}\n")
+    sweeps.write(keys={"label_weight": [0], "distill": [[{"method": "guide"}]]}, minutes=5)
+    sweeps.search()
+    assert [note["given"]["control"] for note in sweeps.notes("begun")] == ["false"]
+
+
+def test_the_seed_of_a_search_changes_what_is_drawn(sweeps: Sweeps) -> None:
+    drawn = []
+    for seed in (0, 1):
+        keys = {"optim.lr": {"low": 1.0e-4, "high": 5.0e-3}}
+        sweeps.write(keys=keys, search="random", trials=4, seed=seed, minutes=5)
+        drawn.append({trial["values"]["optim.lr"] for trial in sweeps.search()["trials"]})
+        sweeps.clear()
+    assert not drawn[0] & drawn[1]
 
 
 def test_the_study_opens_in_optuna(sweeps: Sweeps) -> None:
