@@ -44,9 +44,11 @@ def by_twice_the_sum(pretrained: bool = False, **kwargs: Any) -> ByTwiceTheSum:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Split folders without one for validation, and a file that is no image."""
+    """Split folders without one for validation, a file that is no image, and an image that ends too early."""
     image_folder(tmp_path / "my photos", CLASSES, {"train": 8, "test": 2}, width=40, height=36)
     (tmp_path / "my photos" / "train" / "cat" / "notes.txt").write_text("a cat")
+    whole = tmp_path / "my photos" / "train" / "dog" / "0.png"
+    (tmp_path / "my photos" / "train" / "dog" / "half.png").write_bytes(whole.read_bytes()[:2000])
     return tmp_path / "my photos"
 
 
@@ -63,8 +65,8 @@ def test_a_recipe_and_one_for_its_teacher(photos: Path, command: Command, tmp_pa
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[-1] == "next: distill train my-photos.yaml"
-    assert said[1] == "classes   3, 8 to 8 training images each: cat, dog, owl"
-    assert said[2] == "images    colour, 40 x 36 pixels (of 24 looked at)"
+    assert said[1] == "classes   3, 8 to 9 training images each: cat, dog, owl"
+    assert said[2] == "images    colour, 40 x 36 pixels (of 25 looked at)"
     assert any(line.startswith("estimate") and "min" in line and "MiB" in line for line in said)
     assert "notes.txt" in done.stderr
     texts = {name: (tmp_path / name).read_text() for name in ("my-photos.yaml", "my-photos-teacher.yaml")}

@@ -152,6 +152,8 @@ def test_the_export_has_no_classifier_and_says_so(finished: Path, command: Comma
     assert told.stderr.count("trained without labels and has no classifier") == 1
     with pytest.raises(InputError, match="--head cls: this student was trained without labels"):
         distill.export(finished, tmp_path / "cls", head="cls")
+    with pytest.raises(InputError, match="--int8: without a classifier nothing tells what int8 loses"):
+        distill.export(finished, tmp_path / "int8", int8=True)
 
 
 @pytest.mark.soak
@@ -386,7 +388,11 @@ def test_the_control_starts_from_the_same_weights(toy: Toy, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student": {"model": "vit_tiny"}}, r"pre\.yaml trains vit_nano, and student\.model is vit_tiny"),
+        (
+            {"student": {"model": "vit_tiny"}},
+            r"pre\.yaml trains a student of model vit_nano, and student\.model is vit_tiny",
+        ),
+        ({"student": {"stem": "conv"}}, r"pre\.yaml trains a student of stem patch, and student\.stem is conv"),
         ({"data": {"name": "digits"}}, r"pre\.yaml trains on toy\.safetensors, the student on digits"),
         ({"data": {"test": 0.5}}, r"pre\.yaml holds out other test images"),
         ({"student": {"weights": "export"}}, r"pretrain: the student starts from .*, or from student\.weights"),

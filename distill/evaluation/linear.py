@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.data.holdout import rank_in_class
+
 MOST_ITERATIONS = 1000
 CONVERGED = 1e-7
 """Largest entry of the gradient at which the fit ends."""
@@ -46,12 +48,12 @@ def fit_probe(
         features: [N, D].
         labels: int64 [N], from 0 to `classes` - 1.
         strengths: L2 penalties, above 0.
-        validation: features [M, D] and labels [M]; None: every tenth training sample, if there are at least ten and
-            several strengths; the probe that is kept is then fitted to all of them again.
+        validation: features [M, D] and labels [M]; None: every tenth training sample of each class, if any has ten and
+            there are several strengths; the probe that is kept is then fitted to all of them again.
     """
     features = features.double()
-    if validation is None and len(strengths) > 1 and len(labels) >= 10:
-        held_out = torch.arange(len(labels), device=labels.device) % 10 == 9
+    if validation is None and len(strengths) > 1 and int(torch.bincount(labels).max()) >= 10:
+        held_out = rank_in_class(labels.cpu(), torch.arange(len(labels))).to(labels.device) % 10 == 9
         rest = ~held_out
         strength = fit_probe(
             features[rest],

@@ -56,6 +56,8 @@ def export_run(
     student, class_names = load_export(path / "export")
     recorded: list[dict[str, Any]] = []
     card = replace(card_of_run(path, class_names), head=head, license=check_license(license), half=half, onnx=onnx)
+    if int8 is not None and not student.heads:
+        raise InputError("--int8: without a classifier nothing tells what int8 loses. Use --onnx.")
     if head != "fused":
         student = one_head(student, head)
 

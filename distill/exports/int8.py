@@ -147,7 +147,12 @@ def calibration_images(student: Student, dataset: Dataset, seed: int, count: int
     """Training images without augmentation, a function of the seed, in batches [B, C, H, W] in [0, 1] of its size."""
     size = dataset.info.sizes["train"]
     chosen = permutation(seed, 0, size, torch.device("cpu"))[: min(count, size)].tolist()
-    images = [next(dataset.evaluation_batches("train", index, index + 1, 1))[0].cpu() for index in chosen]
+    if dataset.in_order:  # an image is found by reading all before it
+        batches = enumerate(dataset.evaluation_batches("train", 0, max(chosen) + 1, 1))
+        of_all = {index: images.cpu() for index, (images, _) in batches if index in set(chosen)}
+        images = [of_all[index] for index in chosen]
+    else:
+        images = [next(dataset.evaluation_batches("train", index, index + 1, 1))[0].cpu() for index in chosen]
     return list(student.adapter.fit(torch.cat(images)).split(BATCH))
 
 

@@ -56,10 +56,12 @@ def begin(root: Path, teacher: str | None, goal: Goal, out: Path | None) -> Begu
     channels = 1 if one_channel else None
     wanted = contents.Wanted(str(root), found.images, goal, gpu, _precision(gpu), bool(found.left_out), channels)
     resolution, _ = rules.resolution_and_patch(found.images.side, goal, gpu=gpu)
-    first = contents.teacher_recipe(wanted) if given is None else None
     with tempfile.TemporaryDirectory() as cache:
         data = from_mapping({"data": contents.student_recipe(wanted, {}, logits=True, maps=True)["data"]}).data
         sample = open_sample(found, data, device, Path(cache))
+        found = found._replace(left_out=(*found.left_out, *sample.info.left_out))
+        wanted = wanted._replace(skip_unreadable=bool(found.left_out))
+        first = contents.teacher_recipe(wanted) if given is None else None
         if given is None:
             chosen = trained_first(rules.teacher(resolution), sample, resolution, trained)
         else:

@@ -82,13 +82,15 @@ def look_at(root: Path) -> Found:
 def open_sample(found: Found, data: Data, device: torch.device, cache: Path) -> Dataset:
     """A dataset of evenly spread training images, as the recipe's, packed in the folder `cache`.
 
-    Its test split has the first images of its training split.
+    Its test split has the first images of its training split. What cannot be decoded is left out, as its info says.
     """
     files = found.folder.splits["train"]
     train = _rows(files, _spread(len(files), SAMPLE))
     splits = {"train": train, "test": _rows(files, [0, len(files) - 1])}
     folder = Folder(found.folder.root, found.folder.class_names, splits, {})
-    options = data.model_copy(update={"validation": 0.0, "test": None, "stream": False, "cache": str(cache)})
+    options = data.model_copy(
+        update={"validation": 0.0, "test": None, "stream": False, "cache": str(cache), "skip_unreadable": True}
+    )
     opening = Opening(options, 0, device, 0, 1, None)
     return open_files(folder, options, opening)
 

@@ -15,6 +15,8 @@ from distill.students.saved import WEIGHTS_FILE
 
 Earlier = Teacher | Pretrain
 """What a recipe may train first."""
+SHAPE = ("model", "stem", "width", "depths", "heads", "window", "expand", "focal_windows")
+"""Options of a student that decide the shapes of its weights, but for what is fitted to another student."""
 
 
 def earlier_runs(recipe: Recipe) -> list[Earlier]:
@@ -43,11 +45,13 @@ def recipe_of(recipe: Recipe, spec: Earlier) -> Recipe:
         what = "a teacher that a recipe trains" if earlier.pretrain is None else "pretraining by a recipe"
         instead = "teacher.model=local-dir:ITS_EXPORT" if isinstance(spec, Teacher) else "student.weights=ITS_EXPORT"
         raise InputError(f"{key}: {spec.recipe} needs {what}. Launch it on its own, then give {instead}.")
-    if isinstance(spec, Pretrain) and earlier.student.model != recipe.student.model:
-        raise InputError(
-            f"{key}: {spec.recipe} trains {earlier.student.model}, and student.model is {recipe.student.model}. Make "
-            "them the same."
-        )
+    for name in SHAPE if isinstance(spec, Pretrain) else ():
+        theirs, ours = (getattr(of.student, name, None) for of in (earlier, recipe))
+        if theirs != ours:
+            raise InputError(
+                f"{key}: {spec.recipe} trains a student of {name} {theirs}, and student.{name} is {ours}. Make "
+                "them the same."
+            )
     held_out = [(of.data.test, of.data.test_seed) for of in (earlier, recipe)]
     if isinstance(spec, Pretrain) and held_out[0] != held_out[1]:
         raise InputError(

@@ -43,20 +43,23 @@ def test_the_penalty_is_chosen_on_validation_samples() -> None:
     assert min(right) < max(right)
 
 
-def test_without_validation_samples_a_tenth_of_the_training_samples_chooses() -> None:
-    features, labels = sample(200)
-    held_out = torch.arange(200) % 10 == 9
+@pytest.mark.parametrize("classes", [4, 10])
+def test_without_validation_samples_a_tenth_of_each_class_chooses(classes: int) -> None:
+    features, labels = sample(200, classes=classes)  # whose labels take turns: every tenth of all may be of one class
+    held_out = torch.zeros(200, dtype=torch.bool)
+    for label in range(classes):
+        held_out[torch.nonzero(labels == label)[9::10]] = True
     strengths = [1e-5, 1e-2, 10.0]
     expected = fit_probe(
         features[~held_out],
         labels[~held_out],
-        classes=4,
+        classes=classes,
         strengths=strengths,
         validation=(features[held_out], labels[held_out]),
     )
-    probe = fit_probe(features, labels, classes=4, strengths=strengths)
+    probe = fit_probe(features, labels, classes=classes, strengths=strengths)
     assert probe.strength == expected.strength
-    again = fit_probe(features, labels, classes=4, strengths=[probe.strength])
+    again = fit_probe(features, labels, classes=classes, strengths=[probe.strength])
     assert torch.equal(probe.weight, again.weight)
     assert torch.equal(probe.bias, again.bias)
 
