@@ -19,8 +19,12 @@ def sample(n: int = 300, dim: int = 8, classes: int = 4) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
-def test_the_optimum_is_that_of_a_second_optimiser(strength: float) -> None:
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_optimum_is_that_of_a_second_optimiser(strength: float, correlated: bool) -> None:
     features, labels = sample()
+    if correlated:  # nearly of one direction, and one twice
+        features = features + 100.0 * features.sum(1, keepdim=True)
+        features[:, 1] = features[:, 0]
     probe = fit_probe(features, labels, classes=4, strengths=[strength])
     exact = features.double()
     standard = (exact - exact.mean(0)) / exact.std(0, correction=0)
