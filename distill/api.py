@@ -178,9 +178,7 @@ def evaluate(
         from distill.given import take
 
         images = Path(data) if isinstance(data, str | PathLike) else None
-        if isinstance(data, Mapping) and "train" not in data and "test" in data:
-            data = {**data, "train": data["test"]}
-        given, named = take(None if images else data, teacher)
+        given, named = take(None if images else data, teacher, test_alone=True)
         if isinstance(target, Run) or (isinstance(target, str | PathLike) and Path(target).is_dir()):
             place = None if out is None else Path(out)
             return evaluate_student(Path(target), [*overrides, *named], given, images, place)

@@ -7,6 +7,7 @@ import difflib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from distill import run
 from distill.analysis import analyse
 from distill.console import say
 from distill.data import Dataset, Split, open_dataset
-from distill.data.folder import open_test_images
+from distill.data.folder import EVALUATED, open_test_images
 from distill.environment import describe_environment
 from distill.errors import InputError
 from distill.evaluation import Classification, build_evaluator, described_answers, save_predictions, warn_of_missing
@@ -60,6 +61,8 @@ class Target:
     """Of a run, or of an export."""
     recipe: Recipe
     """Of the run, with the overrides; of an export that of its data alone."""
+    trained_by: Recipe
+    """Of the run, with the overrides of its teacher alone; of an export as `recipe`."""
     student: Student
     class_names: Sequence[str]
     is_run: bool
@@ -101,8 +104,10 @@ def _target(path: Path, overrides: Sequence[str], *, named: bool) -> Target:
     if (path / "resolved.yaml").exists():
         run.check_free(path)
         recipe = from_mapping(run.read_recipe(path).model_dump(), overrides, source=str(path / "resolved.yaml"))
+        of_teacher = [text for text in overrides if text.startswith("teacher.")]
+        trained_by = from_mapping(run.read_recipe(path).model_dump(), of_teacher, source=str(path / "resolved.yaml"))
         student, names = load_export(path / "export")
-        return Target(path, recipe, student, names, True)
+        return Target(path, recipe, trained_by, student, names, True)
     if not (path / CONFIG_FILE).exists():
         raise InputError(f"{path}: neither a run (it has no resolved.yaml) nor an export (it has no {CONFIG_FILE}).")
     if not named and not any(text.startswith("data.") for text in overrides):
@@ -117,7 +122,8 @@ def _target(path: Path, overrides: Sequence[str], *, named: bool) -> Target:
         data |= {"channels": prepared.channels, "fit": prepared.fit, "background": list(prepared.background)}
     # A student of any size: the recipe is of the data, and perhaps of a teacher.
     raw = {"data": data, "student": {"model": "resnet18"}}
-    return Target(path, from_mapping(raw, overrides, source=str(path)), student, names, False)
+    recipe = from_mapping(raw, overrides, source=str(path))
+    return Target(path, recipe, recipe, student, names, False)
 
 
 def _dataset(target: Target, given: Given, images: Path | None, accelerator: Accelerator) -> Dataset:
@@ -135,7 +141,21 @@ def _dataset(target: Target, given: Given, images: Path | None, accelerator: Acc
         return open_test_images(spec, device)
     if spec.name in FOLDERS and spec.test is None and not (target.is_run and (root / "train").is_dir()):
         return open_test_images(spec, device)
-    return open_dataset(spec, seed=target.recipe.seed, device=device, given=given.data, unlabelled=False)
+    seed = target.recipe.seed
+    if given.data is None and target.is_run:
+        return open_dataset(spec, seed=seed, device=device, unlabelled=False)
+    others = {"fit": "crop", "channels": None}  # of images that have a size already
+    if given.data is not None:
+        others = {**EVALUATED, **(others if given.data.tensors else {})}
+    try:
+        dataset = open_dataset(spec, seed=seed, device=device, given=given.data, unlabelled=False)
+        if given.data is None or target.digest == dataset.info.digest:
+            return dataset
+    except InputError:
+        with suppress(InputError):
+            return open_dataset(spec.model_copy(update=others), seed=seed, device=device, given=given.data)
+        raise
+    return open_dataset(spec.model_copy(update=others), seed=seed, device=device, given=given.data)
 
 
 def _again(target: Target, given: Given, dataset: Dataset, accelerator: Accelerator) -> Evaluation:
@@ -248,8 +268,8 @@ def _teacher_elsewhere(target: Target, given: Given, dataset: Dataset, accelerat
         dataset.info, class_names=tuple(target.class_names), digest=target.digest or dataset.info.digest
     )
     try:
-        _check_trained(target.recipe)
-        return build_teacher(target.recipe, trained_on, accelerator, given.teacher)
+        _check_trained(target.trained_by)
+        return build_teacher(target.trained_by, trained_on, accelerator, given.teacher)
     except InputError as error:
         say(f"Without the teacher: {error}")
         return None

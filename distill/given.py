@@ -36,8 +36,9 @@ class Given:
             )
 
 
-def take(data: Any, teacher: Any) -> tuple[Given, list[str]]:
-    """Validate a caller's `data` and `teacher`; returns them, and the overrides that name them in a recipe.
+def take(data: Any, teacher: Any, *, test_alone: bool = False) -> tuple[Given, list[str]]:
+    """Validate a caller's `data`, with `test_alone` perhaps without training images, and `teacher`; returns them, and
+    the overrides that name them in a recipe.
 
     Raises:
         InputError: they have none of the supported forms.
@@ -59,4 +60,4 @@ def take(data: Any, teacher: Any) -> tuple[Given, list[str]]:
             "interpolation": contract.interpolation,
         }
         overrides += [f"teacher.{key}={json.dumps(value)}" for key, value in section.items()]
-    return Given(None if data is None else GivenData.of(data), pair), overrides
+    return Given(None if data is None else GivenData.of(data, test_alone=test_alone), pair), overrides

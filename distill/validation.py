@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.options import Key, Problem
 from distill.recipe import FROM_PYTHON, Recipe, Teacher, reader_names, reader_of
 from distill.recipe.initialization import Select
-from distill.recipe.installed import optimizers, own_students, timm_models, torchvision_models
+from distill.recipe.installed import old_timm_models, optimizers, own_students, timm_models, torchvision_models
 from teachers.addresses import parse
 from teachers.zoo import ZOO
 
@@ -63,7 +63,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
                 (("data", "class_weights"),),
                 f"{len(weights)} weights for {len(classes)} classes; give one for each of {', '.join(classes)}",
             )
-    elif name.endswith((".safetensors", ".csv")) and not (root / name).is_file():
+    elif name.endswith((".safetensors", ".csv")) and not (root / name).is_file() and not Path(name).is_file():
         yield Problem((("data", "name"),), f"no such file: {root / name}")
 
 
@@ -86,7 +86,7 @@ def _teacher(teacher: Teacher, at: Key, plugins: bool) -> Iterator[Problem]:
         case "torchvision":
             yield from _unknown(address.name, torchvision_models(), (*at, "model"))
         case "timm" if not plugins:
-            yield from _unknown(address.name, [*ZOO, *timm_models()], (*at, "model"))
+            yield from _unknown(address.name, [*ZOO, *timm_models(), *old_timm_models()], (*at, "model"))
 
 
 def _unknown(name: str, known: Iterable[str], at: Key) -> Iterator[Problem]:

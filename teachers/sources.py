@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import timm
 import torchvision
 from huggingface_hub.errors import EntryNotFoundError
+from timm.models._registry import _deprecated_models
 from torch import nn
 
 import teachers.cifar_resnet  # noqa: F401  registers the names with timm
 from distill import recipe
 from distill.errors import InputError
 from distill.files.digests import file_digest
-from distill.files.plain_data import MOST_BYTES, parse_json
+from distill.files.plain_data import MOST_BYTES, parse_json, read_json
 from distill.files.records import TimmConfig, check
 from distill.files.regular import read_bytes
 from distill.inputs import InputContract
@@ -48,12 +49,18 @@ class Source(NamedTuple):
 
 
 def contract_is_assumed(spec: recipe.Teacher) -> bool:
-    """Whether a weights file of the user's own gets the input contract of a library's name, at least in part."""
-    if spec.weights is None or spec.model is None or None not in (spec.size, spec.mean, spec.std):
+    """Whether the weights may have been trained with other inputs than the contract says, which the recipe leaves open
+    at least in part: those of a file of the user's own, and of a folder or a hub's repository, for which timm writes
+    the values of the architecture.
+    """
+    if spec.model is None or None not in (spec.size, spec.mean, spec.std):
         return False
     scheme, name = parse(spec.model)
-    known = scheme == "zoo" and file_digest(Path(spec.weights)).startswith(ZOO[name].sha256)
-    return scheme != "local-dir" and not known
+    if scheme == "local-dir":
+        return "preparation" not in (read_json(Path(name) / "config.json") or {})  # which our exports have
+    if spec.weights is None:
+        return scheme == "hf_hub"
+    return not (scheme == "zoo" and file_digest(Path(spec.weights)).startswith(ZOO[name].sha256))
 
 
 class Wanted(NamedTuple):
@@ -174,8 +181,9 @@ def _timm_config(name: str) -> timm.models.PretrainedCfg:
             f"teacher.model: '{name}' is neither in the zoo (`distill teachers` lists it) nor a timm model.{hint} "
             "Other forms are hf_hub:NAME, torchvision/NAME and local-dir:PATH."
         )
-    try:
-        return timm.get_pretrained_cfg(name)
+    try:  # of an old name, such as tf_efficientnet_b0_ns, those that timm builds under it
+        config = timm.get_pretrained_cfg(_deprecated_models.get(name) or name)
+        return config or timm.models.PretrainedCfg()  # a registered architecture may have none
     except RuntimeError as error:  # an unknown tag after the dot
         known = ", ".join(timm.list_pretrained(base + ".*")) or "none"
         raise InputError(f"teacher.model: {error} timm has: {known}.") from None

@@ -88,8 +88,13 @@ class Teacher(nn.Module):
         output, found = self._readers[maps](inputs)
         return self._output(output), found
 
-    def _output(self, output: Tensor) -> Tensor:
+    def _output(self, output: Any) -> Tensor:
         """In float32; unpooled features are averaged over all but the first two dimensions."""
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"teacher {self.name}: returns {type(output).__name__} instead of logits [B, classes]. Wrap it in a "
+                "module that returns them, such as `output.logits`."
+            )
         if output.dim() > 2 and not self.num_classes:
             output = output.flatten(2).mean(2)
         if self.order is not None and self.num_classes:

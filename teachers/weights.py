@@ -24,7 +24,9 @@ from distill.files.regular import read_bytes
 from teachers.heads import take_off_classifier, without_head_keys
 
 # Keys of the state dict in checkpoints; EMA weights first, which authors evaluate.
-_WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+_WRAPPINGS = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "net",
+)  # fmt: skip
 _log = logging.getLogger("distill")
 # Of DataParallel, DistributedDataParallel and torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")

@@ -119,6 +119,8 @@ def test_tensors_of_which_only_the_test_is_given(run: Path) -> None:
     assert found.images == {"a": 3, "b": 0, "c": 0, "d": 3}
     assert found.by_class("student.fused")["b"] is None
     assert found.labels.tolist() == [3, 0, 3, 0, 3, 0]
+    data["classes"] = ["d", "a", "b"]  # of which the last one has no image
+    assert distill.evaluate(run, data=data).images == {"a": 3, "b": 0, "c": 0, "d": 3}
 
 
 def test_the_report_of_a_run_follows_its_figures(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

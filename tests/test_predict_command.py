@@ -96,6 +96,21 @@ def test_standard_input(
     assert lines[0]["classes"][0]["class"] == expected(folder, photos[0], 1)[0][0]
 
 
+def test_paths_that_begin_like_an_image_are_paths(
+    folder: Path, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("BMW 1.png", "P5 a.png"):
+        Image.open(photos[0]).save(name)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{name}\n".encode())))
+        assert main(["predict", str(folder), "-", "--json", "--top=1"]) == 0
+        assert json.loads(capsys.readouterr().out)["image"] == name
+    damaged = Path("BMW 1.png").read_bytes()[:40]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(damaged[:8] + bytes(8))))
+    assert main(["predict", str(folder), "-"]) == 2
+    assert "-: neither an image that can be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["nothing"], "no such file"), (["empty"], "empty: no image files there"), (["*.bmp"], "*.bmp: no image files"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import yaml
 
 from distill import pipeline, run
 from distill.errors import InputError
 from distill.given import Given
 from distill.pipeline import Launch, train_earlier
 from distill.recipe import Recipe, from_mapping
+from distill.teaching.earlier import directory_of
 
 TEACHER = "recipes/teachers/digits_cnn.yaml"
 NOBODY = Launch(cast(Any, None), threads=1, given=Given())
@@ -63,3 +66,17 @@ def test_any_other_problem_of_the_teachers_run_is_said(monkeypatch: pytest.Monke
     answers(monkeypatch, is_trained=[False, False], newest_location=[InputError("the recipe has changed")])
     with pytest.raises(InputError, match="the recipe has changed"):
         train_earlier(recipe, NOBODY)
+
+
+def test_a_teacher_that_saw_the_test_images_is_refused(tmp_path: Path) -> None:
+    """Whatever its resolution is."""
+    of_digits = {"name": "digits", "test": 0.2}
+    theirs = {"data": {**of_digits, "test_seed": 1, "resolution": 16}, "student": {"model": "resnet18"}}
+    path = tmp_path / "its.yaml"
+    path.write_text(yaml.safe_dump(theirs))
+    recipe = from_mapping({"data": of_digits, "teacher": {"recipe": str(path)}})
+    with pytest.raises(InputError, match=r"its\.yaml holds out other test images \(data\.test, data\.test_seed\)"):
+        directory_of(recipe, recipe.teachers[0])
+    del theirs["data"]["test_seed"]
+    path.write_text(yaml.safe_dump(theirs))
+    assert directory_of(recipe, recipe.teachers[0]).name.startswith("its-")

@@ -12,6 +12,7 @@ import timm
 import timm.optim
 import torchvision
 import yaml
+from timm.models._registry import _deprecated_models
 
 import teachers.cifar_resnet  # noqa: F401  registers its models
 from distill.cli import main
@@ -46,7 +47,9 @@ def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_names_read_from_source_are_those_that_the_packages_know() -> None:
     register_models()
     theirs = {name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("timm.")}
+    old = {name for name, new in _deprecated_models.items() if new}
     assert theirs <= installed.timm_models() <= set(timm.list_models())
+    assert installed.old_timm_models() == old
     assert installed.torchvision_models() == set(torchvision.models.list_models())
     assert set(timm.optim.list_optimizers()) - installed.optimizers() <= {"nesterov"}
     assert len(installed.optimizers()) > 90

@@ -12,10 +12,10 @@ files, and recorded in the cache folder, so that batches are the same for any nu
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,6 +68,13 @@ def open_files(folder: Folder, options: Data, opening: Opening) -> Dataset:
     return dataset
 
 
+EVALUATED: Mapping[str, Any] = {
+    "stream": None, "test": None, "validation": 0, "labelled": None, "unlabelled": None, "class_weights": None,
+    "sampler": None, "long_tail": None, "views": None,
+}  # fmt: skip
+"""Values of the keys of `data` that are about training, for data on which a student is evaluated alone."""
+
+
 def open_test_images(spec: Data, device: torch.device) -> Dataset:
     """All images of `spec.root`/test/CLASS, or val/CLASS where there is no test, else of `spec.root`/CLASS, as the test
     split of a stream: for a student that is there already.
@@ -76,7 +83,7 @@ def open_test_images(spec: Data, device: torch.device) -> Dataset:
         InputError: it is no such folder, or a file in it is no image (unless `data.skip_unreadable`).
     """
     root = Path(spec.root)
-    options = spec.model_copy(update={"stream": True, "test": None, "validation": 0, "labelled": None, "views": None})
+    options = spec.model_copy(update={**EVALUATED, "stream": True})
     opening = Opening(options, 0, device, 0, share_of_cores(1) if spec.workers is None else spec.workers, None)
     try:
         found = _test_images(root, skip=spec.skip_unreadable)

@@ -65,15 +65,22 @@ class DatasetReader:
         """
         where = self._name(row)
         try:
-            image, label = self._dataset[row]
+            item = self._dataset[row]
         except Exception as error:  # the Dataset is the caller's code
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise InputError(f"{where} cannot be read as (image, label) ({reason}).") from error
+        if isinstance(item, Mapping) or not isinstance(item, Sequence) or len(item) != 2:
+            what = f"a mapping of {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__
+            raise InputError(
+                f"{where} is {what}, not (image, label). Wrap the Dataset in one that returns these; for a set of the "
+                "Hugging Face Hub there is data.name=hfds/NAME."
+            )
+        image, label = item
         try:
             number = int(label)
-        except (TypeError, ValueError):
-            number = -1
-        if number != label or number < 0:
+        except (TypeError, ValueError, RuntimeError):
+            number = None
+        if number is None or number != label or number < 0:
             raise InputError(f"{where} has the label {label!r}; labels are whole numbers from 0.")
         return _as_image(image, where), number
 
@@ -138,10 +145,12 @@ class GivenData:
     readers: Mapping[str, DatasetReader]
     class_names: tuple[str, ...]
     """Empty if not given; then classes are named by their numbers."""
+    test_alone: bool = False
+    """Whether the test split stands for that of training too, and may lack classes."""
 
     @classmethod
-    def of(cls, data: Any) -> GivenData:
-        """Check the argument `data=`.
+    def of(cls, data: Any, *, test_alone: bool = False) -> GivenData:
+        """Check the argument `data=`; with `test_alone` it needs no training split.
 
         Raises:
             InputError: it has none of the supported forms.
@@ -153,6 +162,8 @@ class GivenData:
         splits = {"validation" if name == "val" else name: split for name, split in data.items() if name != "classes"}
         if unknown := [name for name in splits if name not in SPLIT_NAMES]:
             raise InputError(f"data: no split {unknown[0]!r}; {FORMS}.")
+        if test_alone := test_alone and "train" not in splits and "test" in splits:
+            splits["train"] = splits["test"]
         if missing := [name for name in ("train", "test") if splits.get(name) is None]:
             raise InputError(f"data: the {missing[0]} split is missing; {FORMS}.")
         pairs = {name: split for name, split in splits.items() if isinstance(split, Sequence)}
@@ -161,7 +172,7 @@ class GivenData:
             raise InputError(f"data: tensors for {', '.join(pairs)} only; give all splits in the same form; {FORMS}.")
         if not pairs:
             readers = {name: DatasetReader(name, split) for name, split in splits.items()}
-            return cls({}, readers, names or readers["train"].class_names)
+            return cls({}, readers, names or readers["train"].class_names, test_alone)
         tensors: dict[str, Tensor] = {}
         for name, pair in pairs.items():
             if len(pair) != 2 or not all(isinstance(tensor, Tensor) for tensor in pair):
@@ -169,7 +180,7 @@ class GivenData:
             images, labels = (tensor.detach().cpu() for tensor in pair)
             labels = labels if labels.is_floating_point() else labels.long()
             tensors |= {f"{name}.images": images, f"{name}.labels": labels}
-        return cls(tensors, {}, names)
+        return cls(tensors, {}, names, test_alone)
 
     @property
     def num_images(self) -> int:
@@ -188,7 +199,7 @@ class GivenData:
         names = self.class_names or _numbers(labels)
         if len(set(names)) != len(names) or len(names) < 2:
             raise InputError(f"data: {len(names)} class(es); at least two different ones are needed.")
-        for problem, _ in problems_of(tensors, {}, names, None, is_whole=True):
+        for problem, _ in problems_of(tensors, {}, names, None, is_whole=True, every_class=not self.test_alone):
             raise InputError(f"data: {problem}; {FORMS}.")
         return Packed("data", names, tensors, {f"sha256/{key}": sha256(tensor) for key, tensor in tensors.items()})
 

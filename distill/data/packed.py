@@ -105,8 +105,9 @@ def problems_of(
     *,
     is_whole: bool,
     needs_test: bool = True,
+    every_class: bool = True,
 ) -> Iterator[tuple[str, str]]:
-    """Problems and remedies, in order; reading on after the first one may raise."""
+    """Problems and remedies, in order; reading on after the first one may raise. `every_class`: has training images."""
     get_again = "delete the file and get it again"
     required = ("train", "test") if needs_test else ("train",)
     splits = [split for split in SPLIT_NAMES if split in required or f"{split}.images" in tensors]
@@ -153,7 +154,7 @@ def problems_of(
                     PACK_AGAIN,
                 )
     counts = torch.bincount(tensors["train.labels"], minlength=len(class_names)).tolist()
-    if 0 in counts:
+    if every_class and 0 in counts:
         yield f"class '{class_names[counts.index(0)]}' has no training image", PACK_AGAIN
     if not is_whole and (CHECKSUM in metadata or metadata.get("layout") == LAYOUT):
         yield "its header is not what was written (SHA-256 differs), so it is damaged or altered", get_again

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +58,9 @@ def _standard_input() -> list[str | Image.Image]:
     content = sys.stdin.buffer.read()
     try:
         return [Image.open(BytesIO(content))]
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    except Exception as error:  # of Pillow, where a list of paths begins like a format's header
+        if b"\0" in content:
+            raise InputError(f"-: neither an image that can be read ({error}) nor a list of paths.") from None
         paths = [line for line in os.fsdecode(content).splitlines() if line]
     if not paths:
         raise InputError("-: standard input is empty; it takes an image, or a path a line.")

@@ -11,6 +11,8 @@ from pathlib import Path
 from distill import registry
 
 TIMM_MODEL = re.compile(r"^@register_model\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
+OLD_TIMM_MODELS = re.compile(r"^register_model_deprecations\(__name__, \{\n([\s\S]*?)^\}\)", re.MULTILINE)
+OLD_TIMM_MODEL = re.compile(r"^ +'(\w+)' ?: '", re.MULTILINE)
 TORCHVISION_MODEL = re.compile(r"^@register_model\((?:name=\"(\w+)\")?\)[\s\S]*?^def (\w+)\(", re.MULTILINE)
 OPTIMIZER = re.compile(r"(?:OptimInfo\(|register_alias\()\s*(?:name=)?'(\w+)'")
 
@@ -28,6 +30,13 @@ def timm_models() -> frozenset[str]:
     return frozenset(
         found | {name for path in own.glob("*.py") for name in TIMM_MODEL.findall(path.read_text("utf-8"))}
     )
+
+
+@cache
+def old_timm_models() -> frozenset[str]:
+    """Names that models of the installed timm had earlier, under which it still builds them."""
+    mappings = (mapping for text in _sources("timm", "models") for mapping in OLD_TIMM_MODELS.findall(text))
+    return frozenset(name for mapping in mappings for name in OLD_TIMM_MODEL.findall(mapping))
 
 
 @cache

@@ -72,7 +72,10 @@ def check_contract(teachers: Sequence[Teacher], labels: Tensor, logits: Sequence
     known = labels.numpy()
     rights = [decisions(values.numpy()) == known for values in logits]
     found = [f"{right.mean():.2%} with {teacher.contract}" for right, teacher in zip(rights, teachers, strict=True)]
-    says = f"{spec.weights} does not say how its inputs were prepared. On {len(known)} images it has an accuracy of "
+    says = (
+        f"{spec.weights or spec.model} does not say for certain how its inputs were prepared. On {len(known)} images "
+        "it has an accuracy of "
+    )
     _log.info("teacher %s: %s%s; the first is used", teachers[0].name, says, "; ".join(found))
     best = preferred(labels, logits)
     if best:

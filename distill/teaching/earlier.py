@@ -52,8 +52,8 @@ def recipe_of(recipe: Recipe, spec: Earlier) -> Recipe:
                 f"{key}: {spec.recipe} trains a student of {name} {theirs}, and student.{name} is {ours}. Make "
                 "them the same."
             )
-    held_out = [(of.data.test, of.data.test_seed) for of in (earlier, recipe)]
-    if isinstance(spec, Pretrain) and held_out[0] != held_out[1]:
+    held_out = [of.data.test and (of.data.test, of.data.test_seed) for of in (earlier, recipe)]
+    if held_out[0] != held_out[1]:
         raise InputError(
             f"{key}: {spec.recipe} holds out other test images (data.test, data.test_seed): those of this recipe would "
             "have been trained on. Make both the same."

@@ -17,8 +17,11 @@ from distill import recipe
 from distill.errors import InputError
 from distill.files.digests import state_digest
 from distill.inputs import InputContract
+from distill.recipe import Teacher as Spec
 from distill.students import build_student
 from teachers import ZOO, Ensemble, Teacher, load_teacher
+from teachers.contracts import timm_contract
+from teachers.sources import untrained_source
 from tests.students.helpers import student_options
 
 IMAGENET = InputContract((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32)
@@ -312,3 +315,18 @@ def test_without_network(model: str, error: Exception, monkeypatch: pytest.Monke
     monkeypatch.setattr("os.makedirs", lambda *args, **kwargs: None)
     with pytest.raises(InputError, match=r"https://\S+: cannot be downloaded \(.*\). Fetch.*teacher.weights=PATH"):
         load_teacher({"model": model}, 1000)
+
+
+def test_old_names_of_timm_are_those_of_the_new_ones() -> None:
+    source = untrained_source(Spec(model="tf_efficientnet_b0_ns"), 10)
+    config = timm.get_pretrained_cfg("tf_efficientnet_b0.ns_jft_in1k")
+    assert (source.num_classes, source.contract) == (10, timm_contract(config.to_dict()))
+
+
+def test_a_network_that_returns_no_tensor_is_refused() -> None:
+    class Pair(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor]:
+            return (images.flatten(1)[:, :4],)
+
+    with pytest.raises(InputError, match="teacher pair: returns tuple instead of logits"):
+        Teacher("pair", Pair(), InputContract((0.0,) * 3, (1.0,) * 3, 8), 4)

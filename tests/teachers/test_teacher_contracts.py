@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distill.errors import InputError
 from distill.inputs import InputAdapter, InputContract
 from distill.launching.processes import build_accelerator
 from distill.recipe import Recipe, from_mapping
+from distill.recipe import Teacher as Spec
 from distill.teaching.teachers import build_teacher, run_preflight
 from teachers.sources import contract_is_assumed
 from tests.conftest import Toy
@@ -30,6 +32,7 @@ class BySum(nn.Module):
 
     def __init__(self, num_classes: int = 1000, in_chans: int = 3, **unused: Any) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.centres = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def test_the_librarys_contract_is_used_and_said_where_it_is_right(
     with caplog.at_level(logging.INFO, "distill"):
         found = _preflight(toy, dataset, weights=str(weights))
     assert found["teacher/top1"] == 100.0
-    (line,) = [line for line in caplog.messages if "does not say how its inputs were prepared" in line]
+    (line,) = [line for line in caplog.messages if "does not say for certain how its inputs were prepared" in line]
     assert f"100.00% with {LIBRARY}; " in line
     assert line.count("% with mean") == 4  # two sizes, two pairs of statistics
     assert line.endswith("; the first is used")
@@ -111,10 +114,27 @@ def test_weights_that_were_trained_otherwise_are_refused_with_the_keys_to_set(
     assert _preflight(toy, dataset, weights=str(weights), **stubborn)["teacher/top1"] < 100.0
 
 
+def test_folders_of_timm_are_measured_and_ours_are_not(toy: Toy, dataset: Dataset, tmp_path: Path) -> None:
+    contract = InputContract(LIBRARY.mean, LIBRARY.std, 8, "bilinear")
+    _weights(tmp_path / "model.safetensors", dataset, contract)
+    config: dict[str, Any] = {
+        "architecture": "by_sum",
+        "num_classes": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="does not say for certain how its inputs were prepared") as caught:
+        _preflight(toy, dataset, model=f"local-dir:{tmp_path}", weights=None)
+    assert "teacher.size=8" in str(caught.value)
+    assert _preflight(toy, dataset, model=f"local-dir:{tmp_path}", weights=None, size=8)["teacher/top1"] == 100.0
+    config["preparation"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not contract_is_assumed(Spec(model=f"local-dir:{tmp_path}"))
+
+
 def test_evaluating_a_teacher_measures_them_too(toy: Toy, dataset: Dataset, tmp_path: Path) -> None:
     weights = _weights(tmp_path / "own.safetensors", dataset, InputContract(LIBRARY.mean, LIBRARY.std, 8, "bilinear"))
     given = {"model": "by_sum", "weights": str(weights), "min_accuracy": None}
-    with pytest.raises(InputError, match="does not say how its inputs were prepared"):
+    with pytest.raises(InputError, match="does not say for certain how its inputs were prepared"):
         distill.evaluate(from_mapping(toy.mapping(teacher=given)))
     assert distill.evaluate(from_mapping(toy.mapping(teacher=given | {"size": 8})))["teacher"].top1 == 100.0
 
@@ -146,7 +166,8 @@ def test_a_member_of_an_ensemble_is_named_by_its_key(toy: Toy, dataset: Dataset,
         ({"model": "torchvision/resnet18", "weights": "w"}, True),
         ({"model": "hf_hub:timm/resnet18.a1_in1k", "weights": "w"}, True),
         ({"model": "cifar_resnet20", "weights": "w"}, True),  # not the file of zoo.yaml
-        ({"model": "local-dir:folder", "weights": "w"}, False),
+        ({"model": "local-dir:folder", "weights": "w"}, True),
+        ({"model": "hf_hub:someone/resnet18"}, True),
         ({"model": "resnet18", "weights": "w", "size": 64, "mean": [0.5] * 3}, True),
         ({"model": "resnet18", "weights": "w", "size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}, False),
     ],

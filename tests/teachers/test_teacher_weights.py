@@ -47,6 +47,8 @@ WRAPPINGS: dict[str, Any] = {
     "compiled, then DDP": lambda s: _prefixed(s, "module._orig_mod."),
     "DDP, then compiled": lambda s: _prefixed(s, "_orig_mod.module."),
     "averaged beside raw": lambda s: {"state_dict": {k: v + 1 for k, v in s.items()}, "state_dict_ema": s},
+    "pytorch-cifar": lambda s: {"net": s, "acc": 95.1, "epoch": 200},
+    "ema beside model": lambda s: {"model": {k: v + 1 for k, v in s.items()}, "ema": s},
     "AveragedModel": lambda s: {"model_ema": {"n_averaged": torch.tensor(5), **_prefixed(s, "module.")}},
     "no counters": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
 }
