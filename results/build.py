@@ -44,11 +44,12 @@ by `accelerate launch distill/train.py results/recipes/ARM.yaml seed=SEED`.
 
 CIFAR-10, where a question says nothing else. Top-1 accuracy is that of the test images (of CIFAR-10 10,000), which each
 run reads once, at its end, for the weights that were chosen on its validation images: mean and standard deviation over
-the seeds. A difference is that of the answers under the seeds that both arms have; p is that of McNemar's exact test of
-all of them together, in which an image counts once a seed: it speaks of the networks that were trained. "p over seeds",
-a paired t-test of their accuracies, asks how far other seeds would agree, and over three seeds it shows only what is
-large. "p, Holm" is p adjusted for the tests of its table; the other two are not. The interval of a difference is that
-of a bootstrap over seeds and images. "In common" says what the two arms share under each seed: the weights that they
+the seeds. A difference is that of the answers under the seeds that both arms have. p is that of a sign-flip test over
+the images, in which an image's answers under all seeds stay together (for one seed McNemar's exact test): it speaks of
+the networks that were trained, on other images. "p over seeds", a paired t-test of their accuracies, asks how far other
+seeds would agree, and over three seeds it shows only what is large. "p, Holm" is p adjusted for the tests of its table;
+the other two are not. The interval of a difference is that of a bootstrap over images and seeds; the images are drawn
+once for all seeds. "In common" says what the two arms share under each seed: the weights that they
 began from, and the batches that they saw. Minutes are those of a run from its first step to its test, without its
 pauses, whatever else the machine had to do."""
 

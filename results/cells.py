@@ -11,7 +11,7 @@ import numpy as np
 from distill.errors import InputError
 from distill.report.metrics import Metrics, Predictions, decisions, measure, read_predictions
 from distill.report.runs import Record, RunFiles, read_run
-from distill.report.statistics import Right, bootstrap_over_seeds, in_words, mcnemar, paired
+from distill.report.statistics import Right, mcnemar, over_seeds, paired
 from distill.run import read_recipe
 from results.arms import ARMS, identity, load_arm, seeds_of
 from results.collect import PIXELS, TEACHERS, is_chosen, teacher_of
@@ -26,7 +26,7 @@ class Difference:
 
     points: float
     p: float
-    """Of McNemar's exact test of all answers together."""
+    """Of the sign-flip test over the images, which for one seed is McNemar's exact test."""
     seeds: int
     interval: tuple[float, float]
     """95 % interval of `points`: a bootstrap over seeds and images, over one seed of its images."""
@@ -125,12 +125,13 @@ def difference(ours: Rights, theirs: Rights) -> Difference | None:
     common = sorted(set(ours) & set(theirs))
     if not common:
         return None
-    a, b = ([rights[seed] for seed in common] for rights in (ours, theirs))
-    pooled = mcnemar("", "", np.concatenate(a), np.concatenate(b))
-    over_seeds = paired(list(map(_percent, a)), list(map(_percent, b))) if len(common) > 1 else None
-    interval = bootstrap_over_seeds(list(zip(a, b, strict=True)))
-    words = in_words(pooled.points, pooled.p, interval, pooled.smallest, pooled.p_equal)
-    return Difference(pooled.points, pooled.p, len(common), interval, words, over_seeds)
+    pairs = [(ours[seed], theirs[seed]) for seed in common]
+    if len(pairs) == 1:
+        alone = mcnemar("", "", *pairs[0])
+        return Difference(alone.points, alone.p, 1, (alone.low, alone.high), alone.words)
+    found = over_seeds(pairs)
+    p_over_seeds = paired(*(list(map(_percent, rights)) for rights in zip(*pairs, strict=True)))
+    return Difference(found.points, found.p, len(pairs), (found.low, found.high), found.words, p_over_seeds)
 
 
 def _right(predictions: Predictions) -> Right:

@@ -1,10 +1,12 @@
-"""Floating-point operations by closed formulas, two for every multiply-add of a matrix product: the oracle of
-`distill.flops`.
+"""Oracles: floating-point operations by closed formulas, two for every multiply-add of a matrix product, and a test in
+exact arithmetic.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from fractions import Fraction
 
 from distill.options import StudentOptions
 from distill.recipe import VIT_SIZES
@@ -92,3 +94,17 @@ def _local_global(size: PyramidSize, stage: int, side: int, width: int) -> tuple
         places = (side // 2**scale) ** 2
         block += 2 * places * 4 * width**2 + 2 * 2 * places * size.window**2 * width
     return block, _stem_or_between(size, stage, side, width, 4 * width // 2)
+
+
+def p_of_flipped_signs(differences: Sequence[int]) -> float:
+    """Two-sided p of the sum of whole numbers under random signs, in exact arithmetic."""
+    numbers = [abs(one) for one in differences]
+    ways = {0: 1}
+    for number in filter(None, numbers):
+        grown: dict[int, int] = {}
+        for total, count in ways.items():
+            for new in (total - number, total + number):
+                grown[new] = grown.get(new, 0) + count
+        ways = grown
+    seen = abs(sum(differences))
+    return float(Fraction(sum(count for total, count in ways.items() if abs(total) >= seen), sum(ways.values())))

@@ -40,6 +40,19 @@ class PairedTest(NamedTuple):
     words: str
 
 
+class OverSeeds(NamedTuple):
+    """One model against another under the same seeds, on the same images."""
+
+    points: float
+    """Mean accuracy of the first minus that of the second, in percentage points."""
+    p: float
+    """Of `sign_flip`, where an image's answers under all seeds stay together: about other images, not other seeds."""
+    low: float
+    high: float
+    """95 % interval of `points`: bootstrap over images and seeds."""
+    words: str
+
+
 def wilson(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share, in percent (Wilson 1927)."""
     interval = stats.binomtest(correct, samples).proportion_ci(confidence, method="wilson")
@@ -74,19 +87,54 @@ def bootstrap(only_first: int, only_second: int, samples: int, confidence: float
     return 100 * float(low) / samples, 100 * float(high) / samples
 
 
+def over_seeds(pairs: Sequence[tuple[Right, Right]]) -> OverSeeds:
+    """Two models under several seeds, each with the right answers of both, bool [N], on the same images."""
+    apart = _apart(pairs)
+    points = 100 * float(apart.mean())
+    p = sign_flip(apart.sum(1))
+    low, high = bootstrap_over_seeds(pairs)
+    most = float(sum(stats.norm.isf([SIGNIFICANT / 2, 1 - POWER]))) / float(stats.norm.isf(SIGNIFICANT / 2))
+    smallest = most * (high - low) / 2
+    # By the interval, which knows of the seeds.
+    is_apart, is_equal = (low > 0 or high < 0), max(-low, high) < EQUAL
+    return OverSeeds(points, p, low, high, _words(points, p, (low, high), smallest, is_apart, is_equal))
+
+
+def _apart(pairs: Sequence[tuple[Right, Right]]) -> NDArray[np.int64]:
+    """[images, seeds]: 1 where only the first model is right, -1 where only the second is."""
+    return np.stack([a.astype(np.int64) - b.astype(np.int64) for a, b in pairs], 1)
+
+
 def bootstrap_over_seeds(pairs: Sequence[tuple[Right, Right]], confidence: float = 0.95) -> tuple[float, float]:
-    """As `bootstrap`, for the mean over seeds, each with the right answers of both models: seeds are drawn, and images
-    within each of them.
+    """As `bootstrap`, for the mean over seeds, each with the right answers of both models: images are drawn, the same
+    for all seeds, and seeds. What is by chance of the images does not become less with the number of seeds.
     """
     generator = np.random.default_rng(0)
-    samples = len(pairs[0][0])
-    only = np.array([[(a & ~b).sum(), (b & ~a).sum()] for a, b in pairs])
-    shares = np.column_stack([only, samples - only.sum(1)]) / samples
-    chosen = generator.integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    drawn = generator.multinomial(samples, shares[chosen])
-    means = (drawn[..., 0] - drawn[..., 1]).mean(1) / samples
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    apart = _apart(pairs)
+    samples, seeds = apart.shape
+    kinds, counts = np.unique(apart, axis=0, return_counts=True)
+    means = []
+    for _ in range(0, RESAMPLES, RESAMPLES // 20):  # in parts: many seeds have many kinds of images
+        images = generator.multinomial(samples, counts / samples, RESAMPLES // 20)
+        chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES // 20)
+        means.append(((images @ kinds) * chosen).sum(1) / samples / seeds)
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return 100 * float(low), 100 * float(high)
+
+
+def sign_flip(differences: NDArray[np.int64]) -> float:
+    """p, two-sided and exact, of the test that gives the difference of each image, a whole number, a random sign
+    (Fisher 1935): the chance that their sum is so far from 0, or farther, if both models are equally good. For
+    differences of -1, 0 and 1 it is McNemar's exact test.
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    chances = np.ones(1)  # of how much of the sizes is positive
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        positive = np.zeros(size * count + 1)
+        positive[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, positive)
+    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    return min(1.0, float(chances[np.abs(sums) >= abs(int(differences.sum()))].sum()))
 
 
 def equivalence(only_first: int, only_second: int, samples: int, margin: float) -> float:
@@ -120,11 +168,25 @@ def in_words(points: float, p: float, interval: tuple[float, float], smallest: f
     """'better by 1.80 points (95 % interval +1.20 to +2.40), p < 0.001', 'equal within 1 point (...)' where a test of
     equivalence shows it, or 'no difference shown (...; one below 1.50 points would often be missed)'.
     """
+    is_equal, equal = p_equal < SIGNIFICANT, f"; TOST {p_text(p_equal)}"
+    return _words(points, p, interval, smallest, p < SIGNIFICANT, is_equal, equal)
+
+
+def _words(
+    points: float,
+    p: float,
+    interval: tuple[float, float],
+    smallest: float,
+    is_apart: bool,
+    is_equal: bool,
+    equal: str = "",
+) -> str:
+    """`equal`: what else is said of equal ones."""
     between = f"95 % interval {interval[0]:+.2f} to {interval[1]:+.2f}"
-    if p < SIGNIFICANT:
+    if is_apart:
         return f"{'better' if points > 0 else 'worse'} by {abs(points):.2f} points ({between}), {p_text(p)}"
-    if p_equal < SIGNIFICANT:
-        return f"equal within {EQUAL:g} point ({points:+.2f} points, {between}; TOST {p_text(p_equal)})"
+    if is_equal:
+        return f"equal within {EQUAL:g} point ({points:+.2f} points, {between}{equal})"
     return (
         f"no difference shown ({points:+.2f} points, {between}, {p_text(p)}; one below {smallest:.2f} points would "
         "often be missed)"

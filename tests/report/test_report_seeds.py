@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from distill.report.answer import answer
 from distill.report.comparison import compare
 from distill.report.sections import seeds
+from tests.formulas import p_of_flipped_signs
 from tests.report.conftest import MakeRun
 
 SOFT: dict[str, Any] = {"teacher": {"model": "resnet18"}, "distill": [{"method": "soft"}], "control": True}
@@ -48,18 +48,16 @@ def test_a_control_serves_every_recipe_whose_control_it_would_be(make_run: MakeR
         ]
     tests = {(test["first"], test["second"]): test for test in section.data["tests"]}
     test = tests["student of hard-0", "its control"]
-    # By hand: images that one of the two alone has right, counted over both seeds.
-    only = [0, 0]
+    # By hand: of each image, under how many seeds one of the two alone has it right.
+    apart = [0] * len(comparison.labels)
     for student, control in (("hard-0", "soft-0"), ("hard-1", "soft-1")):
         a, b = comparison.row(student, "student"), comparison.row(control, "control")
         assert a is not None
         assert b is not None
-        for label, ours, theirs in zip(comparison.labels, a.logits, b.logits, strict=True):
-            right = bool(np.argmax(ours) == label), bool(np.argmax(theirs) == label)
-            only[0] += right == (True, False)
-            only[1] += right == (False, True)
-    assert test["p_pooled"] == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
-    assert test["points"] == pytest.approx(100 * (only[0] - only[1]) / (2 * len(comparison.labels)))
+        for image, (label, ours, theirs) in enumerate(zip(comparison.labels, a.logits, b.logits, strict=True)):
+            apart[image] += int(np.argmax(ours) == label) - int(np.argmax(theirs) == label)
+    assert test["p_over_images"] == pytest.approx(p_of_flipped_signs(apart))
+    assert test["points"] == pytest.approx(100 * sum(apart) / (2 * len(comparison.labels)))
     assert test["seeds"] == 2
     assert ("student of soft-0", "student of hard-0") in tests
 

@@ -18,10 +18,13 @@ from distill.report.statistics import (
     holm,
     in_words,
     mcnemar,
+    over_seeds,
     p_text,
     paired,
+    sign_flip,
     wilson,
 )
+from tests.formulas import p_of_flipped_signs
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 10), (10, 10), (7, 10), (9173, 10_000)])
@@ -86,16 +89,56 @@ def test_the_interval_over_seeds_is_wider_by_what_seeds_differ() -> None:
     alike = [rights(60, 20, 1000)] * 3
     for pairs in (apart, alike):
         chance, means = np.random.default_rng(3), []
-        for _ in range(2000):  # the same by drawing seeds, then images, one by one
-            drawn = []
-            for seed in chance.integers(0, 3, 3):
-                images = chance.integers(0, 1000, 1000)
-                drawn.append(100 * (pairs[seed][0][images].mean() - pairs[seed][1][images].mean()))
+        for _ in range(2000):  # the same by drawing images, one by one, and then seeds
+            images = chance.integers(0, 1000, 1000)
+            drawn = [
+                100 * (pairs[seed][0][images].mean() - pairs[seed][1][images].mean())
+                for seed in chance.integers(0, 3, 3)
+            ]
             means.append(np.mean(drawn))
         expected = np.quantile(means, [0.1, 0.9])  # not where a few draws of three seeds decide
         assert bootstrap_over_seeds(pairs, 0.8) == pytest.approx(expected, abs=0.25)
     (low, high), (lower, higher) = bootstrap_over_seeds(alike), bootstrap_over_seeds(apart)
     assert higher - lower > 1.5 * (high - low)
+
+
+def test_the_same_networks_named_as_three_seeds_show_no_more_than_once() -> None:
+    pair = rights(60, 35, 1000)
+    once, thrice = mcnemar("a", "b", *pair), over_seeds([pair] * 3)
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high), abs=0.15)
+    assert thrice.p == pytest.approx(once.p, rel=1e-9)
+    assert thrice.points == pytest.approx(once.points)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sign_flip_test_is_exact(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    differences = chance.integers(-4, 5, 40)
+    assert sign_flip(differences) == pytest.approx(p_of_flipped_signs(differences.tolist()), rel=1e-9)
+    a, b = (chance.random(200) < 0.6 for _ in range(2))
+    assert sign_flip(a.astype(int) - b) == pytest.approx(mcnemar("a", "b", a, b).p, rel=1e-9)
+    assert sign_flip(np.zeros(5, np.int64)) == 1.0
+
+
+def test_equally_good_students_of_several_seeds_are_rarely_told_apart() -> None:
+    """The images that are hard are hard under all seeds; the other model is one for all of them, as a teacher is."""
+    chance, found = np.random.default_rng(0), []
+    for _ in range(200):
+        easy = chance.beta(4, 1, 1000)
+        teacher = chance.random(1000) < easy
+        test = over_seeds([(chance.random(1000) < easy, teacher) for _ in range(3)])
+        found.append((test.low > 0 or test.high < 0, test.p < 0.05))
+    assert np.mean(found, 0).max() < 0.09
+
+
+def test_words_over_seeds_follow_the_interval() -> None:
+    assert over_seeds([rights(90, 20, 1000)] * 3).words.startswith("better by 7.00 points (95 % interval +")
+    assert over_seeds([rights(30, 30, 20_000)] * 3).words.startswith(
+        "equal within 1 point (+0.00 points, 95 % interval -"
+    )
+    open_words = over_seeds([rights(30, 28, 1000)] * 3).words
+    assert open_words.startswith("no difference shown (+0.20 points")
+    assert "often be missed" in open_words
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "samples"), COUNTS)

@@ -12,7 +12,7 @@ from distill.report.comparison import Comparison, Row
 from distill.report.groups import groups_of
 from distill.report.metrics import Ints, decisions
 from distill.report.page import Section, Table
-from distill.report.statistics import bootstrap_over_seeds, mcnemar, p_value, paired
+from distill.report.statistics import over_seeds, p_value, paired
 
 BySeed = Mapping[int, Row]
 Groups = Mapping[str, Mapping[str, BySeed]]
@@ -45,15 +45,16 @@ def build(comparison: Comparison) -> Section | None:
     )
     tested = Table.of(
         "seeds-tests",
-        "Over the seeds that both have: McNemar's exact test of all their answers together (an image counts once a "
-        "seed), the interval of a bootstrap over seeds and images, and a paired t-test of their accuracies.",
+        "Over the seeds that both have: the interval of a bootstrap over seeds and images, p of a sign-flip test over "
+        "the images, and of a paired t-test of the accuracies over the seeds.",
         tests,
         [
             ("first", "first", ""),
             ("second", "second", ""),
             ("first against second", "words", ""),
             ("95 % interval", "interval", "{0[0]:+.2f} to {0[1]:+.2f}".format),
-            ("p of the t-test", "p_over_seeds", p_value),
+            ("p, images", "p_over_images", p_value),
+            ("p, seeds", "p_over_seeds", p_value),
             ("seeds", "seeds", "d"),
         ],
     )
@@ -84,16 +85,16 @@ def _test(first: str, a: BySeed, second: str, b: BySeed, labels: Ints) -> Iterat
     if len(common) > 1:
         rights = [[decisions(rows[seed].logits) == labels for seed in common] for rows in (a, b)]
         accuracies = [[rows[seed].metrics.top1 for seed in common] for rows in (a, b)]
-        pooled = mcnemar(first, second, *map(np.concatenate, rights))
+        test = over_seeds(list(zip(*rights, strict=True)))
         yield {
             "first": first,
             "second": second,
             "seeds": len(common),
-            "points": pooled.points,
-            "interval": list(bootstrap_over_seeds(list(zip(*rights, strict=True)))),
+            "points": test.points,
+            "interval": [test.low, test.high],
             "p_over_seeds": paired(*accuracies),
-            "p_pooled": pooled.p,
-            "words": pooled.words,
+            "p_over_images": test.p,
+            "words": test.words,
         }
 
 
