@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -44,7 +43,7 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
         _dry_run(recipe_of(recipe, spec), accelerator, given)
     original, preflight = recipe, None
     if any(spec is not recipe.pretrain for spec in untrained):
-        recipe = recipe.as_control()
+        recipe = _without_frozen_teacher(recipe)
     teacher = build_teacher(recipe, dataset, accelerator, given.teacher)
     if teacher is not None:
         preflight, _ = run_preflight(recipe, teacher, dataset, accelerator)
@@ -98,7 +97,17 @@ def _dry_run(recipe: Recipe, accelerator: Accelerator, given: Given) -> None:
         file = trainer.cache.file
         say(f"cache       {file.path}, {file.size / 1e6:,.1f} MB, of which {file.missing / 1e6:,.1f} MB are missing")
     say(f"writes      {RUNS / original.name}-DATE, or --out: checkpoints, export, predictions, metrics and report")
-    say(f"first step  loss {values.get('loss', math.nan):.4f}")
+    loss = f"loss {values['loss']:.4f}" if "loss" in values else "skipped, while the gradient scaler finds its scale"
+    say(f"first step  {loss}")
+
+
+def _without_frozen_teacher(recipe: Recipe) -> Recipe:
+    """The recipe with those of its methods that need nothing but the student's moving average."""
+    kept = [one for one in recipe.distill if one.needs.average and not (one.needs.logits or one.needs.maps)]
+    if not kept:
+        return recipe.as_control()
+    teachers = [spec.model_copy(update={"recipe": None, "model": None, "weights": None}) for spec in recipe.teachers]
+    return recipe.replace(teacher=teachers[0], distill=kept, control=False)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -153,7 +153,7 @@ class Trainer:
                 resolution=self.recipe.data.resolution,
             )
         if (options := self.recipe.source) is not None:
-            context = SourceContext(self.student, self.accelerator, self.total_steps)
+            context = SourceContext(self.student, self.accelerator, self.schedule_steps)
             source: TeacherSource = registry.find("teachers", options.source).implementation.build(options, context)
             return source
         return None
@@ -328,9 +328,10 @@ class Trainer:
                 shares_due = self.gradient_shares.enabled and index == 0 and self.is_logged(step + 1)
                 with self.gradient_shares.forward_pass(shares_due):
                     loss, parts = self.model(batch, StepIndex(step, index), progress)
-                if shares_due:
-                    self.gradient_shares.measure(parts, self.task.weights(progress))
-                self.accelerator.backward(loss / len(micro_batches))
+                with self.nonfinite.statistics_kept() if recipe.train.gradient_checkpointing else nullcontext():
+                    if shares_due:
+                        self.gradient_shares.measure(parts, self.task.weights(progress))
+                    self.accelerator.backward(loss / len(micro_batches))
             self.accumulator.add(loss, {name: part.detach() for name, part in parts.items()}, self.task.measurements)
             losses.append(loss.detach())
         norm = self.nonfinite.check(step, losses, [batch.indices for batch in micro_batches])

@@ -377,6 +377,25 @@ def test_a_dry_run_does_without_a_teacher_that_is_not_trained(
     assert learning in printed, "what a run would do, with its teacher"
 
 
+def test_a_dry_run_without_labels_and_its_teacher_has_its_views(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = toy.mapping(teacher=None, student={}, distill=[], train={"epochs": 7})
+    teacher["student"] = {"model": "cifar_resnet20"}
+    Path("cnn.yaml").write_text(yaml.safe_dump(teacher))
+    views = "data.views=[{kind: global, count: 2, size: 8}]"
+    methods = "distill=[{method: dino, prototypes: 16, hidden: 32, bottleneck: 8}, {method: guide}]"
+    changes = [
+        views,
+        methods,
+        "label_weight=0",
+        "teacher={recipe: cnn.yaml, ema: {}}",
+        "data.augment={}",
+        "train.ema=null",
+    ]
+    assert main(["train", str(toy.recipe), "--dry-run", *changes]) == 0
+    loss = re.findall(r"first step  loss ([\d.]+)", capsys.readouterr().out)[-1]
+    assert float(loss) > 0.1  # of dino alone; without it nothing is learned
+
+
 def test_a_dry_run_whose_loss_is_not_finite_fails(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(toy.recipe), "--dry-run", "label_weight=1e39"]) == 3
     assert "the first step: the loss or its gradients are not finite" in capsys.readouterr().err

@@ -154,6 +154,17 @@ def test_accumulation_and_checkpointing_change_no_loss(toy: Toy, tmp_path: Path)
     assert len(set(found[0])) > 8
 
 
+def test_checkpointing_changes_no_batch_statistics(toy: Toy, tmp_path: Path) -> None:
+    weights = []
+    for on in (False, True):
+        train = {"max_steps": 2, "gradient_checkpointing": on, "log_gradient_share": on, "ema": None}
+        finish(toy, tmp_path / str(on), student={"model": "resnet18"}, distill=[], teacher=None, train=train)
+        weights.append(load_file(tmp_path / str(on) / "export" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_checkpointing_draws_the_same_paths_to_drop(toy: Toy, tmp_path: Path) -> None:
     student = toy.mapping()["student"] | {"drop_path": 0.5}
     found = [

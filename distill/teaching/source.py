@@ -33,6 +33,7 @@ class SourceContext(NamedTuple):
     """The student, initialised and on its device: images [B, C, H, W] in [0, 1] and `blocks` -> `Features`."""
     accelerator: Accelerator
     total_steps: int
+    """Of the schedule, which `train.max_steps` does not change."""
 
 
 class TeacherSource(ABC):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,14 @@ class NonFiniteSteps:
     def begin_step(self) -> None:
         self._bucket_sums.clear()
         self._statistics_before = {dtype: joined(buffers) for dtype, buffers in self._statistics.items()}
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Batch norm statistics stay as they are: gradient checkpointing runs forward passes again in backward ones."""
+        before = {dtype: joined(buffers) for dtype, buffers in self._statistics.items()}
+        yield
+        for dtype, buffers in self._statistics.items():
+            copy_joined(buffers, before[dtype])
 
     @torch.no_grad()
     def check(self, step: int, losses: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:

@@ -82,7 +82,6 @@ class Task(nn.Module):
         """See `Dataset.labelled_images`."""
         self.class_weights: Tensor | None = None
         """float32 [classes], on the device; None: all 1."""
-        self._label_all_heads = not any(method.options.needs.logits for method in methods.values())
         self._keeps_steps = any(type(method).after_step is not Method.after_step for method in methods.values())
         self._kinds = [module for module in student.modules() if isinstance(module, AttentionKind)]
         self.measurements: dict[str, Tensor] = {}
@@ -127,7 +126,7 @@ class Task(nn.Module):
                     student[0].logits,
                     batch.targets,
                     smoothing=self.label_smoothing,
-                    all_heads=self._label_all_heads,
+                    all_heads=not any(need.logits for need in needs),  # of the methods that teach still
                     labelled=None if self.labelled_images is None else batch.labels >= 0,
                     number=self.labelled_images,
                     weights=weights_of,

@@ -128,6 +128,18 @@ def test_growing_images_have_the_same_losses(toy: Toy, tmp_path: Path, kind: str
     assert losses[1] == pytest.approx(losses[0], abs=near)  # the first three steps of 54 are on small images
 
 
+def test_a_teacher_of_logits_may_end(toy: Toy, tmp_path: Path) -> None:
+    """Its head learns from the labels then, in all processes."""
+    method = "distill=[{method: soft, weight: {start: 1.0, end: 0.0, until: 0.05}}]"  # three steps of 54
+    arguments = ["train", toy.recipe, *EVEN, "train.max_steps=6", "report.analysis=none", method]
+    losses = []
+    for processes in (1, 2):
+        done = warm.launch([*arguments, "--out", str(processes)], cwd=tmp_path, processes=processes)
+        assert done.wait() == [0] * processes, done.output
+        losses.append([line["loss"] for line in run.read_metrics(tmp_path / str(processes), "train")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 @pytest.mark.soak
 def test_a_batch_that_does_not_divide_over_processes(toy: Toy, tmp_path: Path) -> None:
     result = launch(

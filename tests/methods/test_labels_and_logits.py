@@ -177,3 +177,15 @@ def test_without_methods_both_heads_learn_the_labels():
     assert set(parts) == {"label"}
     single, _ = loss_of({"cls": heads["cls"]}, targets, None, label_weight=1.0, label_smoothing=0.0)
     assert single.item() == pytest.approx(label_loss(heads["cls"], targets, 0.0).item(), rel=1e-6)
+
+
+def test_both_heads_learn_the_labels_once_the_teacher_has_ended():
+    heads = {name: logits(seed).requires_grad_() for seed, name in enumerate(("cls", "dist"))}
+    targets = F.one_hot(torch.arange(6) % 10, 10).float()
+    (section,) = from_mapping({"distill": [{"method": "soft"}], "teacher": {"model": "resnet18"}}).distill
+    methods = build_methods([section], Shapes(num_classes=10))
+    ended = task_of(methods, heads, {}, Features({"cls": logits(3)}, {}), weights={"label": 0.7})
+    alone = task_of({}, heads, {}, None, weights={"label": 0.7})
+    total = losses_of(ended, targets).total
+    assert total.item() == pytest.approx(losses_of(alone, targets).total.item())
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(total, [*heads.values()]))
