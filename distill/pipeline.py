@@ -360,7 +360,9 @@ def train_earlier(recipe: Recipe, shared: Launch) -> None:
                 _log.info("waiting for the %s, %s: %s", what, earlier.name, str(holder).partition(". ")[0])
                 while on_main(partial(run.holder_of, directory)) is not None:
                     time.sleep(1)
-            except InputError:
+            except InputError as error:
+                if error.process is not None:  # of one process: the others are elsewhere, and wait
+                    raise
                 if not on_main(partial(is_trained, recipe, spec)):  # the other run has just finished it
                     raise
 

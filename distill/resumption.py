@@ -123,8 +123,8 @@ def check_initial_weights(location: RunLocation, weights: dict[str, str]) -> Non
 def check_teacher(location: RunLocation, weights: dict[str, str]) -> None:
     """Raise InputError if a resumed run began with other teacher weights, by the digests in its status."""
     began_with = on_main(lambda: run.read_status(location.directory).get("teacher_weights", {}))
-    for where, digest in weights.items() if location.resumed else ():
-        if began_with.get(where, digest) != digest:
+    for where, digest in weights.items() if location.resumed and began_with else ():
+        if digest not in began_with.values():  # a file may have been moved
             raise InputError(
                 f"{where}: these teacher weights are not those that {location.directory} began with: their SHA-256 "
                 "differs. Put the earlier ones back, or start a new run with another --out."

@@ -230,7 +230,8 @@ class Trainer:
                     if progress.step % self.steps_per_epoch == 0:
                         # Only the first sample of the global batch: it does not depend on the number of processes.
                         first = micro_batches[0].first()
-                        run.log("epoch", step=progress.step, epoch=epoch, batch=first.digest())
+                        device = self.accelerator.device.type
+                        run.log("epoch", step=progress.step, epoch=epoch, batch=first.digest(), device=device)
                     if self.compilation.enabled and self.grows_at(progress.step):
                         compiled_at = self.begin_compilation(compiled_at)
                     self.train_step(micro_batches)

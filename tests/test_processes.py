@@ -84,10 +84,14 @@ def test_bf16_on_a_cpu_is_for_those_that_have_it(
     assert said in record.getMessage()
 
 
-def test_a_gpu_has_bf16_whatever_its_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "bf16_instructions", lambda: None)
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_has_bf16_whatever_its_cpu_has(monkeypatch: pytest.MonkeyPatch, native: bool, precision: str) -> None:
+    """Unless it is an old one, which torch lets emulate it."""
+    monkeypatch.setattr(processes, "bf16_instructions", lambda: "amx_bf16" if not native else None)
+    monkeypatch.setattr(processes, "_emulates_bf16", processes._emulates_bf16.__wrapped__)  # without its memory
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setattr(PartialState(), "device", torch.device("cuda"))
-    assert with_precision(from_mapping({"train": {"precision": "bf16"}})).train.precision == "bf16"
+    assert with_precision(from_mapping({"train": {"precision": "bf16"}})).train.precision == precision
 
 
 @pytest.mark.parametrize(

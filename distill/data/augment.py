@@ -45,8 +45,12 @@ ERASE_DRAWS = (*(f"erase/{draw}" for draw in BOX_DRAWS), "erase/whether", "erase
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.to(torch.float32).div_(255)
+    """uint8 -> float32 in [0, 1], the same values on every device."""
+    if images.device.type != "cuda":
+        return images.to(torch.float32).div_(255)
+    # CUDA multiplies by the reciprocal of 255: in float32 most values are a bit off then, in float64 none of those that
+    # are left after rounding.
+    return images.to(torch.float64).div_(255).to(torch.float32)
 
 
 class Augmenter:

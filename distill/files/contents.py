@@ -41,6 +41,8 @@ METRICS = {
     "data_wait": "`train`: fraction of the time spent waiting for the loader.",
     "bad_steps": "`train`: steps that were skipped, if any, since the loss or its gradients were not finite.",
     "teacher_cache/hits": "`train`: fraction of the teacher's logits that came from the cache.",
+    "batch": "`epoch`: SHA-256 of the first image of its first batch.",
+    "device": "`epoch`: type of the device that it was augmented on, such as `cpu`.",
     "split": "`eval`: `validation` or `test`.",
     "weights": "`eval`: `raw`, or `ema`, their moving average.",
     "student/top1": "`eval`: accuracy in percent, of the mean of both heads.",

@@ -77,16 +77,14 @@ def build_accelerator(train: Train, directory: Path) -> Accelerator:
         project_dir=str(directory),
     )
     accelerator.ddp_handler = _ParallelOptions(gradient_as_bucket_view=True)  # which saves a copy
-    if accelerator.device.type == "cuda":
-        use_full_float32()
     # The loop divides by the accumulation steps itself; accelerate must not do so again.
     accelerator.gradient_accumulation_steps = 1
     return accelerator
 
 
 def with_precision(recipe: Recipe) -> Recipe:
-    """The recipe with its precision resolved: by default the launcher's, and fp32 in place of bf16 on a CPU that would
-    have to emulate it.
+    """The recipe with its precision resolved: by default the launcher's, and fp32 in place of bf16 on a device that
+    would have to emulate it.
 
     Raises:
         InputError: the launcher's precision is not supported.
@@ -101,7 +99,18 @@ def with_precision(recipe: Recipe) -> Recipe:
         precision = "fp32" if launched == "no" else launched  # type: ignore[assignment]
     if precision == "bf16" and PartialState().device.type == "cpu":
         precision = _bf16_or_fp32()
+    elif precision == "bf16" and _emulates_bf16(PartialState().device):
+        precision = "fp32"
     return recipe.replace(train=recipe.train.model_copy(update={"precision": precision}))
+
+
+@cache
+def _emulates_bf16(device: torch.device) -> bool:
+    """Whether this is a GPU without bf16, of before Ampere; logged once."""
+    if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
+    _log.info("precision: fp32 instead of bf16, which this GPU only emulates; train.precision=fp16 is faster")
+    return True
 
 
 @cache
@@ -161,6 +170,8 @@ def start_processes() -> PartialState:
     state = PartialState(cpu=cpu, timeout=TIMEOUT, **options)
     if state.device.type == "cpu":
         keep_freed_memory()
+    elif state.device.type == "cuda":
+        use_full_float32()
     return state
 
 
@@ -177,7 +188,7 @@ def join_processes(stop: StopRequest) -> None:
     """Let the processes of this launch stop together and watch one another. Collective."""
     if dist.is_initialized():
         # On the host, so that polling never synchronises with the GPU.
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
         stop.join(group, Ranks(group))
 

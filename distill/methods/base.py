@@ -35,6 +35,8 @@ class StepInputs(NamedTuple):
     """Embeddings and regions by the student's moving average, by global view, without gradients (`teacher.ema`)."""
     weights: Tensor | None = None
     """float32 [B]: of a mixed image the mean of its labels' (`data.class_weights`), 1 without a label. None: all 1."""
+    autocast: torch.dtype | None = None
+    """In which the networks have computed; None: without autocast. Methods are called without."""
 
 
 @dataclass(frozen=True)

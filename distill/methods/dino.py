@@ -155,11 +155,13 @@ class Head(nn.Module):
         self._means: list[Tensor] = []
         """Of the teacher's logits in each micro-batch of the current step, [1, K]."""
 
-    def forward(self, student: Tensor, teacher: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, student: Tensor, teacher: Tensor, epoch: float, autocast: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [..., K] of features of student and teacher."""
         # Networks in half precision have heads in half precision: their products are most of what the method costs.
-        half = student.dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(student.device.type, student.dtype if half else torch.bfloat16, enabled=half):
+        # The features themselves may be in float32, as of a layer norm on CUDA.
+        with torch.autocast(student.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             student_logits = self.head(student, freeze_last=epoch < self.options.freeze_last_epochs)
             with torch.no_grad():
                 teacher_logits = self.average(teacher)
@@ -196,6 +198,7 @@ class Dino(Method):
             torch.cat([view.embedding for view in step.student if view.embedding is not None]),
             torch.cat([view.embedding for view in step.average if view.embedding is not None]),
             step.epoch,
+            step.autocast,
         )
         targets = soft_targets(teacher, self.views.center, options.teacher_temperature_at(step.epoch))
         loss = compare_views(log_answers(student, options.student_temperature), targets, len(step.student))

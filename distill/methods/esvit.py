@@ -145,7 +145,7 @@ class EsVit(Dino):
         student = [view.regions for view in step.student if view.regions is not None]
         teacher = [view.regions for view in step.average if view.regions is not None]
         student_features, teacher_features = torch.cat(student, 1), torch.cat(teacher, 1)
-        student_logits, teacher_logits = self.regions(student_features, teacher_features, step.epoch)
+        student_logits, teacher_logits = self.regions(student_features, teacher_features, step.epoch, step.autocast)
         return compare_regions(
             log_answers(student_logits, options.student_temperature),
             soft_targets(teacher_logits, self.regions.center, options.teacher_temperature_at(step.epoch)),

@@ -45,6 +45,10 @@ class Executor(Protocol):
     def threads(self) -> int | None:
         """CPU threads of each; None: it finds out itself."""
 
+    @property
+    def workers(self) -> int | None:
+        """Processes of each that decode streamed images, likewise."""
+
     def start(self, command: Sequence[str], path: Path, log: Path) -> Job:
         """Start the run at `path`, its output appended to `log`."""
 
@@ -121,7 +125,8 @@ class Processes:
         """`launched`: by a launcher of the user's, which has the GPUs to itself."""
         self._devices = [] if launched else visible_gpus()
         self.parallel = parallel or len(self._devices) or 1
-        self.threads = None if self._devices or self.parallel == 1 else max(1, cores() // self.parallel)
+        self.workers = None if self.parallel == 1 else max(1, cores() // self.parallel)
+        self.threads = None if self._devices else self.workers
         self._running: list[tuple[Process, str | None]] = []
 
     def start(self, command: Sequence[str], path: Path, log: Path) -> Job:
@@ -149,7 +154,7 @@ def visible_gpus() -> list[str]:
 class Submitit:
     """Runs as jobs of submitit: on a Slurm cluster, or on this machine to try it."""
 
-    threads = None
+    threads = workers = None
 
     def __init__(self, cluster: str, parallel: int | None, folder: Path, options: dict[str, Any]) -> None:
         """

@@ -61,6 +61,8 @@ class Scheduler:
         given = [*self.sweep.overrides(trial.values, trial.seed), f"train.test={str(tested).lower()}"]
         if self.executor.threads is not None and self.sweep.resolved.train.threads is None:
             given.append(f"train.threads={self.executor.threads}")
+        if self.executor.workers is not None and self.sweep.resolved.data.workers is None:
+            given.append(f"data.workers={self.executor.workers}")
         plugins = [word for plugin in self.sweep.plugins for word in ("--plugin", plugin)]
         out = ["--out", str(self.path(trial)), "--resume", "auto"]
         return [*training_command(options.command), str(self.recipe), *given, *plugins, *out]

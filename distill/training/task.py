@@ -118,6 +118,7 @@ class Task(nn.Module):
             epoch,
             average,
             None if weights_of is None else (batch.targets * weights_of).sum(1).where(batch.labels >= 0, 1.0),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := batch.targets.device.type) else None,
         )
         with torch.autocast(batch.targets.device.type, enabled=False):
             parts = {}
