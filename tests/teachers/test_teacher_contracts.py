@@ -117,10 +117,8 @@ def test_weights_that_were_trained_otherwise_are_refused_with_the_keys_to_set(
 def test_folders_of_timm_are_measured_and_ours_are_not(toy: Toy, dataset: Dataset, tmp_path: Path) -> None:
     contract = InputContract(LIBRARY.mean, LIBRARY.std, 8, "bilinear")
     _weights(tmp_path / "model.safetensors", dataset, contract)
-    config: dict[str, Any] = {
-        "architecture": "by_sum",
-        "num_classes": 4,
-    }
+    known = {"input_size": [3, 16, 16], "interpolation": "bilinear", "mean": LIBRARY.mean, "std": LIBRARY.std}
+    config: dict[str, Any] = {"architecture": "by_sum", "num_classes": 4, "pretrained_cfg": known}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="does not say for certain how its inputs were prepared") as caught:
         _preflight(toy, dataset, model=f"local-dir:{tmp_path}", weights=None)
