@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -19,9 +20,11 @@ import torch
 
 import distill
 from distill import checkpoint, pipeline, run
-from distill.errors import Interrupted
+from distill.errors import InputError, Interrupted, RunFailed
 from distill.files.digests import state_digest
+from distill.finishing import check_control
 from distill.recipe import Recipe, from_mapping
+from distill.resumption import RunLocation, check_teacher
 from distill.students import build_student
 from distill.trainer import Trainer
 from distill.training.task import Losses, Task
@@ -329,3 +332,34 @@ def test_a_control_starts_and_sees_what_the_student_did_and_is_resumed(toy: Toy,
     assert check["equal_batches"] == 1
     control = run.read_recipe(out / "control")
     assert (control.teacher, control.distill, control.label_weight) == (None, [], 1.0)
+
+
+def test_a_resumed_run_keeps_its_teacher(tmp_path: Path) -> None:
+    """Which its recipe may train into another folder, once the precision or that recipe has changed."""
+    status = {"state": "interrupted", "teacher_weights": {"runs/teachers/cnn-1/export/model.safetensors": "1" * 64}}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    resumed = RunLocation(tmp_path, resumed=True)
+    check_teacher(resumed, {"moved/model.safetensors": "1" * 64})
+    check_teacher(RunLocation(tmp_path), {"runs/teachers/cnn-2/export/model.safetensors": "2" * 64})
+    with pytest.raises(InputError, match=r"cnn-2/export/model\.safetensors: these teacher weights are not those that"):
+        check_teacher(resumed, {"runs/teachers/cnn-2/export/model.safetensors": "2" * 64})
+
+
+@pytest.mark.parametrize(
+    ("devices", "batches", "equal"),
+    [("cc", "xx", True), ("cc", "xy", False), ("cg", "xy", True)],  # devices round augmented pixels differently
+)
+def test_student_and_control_have_seen_the_same_batches(
+    tmp_path: Path, devices: str, batches: str, equal: bool
+) -> None:
+    for folder, device, batch in zip(("", "control"), devices, batches, strict=True):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        at = {"step": 0, "epoch": 0, "time": 0.0}
+        lines = [{"event": "start", **at, "initial_weights": "w"}, {"event": "epoch", **at, "batch": batch}]
+        lines[1]["device"] = device
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logged: list[tuple[str, dict[str, Any]]] = []
+    tracking: Any = SimpleNamespace(run=SimpleNamespace(log=lambda event, **values: logged.append((event, values))))
+    with nullcontext() if equal else pytest.raises(RunFailed, match="saw different batches"):
+        check_control(tmp_path, tracking)
+    assert len(logged) == equal
