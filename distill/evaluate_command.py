@@ -141,21 +141,25 @@ def _dataset(target: Target, given: Given, images: Path | None, accelerator: Acc
         return open_test_images(spec, device)
     if spec.name in FOLDERS and spec.test is None and not (target.is_run and (root / "train").is_dir()):
         return open_test_images(spec, device)
-    seed = target.recipe.seed
-    if given.data is None and target.is_run:
-        return open_dataset(spec, seed=seed, device=device, unlabelled=False)
-    others = {"fit": "crop", "channels": None}  # of images that have a size already
+
+    def opened(**changes: Any) -> Dataset:
+        options = spec.model_copy(update=changes)
+        return open_dataset(options, seed=target.recipe.seed, device=device, given=given.data, unlabelled=False)
+
+    of_one_size = {"fit": "crop", "channels": None}  # nothing is fitted then
     if given.data is not None:
-        others = {**EVALUATED, **(others if given.data.tensors else {})}
+        with suppress(InputError):
+            if (dataset := opened()).info.digest == target.digest:  # the run's own
+                return dataset
+        return opened(**EVALUATED, **(of_one_size if given.data.tensors else {}))
+    if target.is_run:
+        return opened()
     try:
-        dataset = open_dataset(spec, seed=seed, device=device, given=given.data, unlabelled=False)
-        if given.data is None or target.digest == dataset.info.digest:
-            return dataset
+        return opened()
     except InputError:
         with suppress(InputError):
-            return open_dataset(spec.model_copy(update=others), seed=seed, device=device, given=given.data)
+            return opened(**of_one_size)
         raise
-    return open_dataset(spec.model_copy(update=others), seed=seed, device=device, given=given.data)
 
 
 def _again(target: Target, given: Given, dataset: Dataset, accelerator: Accelerator) -> Evaluation:

@@ -148,9 +148,9 @@ def calibration_images(student: Student, dataset: Dataset, seed: int, count: int
     size = dataset.info.sizes["train"]
     chosen = permutation(seed, 0, size, torch.device("cpu"))[: min(count, size)].tolist()
     if dataset.in_order:  # an image is found by reading all before it
-        batches = enumerate(dataset.evaluation_batches("train", 0, max(chosen) + 1, 1))
-        of_all = {index: images.cpu() for index, (images, _) in batches if index in set(chosen)}
-        images = [of_all[index] for index in chosen]
+        wanted, batches = set(chosen), dataset.evaluation_batches("train", 0, max(chosen) + 1, 1)
+        found = {index: image.cpu() for index, (image, _) in enumerate(batches) if index in wanted}
+        images = [found[index] for index in chosen]
     else:
         images = [next(dataset.evaluation_batches("train", index, index + 1, 1))[0].cpu() for index in chosen]
     return list(student.adapter.fit(torch.cat(images)).split(BATCH))
